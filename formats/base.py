@@ -1,0 +1,75 @@
+"""What a format is: a name, exact tensors for a shape, and the way from a weight to them and back.
+
+Every stored tensor is of an integer type, float values included (their bits, viewed as integers). So nothing that
+casts, initialises or trains floats can touch them, and a checkpoint read without bitplan fails on shapes
+instead of loading as noise. May import: torch only.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+Specs = dict[str, tuple[tuple[int, ...], torch.dtype]]
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Format(ABC):
+    """One row of the table. A weight is [rows, columns]: outputs by inputs, or vocabulary by width.
+
+    Tensors are named by a suffix to the parameter they replace: "" (the codes), "_scale", "_zero".
+    """
+
+    name: str
+    bits: float
+    """Bits of one code, scales not counted."""
+
+    default_rounding = "nearest"
+
+    @abstractmethod
+    def specs(self, rows: int, columns: int) -> Specs:
+        """Shape and dtype of every stored tensor; the first dimension of the codes is `rows`."""
+
+    @abstractmethod
+    def quantize(self, weight: Tensor) -> Tensors:
+        """Round a float weight [rows, columns] to the nearest codes."""
+
+    @abstractmethod
+    def dequantize(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> Tensor:
+        """The weight [rows, columns] in `dtype`."""
+
+    @abstractmethod
+    def take_rows(self, tensors: Tensors, ids: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+        """Rows `ids` (int64, any shape) of the weight: [*ids.shape, columns], no other row dequantized."""
+
+    def linear(self, x: Tensor, tensors: Tensors, columns: int, bias: Tensor | None) -> Tensor:
+        """x @ weight.T + bias in x's dtype. Where no kernel is named: dequantize, then multiply."""
+        weight = self.dequantize(tensors, columns, x.dtype)
+        return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+    def unavailable(self) -> str | None:
+        """Why this machine cannot run the format, or None."""
+        return None
+
+    def padding(self, columns: int) -> str | None:
+        """What is padded where the columns do not divide, in words, or None."""
+        return None
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """Bytes of a stored weight, scales, zeros and padding included."""
+        return sum(prod(shape) * dtype.itemsize for shape, dtype in self.specs(rows, columns).values())
+
+    def zeros(self, rows: int, columns: int, device: torch.device | str) -> Tensors:
+        """Tensors of the right shapes and dtypes to load into."""
+        return {
+            suffix: torch.zeros(shape, dtype=dtype, device=device)
+            for suffix, (shape, dtype) in self.specs(rows, columns).items()
+        }
+
+
+def as_bits(values: Tensor) -> Tensor:
+    """Float tensor viewed as integers of the same width."""
+    return values.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[values.element_size()])

@@ -1,0 +1,125 @@
+"""bitsandbytes' two formats, stored as every format is and run by its kernels.
+
+bitsandbytes is imported when a weight is first rounded or run. May import: formats.base.
+"""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from formats.base import Format, Specs, Tensors, as_bits
+
+BLOCK = 64
+
+
+def missing() -> str | None:
+    return None if find_spec("bitsandbytes") else "bitsandbytes is not installed: pip install bitsandbytes"
+
+
+@dataclass(frozen=True)
+class Nf4Format(Format):
+    """4-bit NormalFloat (Dettmers et al. 2023, QLoRA): 16 levels, one float32 magnitude per 64 columns.
+
+    Rows are padded to whole blocks, so that no block spans two rows; where 64 divides the columns, codes and
+    magnitudes are those of `bitsandbytes.nn.Linear4bit` without double quantization.
+    """
+
+    def specs(self, rows: int, columns: int) -> Specs:
+        blocks = -(-columns // BLOCK)
+        return {"": ((rows, blocks * BLOCK // 8), torch.int32), "_scale": ((rows, blocks), torch.int32)}
+
+    def padding(self, columns: int) -> str | None:
+        return f"rows padded from {columns} to {columns + -columns % BLOCK} codes" if columns % BLOCK else None
+
+    def unavailable(self) -> str | None:
+        return missing()
+
+    def quantize(self, weight: Tensor) -> Tensors:
+        import bitsandbytes.functional as bnb
+
+        rows, columns = weight.shape
+        padded = torch.nn.functional.pad(weight.float(), (0, -columns % BLOCK)).contiguous()
+        codes, state = bnb.quantize_4bit(padded, blocksize=BLOCK, quant_type="nf4")
+        return {"": codes.view(rows, -1).view(torch.int32), "_scale": as_bits(state.absmax.view(rows, -1))}
+
+    def dequantize(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> Tensor:
+        levels = self._levels(tensors[""].device)
+        codes = tensors[""].view(torch.uint8)
+        # The first of two codes is the high half of the byte.
+        codes = torch.stack((codes >> 4, codes & 15), -1).flatten(-2)
+        values = levels[codes.int()].unflatten(-1, (-1, BLOCK)) * tensors["_scale"].view(torch.float32).unsqueeze(-1)
+        return values.flatten(-2)[..., :columns].to(dtype)
+
+    def take_rows(self, tensors: Tensors, ids: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+        return self.dequantize({suffix: tensor[ids] for suffix, tensor in tensors.items()}, columns, dtype)
+
+    def linear(self, x: Tensor, tensors: Tensors, columns: int, bias: Tensor | None) -> Tensor:
+        import bitsandbytes as bnb
+
+        if x.requires_grad:  # bitsandbytes reads a gradient's shape from the weight it was given
+            return super().linear(x, tensors, columns, bias)
+        rows = tensors[""].shape[0]
+        state = bnb.functional.QuantState(
+            absmax=tensors["_scale"].view(torch.float32).flatten(),
+            shape=torch.Size((rows, columns + -columns % BLOCK)),
+            code=self._levels(x.device),
+            blocksize=BLOCK,
+            quant_type="nf4",
+            dtype=x.dtype,
+        )
+        x = torch.nn.functional.pad(x, (0, -columns % BLOCK)) if columns % BLOCK else x
+        codes = tensors[""].view(torch.uint8).view(-1, 1)
+        return bnb.matmul_4bit(x, codes.t(), state, bias=None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def _levels(device: torch.device) -> Tensor:
+        import bitsandbytes.functional as bnb
+
+        return bnb.get_4bit_type("nf4", device=device)
+
+
+@dataclass(frozen=True)
+class Int8BnbFormat(Format):
+    """LLM.int8 (Dettmers et al. 2022): int8 codes with one float32 magnitude per row.
+
+    The product quantizes the inputs to int8 as well, apart from columns that hold a value over 6.
+    """
+
+    threshold: float = 6.0
+
+    def specs(self, rows: int, columns: int) -> Specs:
+        return {"": ((rows, -(-columns // 4)), torch.int32), "_scale": ((rows, 1), torch.int32)}
+
+    def padding(self, columns: int) -> str | None:
+        return f"rows padded from {columns} to {columns + -columns % 4} codes" if columns % 4 else None
+
+    def unavailable(self) -> str | None:
+        return missing()
+
+    def quantize(self, weight: Tensor) -> Tensors:
+        scale = weight.float().abs().amax(-1, keepdim=True)
+        codes = (weight.float() * (127 / scale.clamp(min=1e-30))).round().to(torch.int8)
+        padded = torch.nn.functional.pad(codes, (0, -weight.shape[-1] % 4)).contiguous()
+        return {"": padded.view(torch.int32), "_scale": as_bits(scale)}
+
+    def dequantize(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> Tensor:
+        codes = tensors[""].view(torch.int8)[..., :columns]
+        return (codes.float() * (tensors["_scale"].view(torch.float32) / 127)).to(dtype)
+
+    def take_rows(self, tensors: Tensors, ids: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+        return self.dequantize({suffix: tensor[ids] for suffix, tensor in tensors.items()}, columns, dtype)
+
+    def linear(self, x: Tensor, tensors: Tensors, columns: int, bias: Tensor | None) -> Tensor:
+        import bitsandbytes as bnb
+
+        if x.requires_grad:
+            return super().linear(x, tensors, columns, bias)
+        codes = tensors[""].view(torch.int8)[..., :columns].contiguous()
+        state = bnb.MatmulLtState()
+        state.CB, state.SCB = codes, tensors["_scale"].view(torch.float32).flatten()
+        state.threshold, state.has_fp16_weights = self.threshold, False
+        flat = x.reshape(-1, columns)
+        out = bnb.matmul(flat, codes, state=state, bias=None if bias is None else bias.to(x.dtype))
+        return out.view(*x.shape[:-1], -1)

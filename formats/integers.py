@@ -1,0 +1,128 @@
+"""Integer codes on an affine grid, one scale per group of a row: value = (code - zero) * scale.
+
+May import: formats.base, formats.packed.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from formats.base import Format, Specs, Tensors, as_bits
+from formats.packed import pack, unpack, unpack_at, words_per_row
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Scale and zero of every group: scale float32 [rows, groups] (fp16 values), zero float32 alike."""
+
+    scale: Tensor
+    zero: Tensor
+
+
+@dataclass(frozen=True)
+class IntegerFormat(Format):
+    """Codes of 1 to 8 bits with an fp16 scale per group of `group` columns (0: the whole row is one group).
+
+    `zero_point` says where the zero of the grid lies: "integer" (one stored code per group, so the grid covers
+    the group's range), "middle" (2^(b-1), nothing stored, symmetric) or "half" ((2^b - 1) / 2, nothing stored;
+    with one bit this is sign times scale). A last group that the group size does not fill is a shorter group.
+    """
+
+    group: int
+    zero_point: str = "integer"
+    default_rounding: str = "gptq"
+
+    @property
+    def code_bits(self) -> int:
+        return int(self.bits)
+
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        return (1 << self.code_bits) - 1
+
+    def groups(self, columns: int) -> int:
+        return -(-columns // self.group) if self.group else 1
+
+    def specs(self, rows: int, columns: int) -> Specs:
+        groups = self.groups(columns)
+        specs: Specs = {
+            "": ((rows, words_per_row(columns, self.code_bits)), torch.int32),
+            "_scale": ((rows, groups), torch.int16),
+        }
+        if self.zero_point == "integer":
+            specs["_zero"] = ((words_per_row(rows * groups, self.code_bits),), torch.int32)
+        return specs
+
+    def padding(self, columns: int) -> str | None:
+        if self.group and columns % self.group:
+            return f"last group has {columns % self.group} of {self.group} columns"
+        return None
+
+    def grid(self, weight: Tensor) -> Grid:
+        """The grid that spans each row of float32 weight [rows, columns of one group]: scale and zero [rows, 1]."""
+        if self.zero_point == "integer":
+            low = weight.amin(-1, keepdim=True).clamp(max=0)
+            high = weight.amax(-1, keepdim=True).clamp(min=0)
+            scale = ((high - low) / self.top).half().float()
+            zero = (-low / scale.clamp(min=1e-12)).round().clamp(0, self.top)
+            return Grid(scale, zero)
+        if self.zero_point == "middle":
+            scale = (weight.abs().amax(-1, keepdim=True) / (self.top // 2)).half().float()
+            return Grid(scale, torch.full_like(scale, self.top // 2 + 1))
+        # The mean magnitude is the least-squares scale of a sign (Rastegari et al. 2016, XNOR-Net).
+        scale = (2 / self.top * weight.abs().mean(-1, keepdim=True)).half().float()
+        return Grid(scale, torch.full_like(scale, self.top / 2))
+
+    def encode(self, weight: Tensor, grid: Grid) -> Tensor:
+        """Nearest codes, as floats, of weight [rows, n] on a grid [rows, 1 or n]."""
+        return (weight / grid.scale.clamp(min=1e-12) + grid.zero).round().clamp(0, self.top)
+
+    def quantize(self, weight: Tensor) -> Tensors:
+        step = self.group or weight.shape[1]
+        codes, scales, zeros = [], [], []
+        for part in weight.float().split(step, -1):
+            grid = self.grid(part)
+            codes.append(self.encode(part, grid))
+            scales.append(grid.scale)
+            zeros.append(grid.zero)
+        return self.store(torch.cat(codes, -1), Grid(torch.cat(scales, -1), torch.cat(zeros, -1)))
+
+    def store(self, codes: Tensor, grid: Grid) -> Tensors:
+        """Pack codes [rows, columns] and their grid [rows, groups] into the stored tensors."""
+        tensors = {"": pack(codes.to(torch.uint8), self.code_bits), "_scale": as_bits(grid.scale.half())}
+        if self.zero_point == "integer":
+            tensors["_zero"] = pack(grid.zero.to(torch.uint8).flatten(), self.code_bits)
+        return tensors
+
+    def dequantize(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> Tensor:
+        codes = unpack(tensors[""], columns, self.code_bits)
+        scale = tensors["_scale"].view(torch.float16)
+        zero = None
+        if self.zero_point == "integer":
+            zero = unpack(tensors["_zero"], scale.numel(), self.code_bits).view(scale.shape)
+        return self._values(codes, scale, zero, columns, dtype)
+
+    def take_rows(self, tensors: Tensors, ids: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+        codes = unpack(tensors[""][ids], columns, self.code_bits)
+        scale = tensors["_scale"][ids].view(torch.float16)
+        zero = None
+        if self.zero_point == "integer":
+            groups = self.groups(columns)
+            positions = ids.unsqueeze(-1) * groups + torch.arange(groups, device=ids.device)
+            zero = unpack_at(tensors["_zero"], positions, self.code_bits)
+        return self._values(codes, scale, zero, columns, dtype)
+
+    def _values(self, codes: Tensor, scale: Tensor, zero: Tensor | None, columns: int, dtype: torch.dtype) -> Tensor:
+        """(code - zero) * scale over [..., columns], computed in float32 and rounded once to `dtype`."""
+        groups = self.groups(columns)
+        step = self.group or columns
+        fill = groups * step - columns
+        values = torch.nn.functional.pad(codes, (0, fill)).unflatten(-1, (groups, step)).float()
+        if zero is not None:
+            values -= zero.float().unsqueeze(-1)
+        else:
+            values -= self.top / 2 if self.zero_point == "half" else self.top // 2 + 1
+        values *= scale.float().unsqueeze(-1)
+        return values.flatten(-2)[..., :columns].to(dtype)

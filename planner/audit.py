@@ -1,0 +1,61 @@
+"""Model and text → profile. May import: sensitivity, planner.session."""
+
+import math
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from planner.session import Session
+from sensitivity.bank import Choice, choices_for, unit_bytes
+from sensitivity.graph import Kept, Unit
+from sensitivity.loss import Reference
+from sensitivity.measured import measure
+from sensitivity.profile import KeptEntry, Profile, Row, UnitEntry
+from sensitivity.progress import progress
+
+
+def audit(session: Session, menu: tuple[str, ...], rounding: str | None = None, measured: bool = False) -> Profile:
+    """Score every unit in every format of the menu, and where asked measure it. Raises RoundingFailed."""
+    session.gather()
+    rows: dict[tuple[str, Choice], dict[str, Any]] = {}
+    wanted: list[tuple[Unit, Choice]] = []
+    for unit in progress(session.graph.units, desc="formats", unit="unit"):
+        weight, statistics = session.bench.weight(unit), session.store[unit]
+        for choice in choices_for(unit, menu, rounding):
+            loss = 0.0
+            if choice.format != unit.native:
+                loss = statistics.loss(session.bank.dequantized(unit, choice) - weight)
+                wanted.append((unit, choice))
+            if math.isfinite(loss):
+                rows[unit.name, choice] = {"bytes": unit_bytes(unit, choice.format), "predicted_nll": max(0.0, loss)}
+            else:
+                print(f"{unit.name} cannot take {choice}: a value overflows", file=sys.stderr)
+    full_precision = None
+    if measured:
+        reference = Reference(session.model, session.texts.search)
+        full_precision = float(reference.nll.mean())
+        journal = session.bank.folder / f"measured-{session.texts.search.fingerprint[:16]}.jsonl"
+        for (name, choice), judgement in measure(session.bench, session.bank, reference, wanted, journal).items():
+            if (name, choice) in rows:
+                rows[name, choice].update(
+                    measured_nll=judgement.delta_nll, measured_nll_se=judgement.delta_nll_se, measured_kl=judgement.kl
+                )
+    return Profile(
+        provenance=session.provenance,
+        full_precision_nll=full_precision,
+        units=tuple(unit_entry(unit) for unit in session.graph.units),
+        kept=tuple(kept_entry(kept) for kept in session.graph.kept),
+        rows=tuple(
+            Row(unit=name, format=choice.format, rounding=choice.rounding, **row)
+            for (name, choice), row in rows.items()
+        ),
+    )
+
+
+def unit_entry(unit: Unit) -> UnitEntry:
+    facts = {name: value for name, value in asdict(unit).items() if name in UnitEntry.model_fields}
+    return UnitEntry(**facts | {"dtype": str(unit.dtype).removeprefix("torch.")})
+
+
+def kept_entry(kept: Kept) -> KeptEntry:
+    return KeptEntry(name=kept.name, shape=kept.shape, dtype=kept.dtype, bytes=kept.nbytes, reason=kept.reason)

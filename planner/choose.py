@@ -1,0 +1,183 @@
+"""Profile and budget → plan, never worse than uniform. May import: formats, sensitivity, search, planner."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from formats.errors import BudgetInfeasible
+from planner.budget import human
+from planner.materialize import materialize
+from planner.plan import DTYPES, Budget, Measured, Plan, PlannedUnit, Predicted, Search, Uniform
+from planner.session import Session
+from search import knapsack
+from search.knapsack import Option, Problem, Solution
+from search.study import Allocation, search
+from sensitivity.bank import Choice
+from sensitivity.loss import Judgement, Reference
+from sensitivity.profile import Profile, Row
+from sensitivity.store import sha256
+
+JUDGED_UNIFORM = 3
+"""Uniform plans, of least predicted loss, that are judged on the search text."""
+
+
+@dataclass(frozen=True)
+class Menu:
+    """A profile as the knapsack's problem."""
+
+    profile: Profile
+    problem: Problem
+    rows: dict[tuple[str, Choice], Row]
+    members: dict[str, list[str]]
+    """Group → its units."""
+
+    def nbytes(self, allocation: Allocation) -> int:
+        return self.profile.kept_bytes + sum(self._option(g, c).nbytes for g, c in allocation.items())
+
+    def loss(self, allocation: Allocation) -> float:
+        return sum(self._option(g, c).loss for g, c in allocation.items())
+
+    def _option(self, group: str, choice: Choice) -> Option:
+        return next(option for option in self.problem[group] if option.choice == choice)
+
+    def uniform(self, budget: int) -> list[tuple[Choice, Allocation]]:
+        """Allocations of one choice for all that fit the budget, by rising predicted loss."""
+        common = set.intersection(*({option.choice for option in options} for options in self.problem.values()))
+        all_alike = [(choice, dict.fromkeys(self.problem, choice)) for choice in sorted(common)]
+        fitting = [(choice, alike) for choice, alike in all_alike if self.nbytes(alike) <= budget]
+        return sorted(fitting, key=lambda pair: self.loss(pair[1]))
+
+
+def menu_of(profile: Profile, formats: Sequence[str] | None = None) -> Menu:
+    """Group the profile's rows; with `formats`, only those and the checkpoint's own types."""
+    rows = {(row.unit, Choice(row.format, row.rounding)): row for row in profile.rows}
+    native = {unit.name: DTYPES[unit.dtype] for unit in profile.units}
+    choices: dict[str, list[Choice]] = defaultdict(list)
+    for name, choice in rows:
+        if formats is None or choice.format in formats or choice.format == native[name]:
+            choices[name].append(choice)
+    members: dict[str, list[str]] = defaultdict(list)
+    for unit in profile.units:
+        members[unit.group].append(unit.name)
+    problem = {}
+    for group, names in members.items():
+        shared = [choice for choice in choices[names[0]] if all(choice in choices[name] for name in names)]
+        problem[group] = [
+            Option(choice, sum(rows[n, choice].bytes for n in names), sum(rows[n, choice].cost for n in names))
+            for choice in shared
+        ]
+    return Menu(profile, problem, rows, dict(members))
+
+
+def refuse_infeasible(menu: Menu, budget: int, asked: str) -> None:
+    """Raises BudgetInfeasible, which says what was asked, what is the least, and what to change."""
+    kept = menu.profile.kept_bytes
+    least = knapsack.floor(menu.problem) + kept
+    if budget >= least:
+        return
+    parameters = menu.profile.provenance.model.parameters
+    smallest = min(
+        (option for options in menu.problem.values() for option in options), key=lambda option: option.nbytes
+    )
+    names = sorted({option.choice.format for options in menu.problem.values() for option in options})
+    raise BudgetInfeasible(
+        f"{asked} is {budget:,} bytes, and the least that the formats {', '.join(names)} allow is {least:,} bytes"
+        f" ({human(least)}, {least * 8 / parameters:.3f} bits per weight), of which {kept:,} bytes are"
+        f" {len(menu.profile.kept)} tensors kept as they are: raise --budget to at least {least}B, or name smaller"
+        f" formats than {smallest.choice.format} with --formats (int2-g128, binary-g64)"
+        + (", or drop --keep" if any(entry.reason == "kept on request" for entry in menu.profile.kept) else "")
+    )
+
+
+def assemble(
+    menu: Menu,
+    allocation: Allocation,
+    budget: Budget,
+    solution: Solution,
+    shipped: Literal["search", "uniform"] = "search",
+    **parts: Any,
+) -> Plan:
+    """A plan from an allocation."""
+    units = []
+    for entry in menu.profile.units:
+        choice = allocation[entry.group]
+        row = menu.rows[entry.name, choice]
+        units.append(PlannedUnit(**dict(entry), format=choice.format, rounding=choice.rounding, bytes=row.bytes))
+    total = menu.nbytes(allocation)
+    return Plan(
+        budget=budget,
+        bytes=total,
+        bits_per_weight=total * 8 / menu.profile.provenance.model.parameters,
+        shipped=shipped,
+        units=tuple(units),
+        kept=menu.profile.kept,
+        predicted=Predicted(nll=menu.loss(allocation), bound=solution.bound, gap=solution.gap),
+        provenance=menu.profile.provenance,
+        **parts,
+    )
+
+
+def quick_plan(menu: Menu, budget: Budget) -> Plan:
+    """The knapsack's solution, unmeasured: seconds, and no model. Raises BudgetInfeasible."""
+    refuse_infeasible(menu, budget.bytes, budget.asked)
+    solution = knapsack.solve(menu.problem, budget.bytes - menu.profile.kept_bytes)
+    fitting = menu.uniform(budget.bytes)
+    uniform = _uniform(menu, *fitting[0]) if fitting else None
+    return assemble(menu, solution.choices, budget, solution, uniform=uniform)
+
+
+def make_plan(menu: Menu, budget: Budget, session: Session, *, trials: int, device: str = "auto") -> Plan:
+    """Search, materialise the winner and the best uniform plan that fits, judge both on held-out text, keep the better.
+
+    Raises BudgetInfeasible before anything runs.
+    """
+    refuse_infeasible(menu, budget.bytes, budget.asked)
+    room = budget.bytes - menu.profile.kept_bytes
+    on_search = Reference(session.model, session.texts.search)
+
+    def judge(allocation: Allocation) -> float:
+        for group, choice in allocation.items():
+            for name in menu.members[group]:
+                unit = session.bench.units[name]
+                session.bench.exchange(unit, session.bank.dequantized(unit, choice))
+        return on_search.judge(session.model).kl
+
+    problem_key = sha256(repr(menu.problem), str(room), session.texts.search.fingerprint)[:24]
+    journal = session.bank.folder / "studies" / f"{problem_key}.log"
+    best, exact = search(menu.problem, room, judge, trials=trials, journal=journal, name=problem_key)
+    candidates = [(judge(alike), choice, alike) for choice, alike in menu.uniform(budget.bytes)[:JUDGED_UNIFORM]]
+    first_kl = judge(exact.choices)
+    for unit in session.bench.units.values():
+        session.bench.restore(unit)
+    on_heldout = Reference(session.model, session.texts.heldout)
+
+    def measure(plan: Plan) -> Measured:
+        return measured(on_heldout.judge(materialize(plan, session.source, device)))
+
+    facts = Search(trials=best.trials, best_trial=best.trial, kl=best.kl, first_kl=first_kl)
+    plan = assemble(menu, best.allocation, budget, exact, search=facts)
+    plan = plan.model_copy(update={"measured": measure(plan)})
+    if not candidates:
+        return plan
+    _, choice, alike = min(candidates, key=lambda candidate: candidate[0])
+    uniform_plan = assemble(menu, alike, budget, exact, shipped="uniform", search=facts)
+    uniform = _uniform(menu, choice, alike, measure(uniform_plan))
+    assert plan.measured is not None and uniform.measured is not None
+    if uniform.measured.kl < plan.measured.kl:
+        return uniform_plan.model_copy(update={"measured": uniform.measured, "uniform": uniform})
+    return plan.model_copy(update={"uniform": uniform})
+
+
+def _uniform(menu: Menu, choice: Choice, alike: Allocation, measured: Measured | None = None) -> Uniform:
+    return Uniform(
+        format=choice.format,
+        rounding=choice.rounding,
+        bytes=menu.nbytes(alike),
+        predicted_nll=menu.loss(alike),
+        measured=measured,
+    )
+
+
+def measured(judgement: Judgement) -> Measured:
+    return Measured(**{name: getattr(judgement, name) for name in Measured.model_fields})

@@ -1,0 +1,39 @@
+"""The embedded model, and the main job run on it. May import: planner, sensitivity."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+MODEL = Path(__file__).parent / "model"
+
+
+def run(trials: int, say: Callable[[str], None]) -> tuple[Any, list[Any]]:
+    """Audit the embedded model, plan it for the bytes of uniform int4-g64, apply the plan, and compare.
+
+    Returns the plan and the table's lines: full precision, int8, int4-g64 and the plan, on held-out text.
+    """
+    from formats.table import MENU
+    from planner.audit import audit
+    from planner.choose import make_plan, menu_of
+    from planner.compare import compare
+    from planner.plan import Budget
+    from planner.session import open_session, read_texts
+    from planner.uniform import uniform_plan
+    from sensitivity import source as sources
+
+    source = sources.find(MODEL)
+    session = open_session(source, read_texts(source))
+    say("1/4 audit: what each format costs each unit")
+    profile = audit(session, MENU)
+    size = uniform_plan(session, "int4-g64").bytes
+    say(f"2/4 plan for {size:,} bytes, those of uniform int4-g64")
+    plan = make_plan(
+        menu_of(profile), Budget(asked="the bytes of uniform int4-g64", bytes=size), session, trials=trials
+    )
+    say("3/4 apply and 4/4 compare, on held-out text")
+    native = session.graph.units[0].native
+    lines = []
+    for line in compare(session, (native, "int8", "int4-g64"), {"plan": plan}):
+        say(f"    {line.name}: {'measured' if line.judgement else line.note}")
+        lines.append(line)
+    return plan, lines

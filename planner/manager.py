@@ -1,0 +1,82 @@
+"""One model in every precision: load it, and ask what it takes. May import: formats, sensitivity, planner."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from formats.errors import UsageError
+from formats.table import MENU, format_named
+from planner.audit import audit
+from planner.budget import budget_bytes
+from planner.choose import make_plan, menu_of
+from planner.compare import load_float
+from planner.materialize import materialize, resident_bytes
+from planner.plan import Budget, Plan
+from planner.session import Session, open_session, read_texts, round_missing
+from planner.uniform import is_float, uniform_plan
+from sensitivity import source as sources
+
+
+class QuantizationManager:
+    """Loads one model in a format, or in mixed precision within a budget, and measures what is loaded.
+
+    `model` is a folder or hub id; `text` are files to calibrate, choose and judge with, by default the sources of
+    Python's standard library. Raises ModelUnreadable at once where the model is not to be had.
+    """
+
+    def __init__(self, model: str | Path, text: list[str | Path] | None = None, device: str = "auto"):
+        self.source = sources.find(model)
+        self.files = [Path(file) for file in text] if text else None
+        self.device = device
+        self.plan: Plan | None = None
+        self._loaded: tuple[str, PreTrainedModel] | None = None
+
+    def _open(self) -> Session:
+        self._loaded = None
+        return open_session(self.source, read_texts(self.source, files=self.files), device=self.device)
+
+    def load(self, format: str, rounding: str | None = None) -> PreTrainedModel:
+        """The model in one format: fp32, bf16 and fp16 whole, others with its small vectors kept as they are.
+
+        Raises UnknownFormat, FormatUnavailable.
+        """
+        name = format_named(format).name
+        if is_float(name):
+            self.plan = None
+            self._loaded = (name, load_float(self.source, name, self.device))
+        else:
+            session = self._open()
+            self.plan = uniform_plan(session, name, rounding)
+            round_missing(self.plan, session)
+            session.give_up_model()
+            self._loaded = (name, materialize(self.plan, self.source, self.device))
+        return self._loaded[1]
+
+    def load_mixed_precision(self, budget: str | int, trials: int = 30) -> PreTrainedModel:
+        """The model by a plan made for `budget` (bytes, or a size such as "5GiB"), kept in `plan`.
+
+        Raises BudgetInfeasible, UsageError.
+        """
+        session = self._open()
+        menu = menu_of(audit(session, MENU))
+        size, asked = budget_bytes(f"{budget}B" if isinstance(budget, int) else budget, None, None, 0)
+        self.plan = make_plan(menu, Budget(asked=asked, bytes=size), session, trials=trials, device=self.device)
+        session.give_up_model()
+        self._loaded = ("mixed", materialize(self.plan, self.source, self.device))
+        return self._loaded[1]
+
+    def memory_info(self) -> dict[str, Any]:
+        """Bytes of the loaded model's own tensors, and the parameters that they stand for."""
+        if self._loaded is None:
+            raise UsageError("no model is loaded: call load() or load_mixed_precision() first")
+        format, model = self._loaded
+        size = resident_bytes(model)
+        parameters = self.plan.provenance.model.parameters if self.plan else model.num_parameters()
+        return {
+            "format": format,
+            "total_parameters": parameters,
+            "resident_bytes": size,
+            "bits_per_weight": size * 8 / parameters,
+            "times_smaller_than_fp32": 4 * parameters / size,
+        }

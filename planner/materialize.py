@@ -1,0 +1,78 @@
+"""Plan → model on the device. May import: formats, sensitivity, planner.plan/pretrained/session."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from formats.errors import PlanMismatch
+from planner.plan import Plan
+from planner.pretrained import PlanConfig, missing_codes, refuse_unavailable
+from planner.session import open_session, pick_device, recall_texts, round_missing
+from sensitivity import source as sources
+from sensitivity.profile import read
+from sensitivity.source import Source
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and saved buffers, shared ones once; buffers computed at load are not counted."""
+    tensors = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, torch.Tensor)}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def check_plan_fits(plan: Plan, source: Source) -> None:
+    """Raises PlanMismatch for a plan of other weights, FormatUnavailable where a format cannot run here."""
+    made_for = plan.provenance.model
+    if source.weights_sha256 != made_for.weights_sha256:
+        differs = (
+            "config and weights differ" if source.config_sha256 != made_for.config_sha256 else "the weights differ"
+        )
+        raise PlanMismatch(
+            f"the plan was made for {made_for.id} (fingerprint {made_for.weights_sha256[:12]}), not for {source.model}"
+            f" ({source.weights_sha256[:12]}): {differs}; make a plan for it with `bitplan plan {source.model}`"
+        )
+    refuse_unavailable(plan)
+
+
+def load(
+    plan: Plan | str | Path,
+    model: str | Path | None = None,
+    device: str = "auto",
+    text: list[str | Path] | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The planned model, in eval mode. `model` is a folder or hub id, by default the one that the plan names; `text`
+    is the plan's text, needed where its rounding needs text and the cache holds neither the codes nor the text.
+
+    Raises PlanMismatch, CodesMissing, FormatUnavailable, ModelUnreadable, UsageError.
+    """
+    if not isinstance(plan, Plan):
+        plan = read(Path(plan), Plan)
+    source = find_for(plan, model, trust_remote_code)
+    make_codes(plan, source, [Path(file) for file in text] if text else None)
+    return materialize(plan, source, device)
+
+
+def find_for(plan: Plan, model: str | Path | None, trust_remote_code: bool = False) -> Source:
+    """The model of a plan, checked. Raises PlanMismatch, FormatUnavailable, ModelUnreadable."""
+    facts = plan.provenance.model
+    source = sources.find(model or facts.id, None if model else facts.revision, trust_remote_code)
+    sources.refuse_quantized(source)
+    check_plan_fits(plan, source)
+    return source
+
+
+def make_codes(plan: Plan, source: Source, files: list[Path] | None = None) -> None:
+    """Where the cache lacks codes of the plan and its text is to be had, round. Raises PlanMismatch, RoundingFailed."""
+    if missing_codes(plan) and (found := recall_texts(plan.provenance.text, source, files)):
+        round_missing(plan, open_session(source, found))
+
+
+def materialize(plan: Plan, source: Source, device: str = "auto") -> PreTrainedModel:
+    """Load a checked plan's model. Raises CodesMissing; PlanMismatch where the loaded bytes are not the planned."""
+    model = sources.load_model(source, pick_device(device), quantization_config=PlanConfig(plan))
+    resident = resident_bytes(model)
+    if resident != plan.bytes:
+        raise PlanMismatch(f"the loaded model has {resident:,} bytes, the plan says {plan.bytes:,}")
+    return model

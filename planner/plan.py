@@ -1,0 +1,112 @@
+"""The plan file: allocation, prediction, measurement, provenance. May import: formats, sensitivity.profile."""
+
+from collections import Counter
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from formats.table import FORMATS, NATIVE
+from sensitivity.profile import Bytes, KeptEntry, Name, Provenance, Strict, UnitEntry
+
+DTYPES = {str(dtype).removeprefix("torch."): name for dtype, name in NATIVE.items()}
+"""A dtype as files write it → its format."""
+
+
+class PlannedUnit(UnitEntry):
+    format: str
+    rounding: str
+    bytes: Bytes
+
+    @property
+    def is_native(self) -> bool:
+        """The unit stays as the checkpoint has it."""
+        return DTYPES.get(self.dtype) == self.format
+
+
+class Budget(Strict):
+    asked: str
+    bytes: Bytes
+
+
+class Predicted(Strict):
+    """Nats per token above full precision, by the profile; no allocation within the budget has less than `bound`."""
+
+    nll: float
+    bound: float
+    gap: float
+
+
+class Measured(Strict):
+    """The materialised model on the held-out text, beside the full-precision model. Nats per token."""
+
+    tokens: int
+    nll: float
+    ppl: float
+    delta_nll: float
+    delta_nll_se: float
+    kl: float
+    kl_se: float
+
+
+class Uniform(Strict):
+    """The best plan of one format that fits the same bytes."""
+
+    format: str
+    rounding: str
+    bytes: Bytes
+    predicted_nll: float
+    measured: Measured | None = None
+
+
+class Search(Strict):
+    trials: int
+    best_trial: int
+    kl: float
+    """Of the best trial, on the search text."""
+    first_kl: float
+    """Of the unbent knapsack's solution, on the search text."""
+
+
+class Plan(Strict):
+    schema_version: Literal[1] = 1
+    budget: Budget
+    bytes: Bytes
+    bits_per_weight: float
+    shipped: Literal["search", "uniform"]
+    """Whose allocation this is: the uniform one's where that did better on the held-out text."""
+    units: tuple[PlannedUnit, ...] = Field(min_length=1)
+    kept: tuple[KeptEntry, ...]
+    predicted: Predicted | None = None
+    search: Search | None = None
+    measured: Measured | None = None
+    uniform: Uniform | None = None
+    provenance: Provenance
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        repeated = [name for name, count in Counter(unit.name for unit in self.units).items() if count > 1]
+        if repeated:
+            raise ValueError(f"unit {repeated[0]} is planned more than once")
+        formats: dict[Name, str] = {}
+        for unit in self.units:
+            if unit.format not in FORMATS:
+                raise ValueError(f"unit {unit.name}: unknown format {unit.format!r}")
+            if formats.setdefault(unit.group, unit.format) != unit.format:
+                raise ValueError(
+                    f"unit {unit.name}: {unit.format}, but its group {unit.group} has {formats[unit.group]}"
+                )
+            format, weights = FORMATS[unit.format], unit.experts * unit.rows * unit.columns
+            native = weights * format.bits // 8
+            true = native if unit.is_native else format.nbytes(unit.experts * unit.rows, unit.columns)
+            if unit.bytes != true:
+                raise ValueError(f"unit {unit.name}: {unit.bytes} bytes, but {unit.format} takes {true:.0f}")
+        total = sum(unit.bytes for unit in self.units) + sum(entry.bytes for entry in self.kept)
+        if total != self.bytes:
+            raise ValueError(f"the plan says {self.bytes} bytes, and its units and kept tensors add up to {total}")
+        return self
+
+    def needs_text(self) -> list[PlannedUnit]:
+        """Units whose rounding needs calibration text."""
+        from formats.rounding import rounding_named
+
+        return [unit for unit in self.units if not unit.is_native and rounding_named(unit.rounding).needs_text]

@@ -1,0 +1,194 @@
+"""The transformers plug-in: `from_pretrained(model, quantization_config=PlanConfig(plan))`, and its reading back.
+
+planner.register puts the two classes into transformers' tables. May import: formats, sensitivity, planner.plan.
+"""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from formats.errors import BitplanError, CodesMissing, FormatUnavailable, PlanMismatch
+from formats.modules import canonical, is_transposed, pack_parameter
+from formats.rounding import rounding_named
+from formats.table import format_named
+from planner.plan import Plan, PlannedUnit
+from planner.register import METHOD
+from sensitivity.bank import Choice, codes_path, from_file, workspace
+from sensitivity.profile import read
+from sensitivity.source import weights_fingerprint
+from sensitivity.store import load_tensors
+
+
+class PlanConfig(QuantizationConfigMixin):
+    """A plan (a Plan, its dict, or the path of its file) as transformers' quantization_config."""
+
+    def __init__(self, plan: Plan | dict | str | Path, **kwargs: Any):
+        self.quant_method = METHOD  # type: ignore[assignment]
+        if isinstance(plan, str | Path):
+            plan = read(Path(plan), Plan)
+        self.plan = plan if isinstance(plan, Plan) else Plan.model_validate(plan)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": METHOD, "plan": self.plan.model_dump(mode="json")}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PlanConfig) and self.plan == other.plan
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.plan.bytes:,} bytes, {self.plan.bits_per_weight:.2f} bits per weight)"
+
+
+class SavedPlanConfig(PlanConfig):
+    """The plan inside a saved checkpoint. A class of its own, so that a PlanConfig beside it is an error."""
+
+
+def codes_folder(plan: Plan) -> Path:
+    """Where the cache keeps the codes of this plan's text-based roundings."""
+    facts = plan.provenance
+    return workspace(facts.model.weights_sha256, facts.text.calibration.sha256, facts.seed)
+
+
+def missing_codes(plan: Plan) -> list[PlannedUnit]:
+    """Units whose rounding needs text, and whose codes the cache does not hold."""
+    folder = codes_folder(plan)
+    return [u for u in plan.needs_text() if not codes_path(folder, u.name, Choice(u.format, u.rounding)).exists()]
+
+
+def refuse_unavailable(plan: Plan) -> None:
+    """Raises FormatUnavailable where this machine cannot run one of the plan's formats."""
+    for name in sorted({unit.format for unit in plan.units}):
+        if reason := format_named(name).unavailable():
+            count = sum(unit.format == name for unit in plan.units)
+            raise FormatUnavailable(f"{name}, which {count} units of the plan have, cannot run here: {reason}")
+
+
+class RoundOnLoad(ConversionOps):
+    """A float weight, as the checkpoint gives it → the packed tensors that the plan says."""
+
+    def __init__(self, quantizer: "PlanQuantizer"):
+        self.quantizer = quantizer
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, model: Any = None, **kwargs: Any) -> dict[str, Any]:
+        made: dict[str, torch.Tensor] = {}
+        for name, values in input_dict.items():
+            value = values[0] if isinstance(values, list) else values
+            unit = self.quantizer.packed.get(name)
+            if unit is None:
+                made[name] = value
+            else:
+                module = model.get_submodule(name.rpartition(".")[0])
+                for suffix, tensor in self._tensors(unit, value, is_transposed(module)).items():
+                    made[name + suffix] = tensor.to(value.device)
+        return made
+
+    def _tensors(self, unit: PlannedUnit, value: torch.Tensor, transposed: bool) -> dict[str, torch.Tensor]:
+        rounding = rounding_named(unit.rounding)
+        if not rounding.needs_text:
+            return rounding.round(canonical(value, transposed).float(), format_named(unit.format), [])
+        kept = load_tensors(
+            codes_path(codes_folder(self.quantizer.plan), unit.name, Choice(unit.format, unit.rounding))
+        )
+        if kept is None:
+            raise CodesMissing(f"{unit.name}: its codes have gone from the cache")
+        return from_file(kept)
+
+
+class PlanQuantizer(HfQuantizer):
+    """Swaps modules before loading, rounds while loading (unless the checkpoint is packed), checks the bytes after."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: PlanConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self.plan: Plan = quantization_config.plan
+        self.packed = {unit.parameter: unit for unit in self.plan.units if not unit.is_native}
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        refuse_unavailable(self.plan)
+
+    def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
+        planned: torch.dtype = getattr(torch, self.plan.provenance.model.dtype)
+        if dtype not in (None, planned):
+            warnings.warn(f"dtype={dtype} is not used: the plan's bytes are counted with {planned}", stacklevel=2)
+        return planned
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if not self.pre_quantized:
+            self._check_checkpoint(checkpoint_files)
+        for unit in self.plan.units:
+            paths = [unit.parameter.rpartition(".")[0], *unit.tied]
+            name = unit.parameter.rpartition(".")[2]
+            try:
+                modules = [model.get_submodule(path) for path in paths]
+            except AttributeError:
+                raise PlanMismatch(f"the plan names {unit.name}, which {type(model).__name__} has not") from None
+            shape = sorted(modules[0]._parameters[name].shape)  # type: ignore[type-var]
+            if shape != sorted((unit.experts, unit.rows, unit.columns)[-len(shape) :]):
+                raise PlanMismatch(f"{unit.name} has the shape {shape}, the plan's is {[unit.rows, unit.columns]}")
+            if unit.is_native:
+                continue
+            format = format_named(unit.format)
+            for module in modules:
+                pack_parameter(module, name, format, placeholder=not self.pre_quantized)
+            for path in unit.tied:
+                for suffix in format.specs(1, 1):
+                    model.all_tied_weights_keys[f"{path}.{name}{suffix}"] = unit.parameter + suffix
+
+    def _check_checkpoint(self, files: list[str] | None) -> None:
+        expected = self.plan.provenance.model
+        found = weights_fingerprint([Path(file) for file in files or [] if str(file).endswith(".safetensors")])
+        if found != expected.weights_sha256:
+            raise PlanMismatch(
+                f"the plan was made for other weights ({expected.id}, fingerprint {expected.weights_sha256[:12]}; these"
+                f" have {found[:12]}): make a plan for this model with `bitplan plan`"
+            )
+        if units := missing_codes(self.plan):
+            raise CodesMissing(
+                f"{len(units)} units, {units[0].name} first, are rounded with {units[0].rounding}, which needs the"
+                f" calibration text ({self.plan.provenance.text.source}): run `bitplan apply PLAN --text FILE …`"
+                f" once, or planner.load(plan, text=[…])"
+            )
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return not self.pre_quantized and param_name in self.packed
+
+    def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
+        """Bytes per element of a float placeholder, so that device maps see what will lie on the device."""
+        if not self.param_needs_quantization(model, param_name):
+            return param.element_size()
+        unit = self.packed[param_name]
+        shape, dtype = format_named(unit.format).specs(unit.experts * unit.rows, unit.columns)[""]
+        return torch.Size(shape).numel() * dtype.itemsize / param.numel()
+
+    def get_quantize_ops(self) -> RoundOnLoad:
+        return RoundOnLoad(self)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for unit in self.packed.values():
+            path, _, name = unit.parameter.rpartition(".")
+            if model.get_submodule(path)._parameters[name].is_floating_point():
+                raise BitplanError(
+                    f"{unit.name} was not packed: the checkpoint holds it in a form that is not supported"
+                )
+        # Saved under the model's own names: reversing a checkpoint's conversions would tear packed tensors apart.
+        model._weight_conversions = []
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False

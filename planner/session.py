@@ -1,0 +1,155 @@
+"""A full-precision model opened for work, and the texts it works with.
+
+May import: formats, sensitivity, planner.plan/pretrained.
+"""
+
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+import planner
+from formats.errors import ModelUnreadable, PlanMismatch, UsageError
+from planner.plan import Plan
+from planner.pretrained import missing_codes
+from sensitivity import source as sources
+from sensitivity import text as texts
+from sensitivity.bank import Bank, Choice, Workbench, workspace
+from sensitivity.curvature import StatisticsStore, gather
+from sensitivity.graph import Graph, build_graph
+from sensitivity.profile import ModelFacts, Provenance, TextFacts, TextPart
+from sensitivity.progress import progress
+from sensitivity.source import Source
+from sensitivity.text import Blocks, Texts
+
+SEED = 0
+
+
+@dataclass
+class Session:
+    """A loaded full-precision model with all that is known of it."""
+
+    source: Source
+    texts: Texts
+    model: PreTrainedModel
+    graph: Graph
+    bench: Workbench
+    bank: Bank
+    store: StatisticsStore
+    provenance: Provenance
+
+    def gather(self) -> None:
+        """Make sure of every unit's statistics. Raises RoundingFailed."""
+        gather(self.model, self.graph, self.texts.calibration, self.store, SEED)
+
+    def give_up_model(self) -> None:
+        """Free the full-precision model; the session can do nothing with weights from here on."""
+        del self.model, self.bench, self.bank
+
+
+def pick_device(device: str) -> str:
+    """`auto` is the first CUDA device where there is one, else the CPU. Raises UsageError for one that is not there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or not (index == "" or index.isdigit()):
+        raise UsageError(f"unknown device {device!r}: cpu, cuda, cuda:N or auto")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device {device} is not here: there are {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def open_session(source: Source, session_texts: Texts, keep: tuple[str, ...] = (), device: str = "auto") -> Session:
+    """Load the model, in float32 on a CPU and in its own type elsewhere. Raises ModelUnreadable, UsageError."""
+    sources.refuse_quantized(source)
+    device = pick_device(device)
+    model = sources.load_model(source, device)
+    dtype = str(model.dtype).removeprefix("torch.")
+    graph = build_graph(model, keep)
+    if not graph.units:
+        raise ModelUnreadable(f"{source.model} has no weight that can take a format")
+    if device == "cpu":
+        model.float()
+    for blocks in (session_texts.calibration, session_texts.search, session_texts.heldout):
+        texts.remember(blocks)
+    folder = workspace(source.weights_sha256, session_texts.calibration.fingerprint, SEED)
+    store = StatisticsStore(folder / "statistics", graph, device)
+    bench = Workbench(model, graph.units)
+    bank = Bank(folder, bench.weight, store)
+    facts = _describe(source, session_texts, dtype, model.num_parameters(), device)
+    return Session(source, session_texts, model, graph, bench, bank, store, facts)
+
+
+def _describe(source: Source, session_texts: Texts, dtype: str, parameters: int, device: str) -> Provenance:
+    def part(blocks: Blocks) -> TextPart:
+        count, length = blocks.ids.shape
+        return TextPart(sha256=blocks.fingerprint, blocks=count, length=length)
+
+    return Provenance(
+        model=ModelFacts(
+            id=source.model,
+            revision=source.revision,
+            config_sha256=source.config_sha256,
+            weights_sha256=source.weights_sha256,
+            dtype=dtype,
+            parameters=parameters,
+        ),
+        text=TextFacts(
+            source=session_texts.source,
+            calibration=part(session_texts.calibration),
+            search=part(session_texts.search),
+            heldout=part(session_texts.heldout),
+        ),
+        seed=SEED,
+        device=torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
+        versions={
+            "bitplan": planner.__version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "optuna")},
+        },
+    )
+
+
+def read_texts(
+    source: Source,
+    *,
+    files: list[Path] | None = None,
+    dataset: str | None = None,
+    heldout: list[Path] | None = None,
+    tokens: int = texts.TOKENS,
+    length: int = texts.BLOCK,
+) -> Texts:
+    """The three texts, tokenized for a model. Raises TextTooShort, UsageError, ModelUnreadable."""
+    tokenizer = sources.load_tokenizer(source)
+    length = sources.block_length(source, length)
+    return texts.prepare(tokenizer, files=files, dataset=dataset, heldout=heldout, tokens=tokens, length=length)
+
+
+def recall_texts(facts: TextFacts, source: Source, files: list[Path] | None = None) -> Texts | None:
+    """The very texts that a plan or profile names: from the cache, or read again from `files` or the standard
+    library. None where they are not to be had. Raises PlanMismatch where `files` hold other text."""
+    parts = {name: texts.recall(getattr(facts, name).sha256) for name in ("calibration", "search", "heldout")}
+    if all(parts.values()):
+        return Texts(**parts, source=facts.source)  # type: ignore[arg-type]
+    if not files and facts.source != texts.DEFAULT_SOURCE:
+        return None
+    part = facts.calibration
+    again = read_texts(source, files=files, tokens=part.blocks * part.length, length=part.length)
+    if again.calibration.fingerprint != part.sha256:
+        given = ", ".join(file.name for file in files) if files else "this Python's standard library"
+        raise PlanMismatch(
+            f"{given} is not the calibration text of the file ({facts.source}; {part.blocks} blocks of {part.length}"
+            f" tokens, fingerprint {part.sha256[:12]}): give that text, or plan again with this one"
+        )
+    return again
+
+
+def round_missing(plan: Plan, session: Session) -> None:
+    """Make the codes of the plan's text-based roundings that the cache lacks. Raises RoundingFailed."""
+    if missing := missing_codes(plan):
+        session.gather()
+        for unit in progress(missing, desc="rounding", unit="unit"):
+            session.bank.tensors(session.bench.units[unit.name], Choice(unit.format, unit.rounding))

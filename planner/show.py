@@ -1,0 +1,138 @@
+"""Tables for people. May import: planner.plan/budget/compare, sensitivity.profile."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from planner.budget import human
+from planner.compare import Line
+from planner.plan import Plan
+from sensitivity.profile import Profile
+
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """Columns aligned with spaces: the first `left` to the left, the others to the right."""
+    lines = [list(map(str, head)), *(list(map(str, row)) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def folded(plan: Plan) -> list[tuple[str, int, str, int]]:
+    """Units with layer numbers starred: name, how many, format and rounding, bytes."""
+    groups: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for unit in plan.units:
+        choice = unit.format if unit.rounding == "nearest" else f"{unit.format}/{unit.rounding}"
+        groups[NUMBER.sub("*", unit.name), choice].append(unit.bytes)
+    return [(name, len(sizes), choice, sum(sizes)) for (name, choice), sizes in groups.items()]
+
+
+def plan_text(plan: Plan) -> str:
+    """What `bitplan show` prints."""
+    model = plan.provenance.model
+    lines = [
+        f"{model.id}: {model.parameters:,} parameters in {model.dtype}, weights {model.weights_sha256[:12]}",
+        f"budget {plan.budget.asked} = {plan.budget.bytes:,} bytes; plan {plan.bytes:,} bytes ({human(plan.bytes)}),"
+        f" {plan.bits_per_weight:.3f} bits per weight",
+        "",
+        table(
+            ("unit", "", "format", "bytes"),
+            [
+                (name, f"×{count}" if count > 1 else "", choice, f"{size:,}")
+                for name, count, choice, size in folded(plan)
+            ],
+            left=3,
+        ),
+    ]
+    kept: dict[tuple[str, str, str], list[int]] = defaultdict(list)
+    for entry in plan.kept:
+        kept[NUMBER.sub("*", entry.name), entry.dtype, entry.reason].append(entry.bytes)
+    if kept:
+        rows = [
+            (name, f"×{len(sizes)}" if len(sizes) > 1 else "", dtype, f"{sum(sizes):,}", reason)
+            for (name, dtype, reason), sizes in kept.items()
+        ]
+        lines += ["", table(("kept", "", "type", "bytes", "because"), rows, left=3)]
+    padded = sorted({f"{NUMBER.sub('*', u.name)}: {text}" for u in plan.units if (text := _padding(u))})
+    if padded:
+        lines += ["", "padded:", *(f"  {line}" for line in padded)]
+    lines += ["", *_figures(plan)]
+    return "\n".join(lines)
+
+
+def _padding(unit: object) -> str | None:
+    from formats.table import FORMATS
+    from planner.plan import PlannedUnit
+
+    assert isinstance(unit, PlannedUnit)
+    return None if unit.is_native else FORMATS[unit.format].padding(unit.columns)
+
+
+def _figures(plan: Plan) -> list[str]:
+    lines = []
+    if plan.predicted:
+        lines.append(
+            f"predicted {plan.predicted.nll:.4f} nats per token above full precision; no allocation has less than"
+            f" {plan.predicted.bound:.4f} by the profile"
+        )
+    if plan.search:
+        lines.append(
+            f"search: {plan.search.trials} trials, KL on the search text"
+            f" {plan.search.first_kl:.5f} → {plan.search.kl:.5f}"
+        )
+    if plan.measured:
+        m = plan.measured
+        lines.append(
+            f"measured on {m.tokens:,} held-out tokens: perplexity {m.ppl:.3f},"
+            f" {m.delta_nll:+.4f} ± {m.delta_nll_se:.4f} nats, KL {m.kl:.5f} ± {m.kl_se:.5f}"
+        )
+    if plan.uniform and plan.uniform.measured:
+        u = plan.uniform
+        assert u.measured is not None
+        verdict = "the search's plan ships" if plan.shipped == "search" else "so the uniform plan ships"
+        lines.append(f"best uniform that fits: {u.format}, {u.bytes:,} bytes, KL {u.measured.kl:.5f}; {verdict}")
+    elif plan.uniform:
+        lines.append(
+            f"best uniform by prediction: {plan.uniform.format}, {plan.uniform.predicted_nll:.4f} nats; not measured"
+        )
+    return lines
+
+
+def profile_text(profile: Profile) -> str:
+    """What `bitplan audit` prints: nats per token above full precision, a row a unit, a column a format."""
+    formats = list(dict.fromkeys(row.format for row in profile.rows))
+    cells = {(row.unit, row.format): f"{row.delta_nll:.5f}" for row in profile.rows}
+    kept = f"{len(profile.kept)} tensors kept as they are, {profile.kept_bytes:,} bytes"
+    rows = [(unit.name, *(cells.get((unit.name, name), "–") for name in formats)) for unit in profile.units]
+    return f"{table(('nats per token above full precision', *formats), rows)}\n{kept}"
+
+
+def compare_text(lines: Sequence[Line]) -> str:
+    """What `bitplan compare` prints."""
+    rows = []
+    for line in lines:
+        j = line.judgement
+        if j is None or line.resident_bytes is None:
+            rows.append((line.name, *["–"] * 7))
+            continue
+        rows.append(
+            (
+                line.name,
+                f"{line.resident_bytes:,}",
+                f"{line.bits_per_weight:.3f}",
+                f"{line.times_smaller_than_fp32:.2f}",
+                f"{j.ppl:.3f}",
+                f"{j.kl:.5f}",
+                f"{j.kl_se:.5f}",
+                f"{line.load_seconds:.1f}",
+            )
+        )
+    head = ("", "bytes", "bits/weight", "× smaller than fp32", "perplexity", "KL", "± se", "load s")
+    notes = [f"{line.name}: {line.note}" for line in lines if line.note]
+    return "\n".join([table(head, rows), *notes])

@@ -1,0 +1,102 @@
+"""Which format each group gets: a multiple-choice knapsack, solved exactly.
+
+Minimise the summed loss with one option per group and the summed bytes within the budget
+(Kellerer, Pferschy & Pisinger 2004, ch. 11), by HiGHS' branch and bound. May import: formats.errors, sensitivity.bank.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import gcd
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from formats.errors import BitplanError, BudgetInfeasible
+from sensitivity.bank import Choice
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way for a group, all of its units together."""
+
+    choice: Choice
+    nbytes: int
+    loss: float
+
+
+Problem = Mapping[str, Sequence[Option]]
+
+
+@dataclass(frozen=True)
+class Solution:
+    choices: dict[str, Choice]
+    """Group → choice."""
+    nbytes: int
+    loss: float
+    bound: float
+    """No allocation within the budget has a smaller loss than this."""
+
+    @property
+    def gap(self) -> float:
+        """Proven distance to the optimum, as a fraction of the loss."""
+        return max(0.0, self.loss - self.bound) / self.loss if self.loss > 0 else 0.0
+
+
+def floor(problem: Problem) -> int:
+    """Bytes of the smallest allocation there is."""
+    return sum(min(option.nbytes for option in options) for options in problem.values())
+
+
+def ceiling(problem: Problem) -> int:
+    return sum(max(option.nbytes for option in options) for options in problem.values())
+
+
+def undominated(options: Sequence[Option]) -> list[Option]:
+    """Options that no other beats in both bytes and loss, by rising bytes."""
+    best: list[Option] = []
+    for option in sorted(options, key=lambda option: (option.nbytes, option.loss)):
+        if not best or option.loss < best[-1].loss:
+            best.append(option)
+    return best
+
+
+def solve(problem: Problem, budget: int) -> Solution:
+    """The allocation of least loss within `budget` bytes. Raises BudgetInfeasible below the floor."""
+    if floor(problem) > budget:
+        raise BudgetInfeasible(f"{budget:,} bytes asked, {floor(problem):,} is the least that the formats allow")
+    menus = {group: undominated(options) for group, options in problem.items()}
+    flat = [(row, option) for row, options in enumerate(menus.values()) for option in options]
+    rows = [row for row, _ in flat]
+    nbytes = np.array([option.nbytes for _, option in flat], dtype=np.int64)
+    losses = np.array([option.loss for _, option in flat])
+    scale = losses.max() or 1.0
+    unit = gcd(*nbytes.tolist())
+    one_each = csr_array((np.ones(len(flat)), (rows, range(len(flat)))), shape=(len(menus), len(flat)))
+    # HiGHS works to a tolerance: where its answer is some bytes over, ask again for that much less.
+    limit = budget
+    for _ in range(8):
+        result = milp(
+            losses / scale,
+            integrality=np.ones(len(flat), dtype=np.int64),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint((nbytes // unit)[None, :].astype(float), -np.inf, limit // unit),
+            ],
+            options={"mip_rel_gap": 1e-6, "time_limit": 60},
+        )
+        if result.x is None:
+            raise BitplanError(f"the allocation of {len(menus)} groups was not solved in 60 s: {result.message}")
+        chosen = np.flatnonzero(result.x > 0.5)
+        used = int(nbytes[chosen].sum())
+        if used <= budget:
+            picked = [flat[i][1] for i in chosen]
+            return Solution(
+                choices={group: option.choice for group, option in zip(menus, picked, strict=True)},
+                nbytes=used,
+                loss=sum(option.loss for option in picked),
+                bound=float(result.mip_dual_bound) * scale,
+            )
+        limit -= used - budget
+    raise BitplanError(f"the allocation stays {used - budget} bytes over {budget:,}")

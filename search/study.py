@@ -1,0 +1,111 @@
+"""Optuna over the score that feeds the knapsack; each trial is a whole plan, judged by real KL on the search text.
+
+A trial bends the predicted losses: a power (how much a large loss counts against many small ones), a slope over
+depth, a weight per role (q_proj, down_proj, …), then solves the knapsack exactly, so every candidate fits the budget.
+The unbent prediction is the first trial. Trials lie in a journal file: a study that was cut short goes on, and ends
+as it would have. May import: search.knapsack, sensitivity.bank.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
+from search.knapsack import Problem, Solution, solve
+from sensitivity.bank import Choice
+from sensitivity.progress import progress
+
+ROLE_RANGE = math.log(8)
+Allocation = dict[str, Choice]
+
+
+@dataclass(frozen=True)
+class Best:
+    allocation: Allocation
+    kl: float
+    """On the search text."""
+    trial: int
+    trials: int
+
+
+def role(group: str) -> str:
+    """A group's name without layer and expert numbers: its last two words."""
+    return ".".join(re.sub(r"\.\d+(?=\.|$)", "", group).split(".")[-2:])
+
+
+def _value(trial: optuna.trial.FrozenTrial) -> float:
+    assert trial.value is not None  # only completed trials are asked
+    return trial.value
+
+
+def bend(problem: Problem, power: float, slope: float, weights: dict[str, float]) -> Problem:
+    """The problem with each group's losses bent; groups lie in data-flow order."""
+    bent = {}
+    for i, (group, options) in enumerate(problem.items()):
+        depth = i / max(1, len(problem) - 1) - 0.5
+        weight = math.exp(slope * depth + weights.get(role(group), 0.0))
+        bent[group] = [replace(option, loss=weight * option.loss**power) for option in options]
+    return bent
+
+
+def search(
+    problem: Problem,
+    budget: int,
+    judge: Callable[[Allocation], float],
+    *,
+    trials: int,
+    journal: Path,
+    name: str,
+    seed: int = 0,
+) -> tuple[Best, Solution]:
+    """Run a study up to `trials` trials in all. Returns the best candidate, and the unbent knapsack's solution.
+
+    `judge(allocation)` gives KL in nats per token. Raises BudgetInfeasible.
+    """
+    exact = solve(problem, budget)
+    roles = sorted({role(group) for group in problem})
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    backend = JournalFileBackend(str(journal), lock_obj=JournalFileOpenLock(str(journal)))
+    study = optuna.create_study(storage=JournalStorage(backend), study_name=name, load_if_exists=True)
+    judged: dict[tuple, float] = {}
+    options = {group: [option.choice for option in options] for group, options in problem.items()}
+
+    def indices(allocation: Allocation) -> tuple[int, ...]:
+        return tuple(options[group].index(choice) for group, choice in allocation.items())
+
+    def finished() -> list[optuna.trial.FrozenTrial]:
+        return study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+
+    for trial in finished():
+        judged[tuple(trial.user_attrs["indices"])] = _value(trial)
+
+    def objective(trial: optuna.Trial) -> float:
+        power = trial.suggest_float("power", 0.5, 2.0)
+        slope = trial.suggest_float("slope", -2.0, 2.0)
+        weights = {name: trial.suggest_float(f"role {name}", -ROLE_RANGE, ROLE_RANGE) for name in roles}
+        allocation = solve(bend(problem, power, slope, weights), budget).choices
+        key = indices(allocation)
+        trial.set_user_attr("indices", list(key))
+        if key not in judged:
+            judged[key] = judge(allocation)
+        return judged[key]
+
+    bar = progress(total=trials, initial=len(finished()), desc="trials", unit="plan")
+    while (done := len(finished())) < trials:
+        # Seeded by place, so that a resumed study draws what an uninterrupted one would have drawn.
+        study.sampler = optuna.samplers.TPESampler(seed=seed + done, multivariate=True, n_startup_trials=1 + len(roles))
+        if done == 0:
+            study.enqueue_trial({"power": 1.0, "slope": 0.0, **{f"role {name}": 0.0 for name in roles}})
+        study.optimize(objective, n_trials=1)
+        bar.update()
+        bar.set_postfix(kl=f"{study.best_value:.5f}")
+    bar.close()
+    best = min(finished(), key=lambda trial: (_value(trial), trial.number))
+    allocation = {group: options[group][i] for group, i in zip(problem, best.user_attrs["indices"], strict=True)}
+    return Best(allocation, _value(best), best.number, done), exact

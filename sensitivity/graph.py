@@ -1,0 +1,224 @@
+"""A model's parameters as units, groups and data flow.
+
+A unit is one weight that takes one format. Units are found by walking the parameters; a probe of eight tokens
+then shows which of them run, what feeds what, and which read the very same input.
+May import: formats, sensitivity.trace.
+"""
+
+import re
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+
+import networkx as nx
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from formats.errors import UsageError
+from formats.modules import is_transposed
+from formats.table import NATIVE
+from sensitivity.trace import Trace, Use
+
+
+@dataclass(frozen=True)
+class Unit:
+    """`name` is the module's exact name, or for experts the parameter's. Shapes are outputs by inputs."""
+
+    name: str
+    kind: str
+    """linear, conv1d, embedding, experts or tied (an embedding and the heads that share its weight)."""
+    parameter: str
+    experts: int
+    rows: int
+    columns: int
+    dtype: torch.dtype
+    tied: tuple[str, ...] = ()
+    """Names of the other modules that hold the same weight."""
+    group: str = ""
+    """The name of the group's first unit: all of a group take the same format."""
+    order: int = 0
+    """Place in the data flow, counted from the input."""
+
+    @property
+    def native(self) -> str:
+        """The name of the format that the checkpoint has it in."""
+        return NATIVE[self.dtype]
+
+    @property
+    def weights(self) -> int:
+        return self.experts * self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tensor that stays as the checkpoint has it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Graph:
+    units: tuple[Unit, ...]
+    kept: tuple[Kept, ...]
+    flow: nx.DiGraph = field(default_factory=nx.DiGraph)
+    """Nodes are uses of weights, "unit" or "unit@head" for a tied head; an edge u → v: v reads what u wrote."""
+    ties: nx.Graph = field(default_factory=nx.Graph)
+    """Units that must share a format are joined; an edge's `why` says what joins them."""
+    readers: dict[str, str] = field(default_factory=dict)
+    """Unit → the first unit that reads the very same input, where that is another one."""
+
+
+def build_graph(model: PreTrainedModel, keep: tuple[str, ...] = ()) -> Graph:
+    """Walk and probe a loaded causal LM. `keep`: globs over unit names; UsageError where one matches none."""
+    units, kept = find_units(model)
+    for glob in keep:
+        if not any(fnmatchcase(unit.name, glob) for unit in units):
+            raise UsageError(
+                f"--keep {glob!r} matches no unit; the first names are {', '.join(u.name for u in units[:3])}"
+            )
+    uses, flow = probe(model, units)
+    run = {use.parameter for use in uses}
+    reasons = {}
+    for unit in units:
+        if any(fnmatchcase(unit.name, glob) for glob in keep):
+            reasons[unit.name] = "kept on request"
+        elif unit.parameter not in run:
+            reasons[unit.name] = "no text runs through it, or not by a product or lookup"
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    kept += [_kept(u.parameter, parameters[u.parameter], reasons[u.name]) for u in units if u.name in reasons]
+    units = [u for u in units if u.name not in reasons]
+    ties = find_ties(units, uses)
+    order = {name: i for i, name in enumerate(dict.fromkeys(use.parameter for use in uses))}
+    units.sort(key=lambda unit: order[unit.parameter])
+    leaders = {}
+    for component in nx.connected_components(ties):
+        first = min(component, key=lambda name: next(i for i, unit in enumerate(units) if unit.name == name))
+        leaders.update(dict.fromkeys(component, first))
+    ordered = tuple(replace(unit, group=leaders[unit.name], order=i) for i, unit in enumerate(units))
+    return Graph(ordered, tuple(kept), flow, ties, find_readers(ordered, uses))
+
+
+def find_units(model: nn.Module) -> tuple[list[Unit], list[Kept]]:
+    """Units and kept tensors of a model, on any device (meta included), in the model's own order; no groups yet."""
+    units: list[Unit] = []
+    kept: list[Kept] = []
+    holders: dict[int, int] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            full = f"{path}.{name}" if path else name
+            if id(parameter) in holders:
+                if holders[id(parameter)] >= 0:
+                    at = holders[id(parameter)]
+                    units[at] = replace(units[at], kind="tied", tied=(*units[at].tied, path))
+                continue
+            unit, reason = _as_unit(path, name, module, parameter)
+            holders[id(parameter)] = len(units) if unit else -1
+            if unit:
+                units.append(unit)
+            else:
+                kept.append(_kept(full, parameter, reason))
+    persistent = model.state_dict(keep_vars=True)
+    kept += [_kept(n, b, "a buffer") for n, b in model.named_buffers() if n in persistent]
+    return units, kept
+
+
+def _as_unit(path: str, name: str, module: nn.Module, parameter: Tensor) -> tuple[Unit | None, str]:
+    if parameter.ndim < 2:
+        return None, "a vector"
+    if parameter.dtype not in NATIVE:
+        return None, f"its type {str(parameter.dtype).removeprefix('torch.')} is no format's"
+    *experts, rows, columns = parameter.shape
+    if is_transposed(module):
+        rows, columns = columns, rows
+    kinds = {nn.Linear: "linear", Conv1D: "conv1d", nn.Embedding: "embedding"}
+    kind = next((kind for cls, kind in kinds.items() if isinstance(module, cls)), None)
+    if kind and name == "weight":
+        return Unit(path, kind, f"{path}.weight", 1, rows, columns, parameter.dtype), ""
+    if parameter.ndim == 3 and hasattr(module, "is_transposed"):
+        return Unit(f"{path}.{name}", "experts", f"{path}.{name}", experts[0], rows, columns, parameter.dtype), ""
+    return None, f"a parameter of {type(module).__name__}, which is no Linear, Conv1D, Embedding or experts module"
+
+
+def _kept(name: str, tensor: Tensor, reason: str) -> Kept:
+    return Kept(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.nbytes, reason)
+
+
+def probe(model: PreTrainedModel, units: list[Unit]) -> tuple[list[Use], nx.DiGraph]:
+    """Run eight tokens; the uses in order, and which read which's output (transitively reduced)."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    uses: list[Use] = []
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(3, 11, device=next(model.parameters()).device).remainder(vocabulary).unsqueeze(0)
+    with torch.enable_grad(), Trace({u.parameter: parameters[u.parameter] for u in units}, uses.append):
+        model(input_ids=ids, use_cache=False)
+    names = {unit.parameter: unit.name for unit in units}
+    looked_up = {use.parameter for use in uses if use.lookup}
+
+    def node(use: Use) -> str:
+        head = not use.lookup and use.parameter in looked_up
+        return names[use.parameter] + ("@head" if head else "")
+
+    writers = {use.output.grad_fn: node(use) for use in uses if use.output.grad_fn is not None}
+    flow = nx.DiGraph()
+    for use in uses:
+        flow.add_node(node(use))
+        queue, met = [] if use.lookup else [use.input.grad_fn], set()
+        while queue:
+            step = queue.pop()
+            if step is None or step in met:
+                continue
+            met.add(step)
+            if step in writers:
+                if writers[step] != node(use):
+                    flow.add_edge(writers[step], node(use))
+            else:
+                queue += [following for following, _ in step.next_functions]
+    if not nx.is_directed_acyclic_graph(flow):  # a weight used twice in a row, as in shared layers
+        return uses, flow
+    return uses, nx.transitive_reduction(flow)
+
+
+def find_readers(units: tuple[Unit, ...], uses: list[Use]) -> dict[str, str]:
+    """Unit → an earlier unit whose product has the very same input tensor."""
+    names = {unit.parameter: unit.name for unit in units if unit.kind != "experts"}
+    first: dict[int, str] = {}
+    readers = {}
+    for use in uses:
+        if use.parameter in names and not use.lookup:
+            leader = first.setdefault(id(use.input), names[use.parameter])
+            if leader != names[use.parameter]:
+                readers[names[use.parameter]] = leader
+    return readers
+
+
+def find_ties(units: list[Unit], uses: list[Use]) -> nx.Graph:
+    """Join siblings that read the very same tensor under one parent (q/k/v, gate/up), and the experts of a block."""
+    ties = nx.Graph()
+    ties.add_nodes_from(unit.name for unit in units)
+    names = {unit.parameter: unit for unit in units}
+    readers: dict[tuple[str, object], str] = {}
+    for use in uses:
+        unit = names.get(use.parameter)
+        if unit is None or use.lookup:
+            continue
+        parent = unit.name.rpartition(".")[0]
+        first = readers.setdefault((parent, id(use.input)), unit.name)
+        if first != unit.name and unit.kind != "experts":
+            ties.add_edge(first, unit.name, why="same input")
+    blocks: dict[str, str] = {}
+    for unit in units:
+        block = unit.name.rpartition(".")[0] if unit.kind == "experts" else None
+        listed = re.match(r"(.*\.experts)\.\d+\.", unit.name)
+        block = listed.group(1) if listed else block
+        if block:
+            first = blocks.setdefault(block, unit.name)
+            if first != unit.name:
+                ties.add_edge(first, unit.name, why="experts of one block")
+    return ties

@@ -1,0 +1,89 @@
+"""Paired loss against the full-precision model, on identical tokens. May import: sensitivity.text.
+
+Both nats above full precision and KL are means per predicted token; standard errors are over blocks, whose tokens
+are not independent.
+"""
+
+import tempfile
+from dataclasses import dataclass
+from math import exp
+
+import torch
+from torch import Tensor, nn
+
+from sensitivity.text import Blocks
+
+IN_MEMORY = 1 << 30
+"""Bytes of reference log-probabilities above which they lie in a temporary file."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A model beside the full-precision model, nats per token. `kl` is KL(full precision || model)."""
+
+    tokens: int
+    nll: float
+    delta_nll: float
+    delta_nll_se: float
+    kl: float
+    kl_se: float
+
+    @property
+    def ppl(self) -> float:
+        return exp(min(self.nll, 700.0))
+
+
+@torch.no_grad()
+def log_probabilities(model: nn.Module, ids: Tensor) -> Tensor:
+    """log p of every next token: float32 [blocks, length - 1, vocabulary] for ids int64 [blocks, length]."""
+    logits = model(input_ids=ids.to(next(model.parameters()).device), use_cache=False).logits
+    return logits[:, :-1].float().log_softmax(-1)
+
+
+def taken(log_p: Tensor, ids: Tensor) -> Tensor:
+    """Nats of the tokens that came: float32 [blocks, length - 1]."""
+    return -log_p.gather(-1, ids[:, 1:, None].to(log_p.device)).squeeze(-1)
+
+
+def standard_error(block_means: Tensor) -> float:
+    return float(block_means.std() / len(block_means) ** 0.5) if len(block_means) > 1 else float("inf")
+
+
+class Reference:
+    """The full-precision model's log-probabilities on some blocks, kept so that others can be judged against them."""
+
+    def __init__(self, model: nn.Module, blocks: Blocks):
+        self.blocks = blocks
+        count, length = blocks.ids.shape
+        first = log_probabilities(model, blocks.ids[:1]).cpu()
+        size = (count, length - 1, first.shape[-1])
+        if 4 * size[0] * size[1] * size[2] > IN_MEMORY:
+            self._file = tempfile.NamedTemporaryFile(prefix="bitplan-")  # noqa: SIM115 (lives as long as the reference)
+            flat = torch.from_file(self._file.name, shared=True, size=size[0] * size[1] * size[2], dtype=torch.float32)
+            self.log_p = flat.view(size)
+        else:
+            self.log_p = torch.empty(size)
+        self.log_p[0] = first[0]
+        for i in range(1, count):
+            self.log_p[i] = log_probabilities(model, blocks.ids[i : i + 1]).cpu()[0]
+        self.nll = taken(self.log_p, blocks.ids)
+        """Full-precision nats of each token: float32 [blocks, length - 1]."""
+
+    def judge(self, model: nn.Module) -> Judgement:
+        nll, kl = [], []
+        for i in range(len(self.blocks.ids)):
+            ids = self.blocks.ids[i : i + 1]
+            log_q = log_probabilities(model, ids)
+            log_p = self.log_p[i : i + 1].to(log_q.device)
+            nll.append(taken(log_q, ids).cpu()[0])
+            kl.append((log_p.exp() * (log_p - log_q)).sum(-1).mean().cpu())
+        nll_tokens, kl_blocks = torch.stack(nll), torch.stack(kl)
+        delta = (nll_tokens - self.nll).mean(-1)
+        return Judgement(
+            tokens=self.blocks.predictions,
+            nll=float(nll_tokens.mean()),
+            delta_nll=float(delta.mean()),
+            delta_nll_se=standard_error(delta),
+            kl=float(kl_blocks.mean()),
+            kl_se=standard_error(kl_blocks),
+        )

@@ -1,0 +1,129 @@
+"""The profile file: what each format costs each unit, and where that was measured.
+
+May import: formats.errors, sensitivity.store.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from formats.errors import FileInvalid
+from sensitivity.store import write_text
+
+Bytes = Annotated[int, Field(ge=0, strict=True)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.\w+)*$", max_length=512)]
+"""An exact dotted module or parameter name, which is also safe as a file name."""
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class TextPart(Strict):
+    sha256: Sha256
+    blocks: int = Field(ge=1)
+    length: int = Field(ge=2)
+
+
+class TextFacts(Strict):
+    source: str
+    calibration: TextPart
+    search: TextPart
+    heldout: TextPart
+
+
+class ModelFacts(Strict):
+    id: str
+    revision: str | None
+    config_sha256: Sha256
+    weights_sha256: Sha256
+    dtype: str
+    parameters: int = Field(ge=1)
+
+
+class Provenance(Strict):
+    model: ModelFacts
+    text: TextFacts
+    seed: int
+    device: str
+    versions: dict[str, str]
+
+
+class UnitEntry(Strict):
+    name: Name
+    kind: Literal["linear", "conv1d", "embedding", "experts", "tied"]
+    parameter: Name
+    experts: int = Field(ge=1)
+    rows: int = Field(ge=1)
+    columns: int = Field(ge=1)
+    dtype: str
+    tied: tuple[Name, ...] = ()
+    group: Name
+
+
+class KeptEntry(Strict):
+    name: Name
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: Bytes
+    reason: str
+
+
+class Row(Strict):
+    unit: Name
+    format: str
+    rounding: str
+    bytes: Bytes
+    predicted_nll: float = Field(ge=0)
+    """Nats per token above full precision, from the second moments."""
+    measured_nll: float | None = None
+    """Nats per token above full precision with this unit alone exchanged, on the search text."""
+    measured_nll_se: float | None = None
+    measured_kl: float | None = None
+
+    @property
+    def delta_nll(self) -> float:
+        """The measured loss where there is one, else the predicted."""
+        return self.predicted_nll if self.measured_nll is None else self.measured_nll
+
+    @property
+    def cost(self) -> float:
+        """What a plan minimises: never negative, and KL where it was measured, for it is less noisy than nats."""
+        return self.predicted_nll if self.measured_kl is None else max(0.0, self.measured_kl)
+
+
+class Profile(Strict):
+    schema_version: Literal[1] = 1
+    provenance: Provenance
+    full_precision_nll: float | None = None
+    """On the search text, where it was run."""
+    units: tuple[UnitEntry, ...]
+    kept: tuple[KeptEntry, ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def kept_bytes(self) -> int:
+        return sum(entry.bytes for entry in self.kept)
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def read(path: Path, kind: type[Model]) -> Model:
+    """Read a plan or profile file. Raises FileInvalid, which names the first thing that is wrong."""
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise FileInvalid(f"cannot read {path}: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        place = f" at {where}" if where else ""
+        raise FileInvalid(f"{path} is no valid {kind.__name__.lower()} file{place}: {first['msg']}{more}") from None
+
+
+def write(path: Path, content: BaseModel) -> None:
+    write_text(path, content.model_dump_json(indent=1) + "\n")

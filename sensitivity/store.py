@@ -1,0 +1,59 @@
+"""Files written whole or not at all, and the cache that lets long work resume.
+
+The cache lies in $BITPLAN_CACHE, or else in bitplan/ under $XDG_CACHE_HOME or ~/.cache. Deleting it costs only time.
+May import: formats.errors.
+"""
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from formats.errors import BitplanError, UsageError
+
+
+def cache_folder() -> Path:
+    if chosen := os.environ.get("BITPLAN_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitplan"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside, then rename. Raises BitplanError where the folder cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, suffix=".part", delete=False) as file:
+            file.write(text)
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, path)
+    except OSError as error:
+        raise BitplanError(f"cannot write {path}: {error.strerror}") from None
+
+
+def refuse_overwrite(path: Path | None, force: bool) -> None:
+    """Raises UsageError where `path` exists and `force` was not given; to be asked before any work is done."""
+    if path is not None and path.exists() and not force:
+        raise UsageError(f"{path} exists: give --force to replace it, or another name")
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
+    os.replace(part, path)
+
+
+def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor] | None:
+    """The tensors of a file that `save_tensors` wrote, or None where there is none."""
+    return load_file(path, device=device) if path.exists() else None
+
+
+def sha256(*parts: bytes | str) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else part)
+        digest.update(b"\0")
+    return digest.hexdigest()

@@ -1,0 +1,66 @@
+"""Sees every place where a unit's weight meets an input, whatever module wrote it.
+
+Inside `Trace`, products and lookups are recognised by the weight's storage: so a tied head, an expert's slice of a
+3-D parameter and a subclassed embedding are seen alike. May import: torch only.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+LINEAR = {torch.nn.functional.linear, torch._C._nn.linear}
+PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
+SUMMED_PRODUCTS = {torch.addmm, Tensor.addmm}
+
+
+@dataclass(frozen=True)
+class Use:
+    """One meeting of a weight and an input."""
+
+    parameter: str
+    expert: int
+    """Index into a 3-D parameter, 0 otherwise."""
+    lookup: bool
+    """Rows are taken by index: `input` is int64 ids; otherwise a product: `input` is [..., columns]."""
+    input: Tensor
+    output: Tensor
+
+
+class Trace(TorchFunctionMode):
+    """Calls `seen(use)` for each use of `parameters` (name → parameter). Looked-up rows come out requiring grad,
+    so that a backward pass reaches every output though no parameter asks for a gradient."""
+
+    def __init__(self, parameters: dict[str, Tensor], seen: Callable[[Use], None]):
+        super().__init__()
+        self.owners = {p.untyped_storage().data_ptr(): (name, p) for name, p in parameters.items()}
+        self.seen = seen
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func in LINEAR:
+            x, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]
+            self._meet(weight, x, out)
+        elif func in PRODUCTS and isinstance(args[1], Tensor):
+            self._meet(args[1], args[0], out)
+        elif func in SUMMED_PRODUCTS and isinstance(args[2], Tensor):
+            self._meet(args[2], args[1], out)
+        elif func in (torch.nn.functional.embedding, torch.embedding):
+            ids, weight = (args[0], args[1]) if func is torch.nn.functional.embedding else (args[1], args[0])
+            found = self.owners.get(weight.untyped_storage().data_ptr())
+            if found is not None:
+                if torch.is_grad_enabled():
+                    out = out.requires_grad_().clone()
+                self.seen(Use(found[0], 0, True, ids, out))
+        return out
+
+    def _meet(self, weight: Tensor, x: Tensor, out: Tensor) -> None:
+        found = self.owners.get(weight.untyped_storage().data_ptr())
+        if found is not None:
+            name, parameter = found
+            expert = weight.storage_offset() // parameter.stride(0) if parameter.ndim == 3 and weight.ndim == 2 else 0
+            self.seen(Use(name, expert, False, x, out))
