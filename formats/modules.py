@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,11 @@ def canonical(weight: Tensor, transposed: bool) -> Tensor:
     return weight.reshape(-1, weight.shape[-1])
 
 
+def is_experts(module: nn.Module) -> bool:
+    """A module with 3-D parameters, an expert to a slice, of the kind whose layout transformers states."""
+    return any(p.ndim == 3 for p in module._parameters.values() if p is not None) and hasattr(module, "is_transposed")
+
+
 def is_transposed(module: nn.Module) -> bool:
     return isinstance(module, Conv1D) or getattr(module, "is_transposed", False) is True
 
@@ -46,9 +51,6 @@ class Packed(nn.Module):
     """Holds the packed parameters' slots. The packed tensors are ordinary parameters without gradients."""
 
     slots: dict[str, Slot]
-
-    def __hash__(self) -> int:  # restated: nn.Module's is not typed as hashable
-        return id(self)
 
     def tensors(self, name: str = "weight") -> Tensors:
         suffixes = self.slots[name].format.specs(1, 1)
@@ -136,7 +138,7 @@ def pack_parameter(module: nn.Module, name: str, format: Format, *, placeholder:
     experts = parameter.shape[0] if parameter.ndim == 3 else 1
     slot = Slot(format, experts, rows, columns, transposed, parameter.dtype)
     if not isinstance(module, Packed):
-        module.__class__ = packed_class(type(module))
+        module.__class__ = packed_class(cast(Any, type(module)))
         module.__dict__["slots"] = {}
     assert isinstance(module, Packed)
     module.slots[name] = slot

@@ -13,11 +13,23 @@ from sensitivity.measured import measure
 from sensitivity.profile import KeptEntry, Profile, Row, UnitEntry
 from sensitivity.progress import progress
 
+Rows = dict[tuple[str, Choice], dict[str, Any]]
+
+
+def sizes(session: Session, menu: tuple[str, ...], rounding: str | None = None) -> Profile:
+    """A profile of bytes alone, every loss 0: what is needed to know whether a budget can be met at all."""
+    rows = {
+        (unit.name, choice): {"bytes": unit_bytes(unit, choice.format), "predicted_nll": 0.0}
+        for unit in session.graph.units
+        for choice in choices_for(unit, menu, rounding)
+    }
+    return _profile(session, rows)
+
 
 def audit(session: Session, menu: tuple[str, ...], rounding: str | None = None, measured: bool = False) -> Profile:
     """Score every unit in every format of the menu, and where asked measure it. Raises RoundingFailed."""
     session.gather()
-    rows: dict[tuple[str, Choice], dict[str, Any]] = {}
+    rows: Rows = {}
     wanted: list[tuple[Unit, Choice]] = []
     for unit in progress(session.graph.units, desc="formats", unit="unit"):
         weight, statistics = session.bench.weight(unit), session.store[unit]
@@ -30,19 +42,24 @@ def audit(session: Session, menu: tuple[str, ...], rounding: str | None = None, 
                 rows[unit.name, choice] = {"bytes": unit_bytes(unit, choice.format), "predicted_nll": max(0.0, loss)}
             else:
                 print(f"{unit.name} cannot take {choice}: a value overflows", file=sys.stderr)
-    full_precision = None
-    if measured:
-        reference = Reference(session.model, session.texts.search)
-        full_precision = float(reference.nll.mean())
-        journal = session.bank.folder / f"measured-{session.texts.search.fingerprint[:16]}.jsonl"
-        for (name, choice), judgement in measure(session.bench, session.bank, reference, wanted, journal).items():
-            if (name, choice) in rows:
-                rows[name, choice].update(
-                    measured_nll=judgement.delta_nll, measured_nll_se=judgement.delta_nll_se, measured_kl=judgement.kl
-                )
+    if not measured:
+        return _profile(session, rows)
+    reference = Reference(session.model, session.texts.search)
+    journal = session.bank.folder / f"measured-{session.texts.search.fingerprint[:16]}.jsonl"
+    for (name, choice), judgement in measure(session.bench, session.bank, reference, wanted, journal).items():
+        if (name, choice) in rows:
+            rows[name, choice] |= {
+                "measured_nll": judgement.delta_nll,
+                "measured_nll_se": judgement.delta_nll_se,
+                "measured_kl": judgement.kl,
+            }
+    return _profile(session, rows, float(reference.nll.mean()))
+
+
+def _profile(session: Session, rows: Rows, full_precision_nll: float | None = None) -> Profile:
     return Profile(
         provenance=session.provenance,
-        full_precision_nll=full_precision,
+        full_precision_nll=full_precision_nll,
         units=tuple(unit_entry(unit) for unit in session.graph.units),
         kept=tuple(kept_entry(kept) for kept in session.graph.kept),
         rows=tuple(

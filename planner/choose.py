@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from formats.errors import BudgetInfeasible
+from formats.table import FORMATS
 from planner.budget import human
 from planner.materialize import materialize
 from planner.plan import DTYPES, Budget, Measured, Plan, PlannedUnit, Predicted, Search, Uniform
@@ -70,23 +71,23 @@ def menu_of(profile: Profile, formats: Sequence[str] | None = None) -> Menu:
     return Menu(profile, problem, rows, dict(members))
 
 
-def refuse_infeasible(menu: Menu, budget: int, asked: str) -> None:
+def refuse_infeasible(menu: Menu, budget: Budget) -> None:
     """Raises BudgetInfeasible, which says what was asked, what is the least, and what to change."""
     kept = menu.profile.kept_bytes
     least = knapsack.floor(menu.problem) + kept
-    if budget >= least:
+    if budget.bytes >= least:
         return
     parameters = menu.profile.provenance.model.parameters
-    smallest = min(
-        (option for options in menu.problem.values() for option in options), key=lambda option: option.nbytes
-    )
-    names = sorted({option.choice.format for options in menu.problem.values() for option in options})
+    names = {option.choice.format for options in menu.problem.values() for option in options}
+    in_large = {name: format.nbytes(4096, 4096) for name, format in FORMATS.items()}
+    smaller = [name for name, size in in_large.items() if size < min(size for name in names)]
+    ways = [f"raise the budget to at least --budget {least}B"]
+    ways += [f"add a smaller format to --formats ({', '.join(smaller)})"] if smaller else []
+    ways += ["drop --keep"] if any(entry.reason == "kept on request" for entry in menu.profile.kept) else []
     raise BudgetInfeasible(
-        f"{asked} is {budget:,} bytes, and the least that the formats {', '.join(names)} allow is {least:,} bytes"
-        f" ({human(least)}, {least * 8 / parameters:.3f} bits per weight), of which {kept:,} bytes are"
-        f" {len(menu.profile.kept)} tensors kept as they are: raise --budget to at least {least}B, or name smaller"
-        f" formats than {smallest.choice.format} with --formats (int2-g128, binary-g64)"
-        + (", or drop --keep" if any(entry.reason == "kept on request" for entry in menu.profile.kept) else "")
+        f"{budget.asked} is {budget.bytes:,} bytes, and the least that the formats {', '.join(sorted(names))} allow is"
+        f" {least:,} bytes ({human(least)}, {least * 8 / parameters:.3f} bits per weight), of which {kept:,} bytes are"
+        f" {len(menu.profile.kept)} tensors kept as they are: {', or '.join(ways)}"
     )
 
 
@@ -120,7 +121,7 @@ def assemble(
 
 def quick_plan(menu: Menu, budget: Budget) -> Plan:
     """The knapsack's solution, unmeasured: seconds, and no model. Raises BudgetInfeasible."""
-    refuse_infeasible(menu, budget.bytes, budget.asked)
+    refuse_infeasible(menu, budget)
     solution = knapsack.solve(menu.problem, budget.bytes - menu.profile.kept_bytes)
     fitting = menu.uniform(budget.bytes)
     uniform = _uniform(menu, *fitting[0]) if fitting else None
@@ -132,7 +133,7 @@ def make_plan(menu: Menu, budget: Budget, session: Session, *, trials: int, devi
 
     Raises BudgetInfeasible before anything runs.
     """
-    refuse_infeasible(menu, budget.bytes, budget.asked)
+    refuse_infeasible(menu, budget)
     room = budget.bytes - menu.profile.kept_bytes
     on_search = Reference(session.model, session.texts.search)
 

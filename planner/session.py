@@ -71,8 +71,7 @@ def open_session(source: Source, session_texts: Texts, keep: tuple[str, ...] = (
     graph = build_graph(model, keep)
     if not graph.units:
         raise ModelUnreadable(f"{source.model} has no weight that can take a format")
-    if device == "cpu":
-        model.float()
+    _widen(model, device)
     for blocks in (session_texts.calibration, session_texts.search, session_texts.heldout):
         texts.remember(blocks)
     folder = workspace(source.weights_sha256, session_texts.calibration.fingerprint, SEED)
@@ -81,6 +80,17 @@ def open_session(source: Source, session_texts: Texts, keep: tuple[str, ...] = (
     bank = Bank(folder, bench.weight, store)
     facts = _describe(source, session_texts, dtype, model.num_parameters(), device)
     return Session(source, session_texts, model, graph, bench, bank, store, facts)
+
+
+def load_reference(source: Source, device: str = "auto") -> PreTrainedModel:
+    """The full-precision model that others are judged against, as `open_session` has it."""
+    device = pick_device(device)
+    return _widen(sources.load_model(source, device), device)
+
+
+def _widen(model: PreTrainedModel, device: str) -> PreTrainedModel:
+    """On a CPU, in place, float32: there it costs little time, and halves of it would blur small differences."""
+    return model.float() if device == "cpu" else model
 
 
 def _describe(source: Source, session_texts: Texts, dtype: str, parameters: int, device: str) -> Provenance:
@@ -134,17 +144,19 @@ def recall_texts(facts: TextFacts, source: Source, files: list[Path] | None = No
     parts = {name: texts.recall(getattr(facts, name).sha256) for name in ("calibration", "search", "heldout")}
     if all(parts.values()):
         return Texts(**parts, source=facts.source)  # type: ignore[arg-type]
-    if not files and facts.source != texts.DEFAULT_SOURCE:
-        return None
     part = facts.calibration
-    again = read_texts(source, files=files, tokens=part.blocks * part.length, length=part.length)
-    if again.calibration.fingerprint != part.sha256:
-        given = ", ".join(file.name for file in files) if files else "this Python's standard library"
-        raise PlanMismatch(
-            f"{given} is not the calibration text of the file ({facts.source}; {part.blocks} blocks of {part.length}"
-            f" tokens, fingerprint {part.sha256[:12]}): give that text, or plan again with this one"
-        )
-    return again
+    places = [None] if facts.source == texts.DEFAULT_SOURCE else []
+    for place in [files, *places] if files else places:
+        again = read_texts(source, files=place, tokens=part.blocks * part.length, length=part.length)
+        if again.calibration.fingerprint == part.sha256:
+            return again
+    if not files and not places:
+        return None
+    given = ", ".join(file.name for file in files) if files else "this Python's standard library"
+    raise PlanMismatch(
+        f"{given} is not the calibration text that was used ({facts.source}; {part.blocks} blocks of {part.length}"
+        f" tokens, fingerprint {part.sha256[:12]}): give that text, or make another plan with this one"
+    )
 
 
 def round_missing(plan: Plan, session: Session) -> None:

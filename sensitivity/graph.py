@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from formats.errors import UsageError
-from formats.modules import is_transposed
+from formats.modules import is_experts, is_transposed
 from formats.table import NATIVE
 from sensitivity.trace import Trace, Use
 
@@ -75,6 +75,9 @@ class Graph:
 
 def build_graph(model: PreTrainedModel, keep: tuple[str, ...] = ()) -> Graph:
     """Walk and probe a loaded causal LM. `keep`: globs over unit names; UsageError where one matches none."""
+    for module in model.modules():
+        if is_experts(module):  # one product per expert, which is what can be traced
+            module.config._experts_implementation = "eager"  # type: ignore[union-attr]
     units, kept = find_units(model)
     for glob in keep:
         if not any(fnmatchcase(unit.name, glob) for unit in units):
@@ -141,7 +144,7 @@ def _as_unit(path: str, name: str, module: nn.Module, parameter: Tensor) -> tupl
     kind = next((kind for cls, kind in kinds.items() if isinstance(module, cls)), None)
     if kind and name == "weight":
         return Unit(path, kind, f"{path}.weight", 1, rows, columns, parameter.dtype), ""
-    if parameter.ndim == 3 and hasattr(module, "is_transposed"):
+    if parameter.ndim == 3 and is_experts(module):
         return Unit(f"{path}.{name}", "experts", f"{path}.{name}", experts[0], rows, columns, parameter.dtype), ""
     return None, f"a parameter of {type(module).__name__}, which is no Linear, Conv1D, Embedding or experts module"
 
@@ -154,7 +157,7 @@ def probe(model: PreTrainedModel, units: list[Unit]) -> tuple[list[Use], nx.DiGr
     """Run eight tokens; the uses in order, and which read which's output (transitively reduced)."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     uses: list[Use] = []
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.config.get_text_config().vocab_size
     ids = torch.arange(3, 11, device=next(model.parameters()).device).remainder(vocabulary).unsqueeze(0)
     with torch.enable_grad(), Trace({u.parameter: parameters[u.parameter] for u in units}, uses.append):
         model(input_ids=ids, use_cache=False)

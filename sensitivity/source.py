@@ -118,10 +118,6 @@ def load_model(source: Source, device: str = "cpu", **kwargs: Any) -> PreTrained
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelUnreadable(f"transformers cannot load {source.model} as a causal LM: {reason}") from error
-    if hasattr(model, "set_experts_implementation") and model.config.get_text_config().to_dict().get(
-        "num_experts_per_tok"
-    ):
-        model.set_experts_implementation("eager")  # one product per expert, which is what the statistics count
     return model.eval().requires_grad_(False)
 
 

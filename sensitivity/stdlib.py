@@ -44,10 +44,10 @@ def training_documents() -> list[str]:
     return [read(path) for name, path in sources().items() if name not in HELD_OUT]
 
 
-def held_out_text() -> str:
+def held_out_documents() -> list[str]:
     """The modules kept for the numbers that are reported."""
     found = sources()
-    return "\n".join(read(found[name]) for name in HELD_OUT if name in found)
+    return [read(found[name]) for name in HELD_OUT if name in found]
 
 
 def calibration_text(characters: int = 600_000) -> str:

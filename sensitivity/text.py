@@ -113,7 +113,9 @@ def prepare(
         source = ", ".join(path.name for path in files) if files else str(dataset)
     else:
         documents, source = [stdlib.calibration_text(tokens * 10)], DEFAULT_SOURCE
-    fixed = [read_file(path) for path in heldout] if heldout else [] if files or dataset else [stdlib.held_out_text()]
+    fixed = (
+        [read_file(path) for path in heldout] if heldout else [] if files or dataset else stdlib.held_out_documents()
+    )
     for document in documents:
         ids = _encode(tokenizer, document)
         start, passed = 0, 0.0

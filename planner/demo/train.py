@@ -91,7 +91,7 @@ def train(out: Path, steps: int, batch: int, seed: int, device: str) -> None:
     random.Random(seed).shuffle(documents)
     tokenizer = train_tokenizer(documents)
     ids = encode(tokenizer, documents)
-    held_out = encode(tokenizer, [stdlib.held_out_text()]).to(device)
+    held_out = encode(tokenizer, ["\n".join(stdlib.held_out_documents())]).to(device)
     print(f"{len(documents)} modules, {len(ids):,} tokens; {len(held_out):,} held out", file=sys.stderr)
 
     model = new_model()

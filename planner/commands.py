@@ -1,0 +1,264 @@
+"""What each command does with its arguments. May import: everything.
+
+A function a command, called as the command is; planner.cli parses, prints errors and sets the exit code.
+"""
+
+import json
+import sys
+from argparse import Namespace
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import planner.audit
+import planner.compare
+import planner.demo
+from formats.errors import CodesMissing, FormatUnavailable, PlanMismatch, UsageError
+from formats.rounding import rounding_named
+from formats.table import FORMATS, MENU
+from planner.budget import budget_bytes, human
+from planner.card import refuse_folder, save
+from planner.choose import make_plan, menu_of, quick_plan, refuse_infeasible
+from planner.materialize import check_plan_fits, find_for, make_codes, materialize, resident_bytes
+from planner.plan import Budget, Plan
+from planner.pretrained import missing_codes
+from planner.session import load_reference, open_session, read_texts, recall_texts
+from planner.show import compare_text, plan_text, profile_text, table
+from planner.uniform import COMPARED, parse_formats
+from sensitivity import source as sources
+from sensitivity.loss import Reference
+from sensitivity.profile import Profile, Provenance, read, write
+from sensitivity.source import Source
+from sensitivity.store import refuse_overwrite
+from sensitivity.text import Texts
+
+
+def _put(arguments: Namespace, data: Any, text: str) -> None:
+    print(json.dumps(data, allow_nan=False) if arguments.json else text)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _read_texts(arguments: Namespace, source: Source) -> Texts:
+    if arguments.tokens < 1 or arguments.block < 8:
+        raise UsageError("--tokens must be above 0, and --block at least 8")
+    if arguments.text and arguments.dataset:
+        raise UsageError("give --text or --dataset, not both")
+    texts = read_texts(
+        source,
+        files=arguments.text,
+        dataset=arguments.dataset,
+        heldout=arguments.heldout,
+        tokens=arguments.tokens,
+        length=arguments.block,
+    )
+    parts = {name: getattr(texts, name).ids.shape for name in ("calibration", "search", "heldout")}
+    sizes = ", ".join(f"{name} {count} × {length} tokens" for name, (count, length) in parts.items())
+    _say(f"text: {texts.source}: {sizes}")
+    return texts
+
+
+def audit(arguments: Namespace) -> None:
+    refuse_overwrite(arguments.output, arguments.force)
+    menu = _menu_formats(arguments)
+    source = sources.find(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    session = open_session(source, _read_texts(arguments, source), tuple(arguments.keep), arguments.device)
+    profile = planner.audit.audit(session, menu, arguments.rounding, arguments.measure)
+    if arguments.output:
+        write(arguments.output, profile)
+        _say(f"profile written to {arguments.output}")
+    nll = profile.full_precision_nll
+    rows = [{**row.model_dump(), "delta_nll": row.delta_nll, "full_precision_nll": nll} for row in profile.rows]
+    _put(arguments, rows, profile_text(profile))
+
+
+def _menu_formats(arguments: Namespace) -> tuple[str, ...]:
+    if arguments.rounding:
+        rounding_named(arguments.rounding)
+    menu = parse_formats(arguments.formats, MENU)
+    for name in menu:
+        if reason := FORMATS[name].unavailable():
+            raise FormatUnavailable(f"{name} cannot run here: {reason}")
+    return menu
+
+
+def plan(arguments: Namespace) -> None:
+    refuse_overwrite(arguments.output, arguments.force)
+    if arguments.trials < 0:
+        raise UsageError(f"--trials {arguments.trials}: it must be 0 or more")
+
+    def budget(facts: Provenance) -> Budget:
+        size, asked = budget_bytes(arguments.budget, arguments.bpw, arguments.fraction, facts.model.parameters)
+        return Budget(asked=asked, bytes=size)
+
+    budget_bytes(arguments.budget, arguments.bpw, arguments.fraction, 1)  # its words, before any work
+    formats = _menu_formats(arguments)
+    source = sources.find(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    if arguments.profile:
+        if arguments.keep or arguments.rounding:
+            raise UsageError("--keep and --rounding are settled by the profile: give them to `bitplan audit`")
+        profile, session = read(arguments.profile, Profile), None
+        _check_profile(profile, source, formats if arguments.formats else ())
+        refuse_infeasible(menu_of(profile, formats if arguments.formats else None), budget(profile.provenance))
+        if arguments.trials:
+            session = open_session(source, _profile_texts(arguments, profile, source), _kept(profile), arguments.device)
+    else:
+        session = open_session(source, _read_texts(arguments, source), tuple(arguments.keep), arguments.device)
+        refuse_infeasible(
+            menu_of(planner.audit.sizes(session, formats, arguments.rounding)), budget(session.provenance)
+        )
+        profile = planner.audit.audit(session, formats, arguments.rounding)
+    menu = menu_of(profile, formats if arguments.formats else None)
+    if arguments.trials and session is not None:
+        made = make_plan(menu, budget(profile.provenance), session, trials=arguments.trials, device=arguments.device)
+    else:
+        made = quick_plan(menu, budget(profile.provenance))
+    if arguments.output:
+        write(arguments.output, made)
+        _say(f"plan written to {arguments.output}")
+    _put(arguments, made.model_dump(mode="json"), plan_text(made))
+
+
+def _check_profile(profile: Profile, source: Source, formats: tuple[str, ...]) -> None:
+    facts = profile.provenance.model
+    if facts.weights_sha256 != source.weights_sha256:
+        raise PlanMismatch(
+            f"the profile was made for {facts.id} (fingerprint {facts.weights_sha256[:12]}), not for {source.model}"
+            f" ({source.weights_sha256[:12]}): audit this model"
+        )
+    unknown = [name for name in formats if name not in {row.format for row in profile.rows}]
+    if unknown:
+        raise UsageError(
+            f"the profile has no rows for {', '.join(unknown)}: audit with --formats first (the cache helps)"
+        )
+
+
+def _kept(profile: Profile) -> tuple[str, ...]:
+    return tuple(k.name.removesuffix(".weight") for k in profile.kept if k.reason == "kept on request")
+
+
+def _profile_texts(arguments: Namespace, profile: Profile, source: Source) -> Texts:
+    texts = recall_texts(profile.provenance.text, source, arguments.text)
+    if texts is None:
+        raise UsageError(
+            f"the profile's text ({profile.provenance.text.source}) is not in the cache: give it with --text,"
+            f" or plan by the profile alone with --trials 0"
+        )
+    return texts
+
+
+def apply(arguments: Namespace) -> None:
+    refuse_folder(arguments.save, arguments.force)
+    plan = read(arguments.plan, Plan)
+    source = find_for(plan, arguments.model, arguments.trust_remote_code)
+    make_codes(plan, source, arguments.text)
+    if units := missing_codes(plan):
+        raise CodesMissing(
+            f"{len(units)} units are rounded with {units[0].rounding}, which needs the plan's calibration text"
+            f" ({plan.provenance.text.source}): run `bitplan apply {arguments.plan} --text FILE …` with it"
+        )
+    reference = None
+    if arguments.text or arguments.dataset or arguments.heldout:
+        texts = _read_texts(arguments, source)
+        reference = Reference(load_reference(source, arguments.device), texts.heldout)
+    model = materialize(plan, source, arguments.device)
+    size = resident_bytes(model)
+    data: dict[str, Any] = {
+        "resident_bytes": size,
+        "planned_bytes": plan.bytes,
+        "bits_per_weight": size * 8 / plan.provenance.model.parameters,
+        "device": str(model.device),
+    }
+    text = [
+        f"resident {size:,} bytes ({human(size)}), planned {plan.bytes:,};"
+        f" {data['bits_per_weight']:.3f} bits per weight"
+    ]
+    if reference is not None:
+        judgement = reference.judge(model)
+        data |= {"nll": judgement.nll, "ppl": judgement.ppl, "kl": judgement.kl, "kl_se": judgement.kl_se}
+        data |= {"delta_nll": judgement.delta_nll, "delta_nll_se": judgement.delta_nll_se, "tokens": judgement.tokens}
+        text.append(
+            f"{judgement.tokens:,} held-out tokens: perplexity {judgement.ppl:.3f},"
+            f" KL {judgement.kl:.5f} ± {judgement.kl_se:.5f}"
+        )
+    if arguments.save:
+        save(model, plan, source, arguments.save, arguments.force)
+        data["saved"] = str(arguments.save)
+        text.append(f"saved to {arguments.save}")
+    if arguments.prompt is not None:
+        data["text"] = _continue(model, sources.load_tokenizer(source), arguments.prompt)
+        text.append(data["text"])
+    _put(arguments, data, "\n".join(text))
+
+
+def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    if not inputs["input_ids"].numel():
+        raise UsageError("--prompt holds no token: give some text")
+    out = model.generate(  # type: ignore[operator]
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=64,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+    )
+    return str(tokenizer.decode(out[0], skip_special_tokens=True))
+
+
+def compare(arguments: Namespace) -> None:
+    formats = parse_formats(arguments.formats, COMPARED)
+    plans = {path.name: read(path, Plan) for path in arguments.plan}
+    source = sources.find(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    for plan in plans.values():
+        check_plan_fits(plan, source)
+    session = open_session(source, _read_texts(arguments, source), device=arguments.device)
+    lines = []
+    for line in planner.compare.compare(session, formats, plans, arguments.rounding, arguments.device):
+        lines.append(line)
+        _say(f"{line.name}: {'measured' if line.judgement else line.note}")
+    _put(arguments, {"rows": [line.as_dict() for line in lines]}, compare_text(lines))
+
+
+def show(arguments: Namespace) -> None:
+    plan = read(arguments.plan, Plan)
+    _put(arguments, plan.model_dump(mode="json"), plan_text(plan))
+
+
+def demo(arguments: Namespace) -> None:
+    refuse_overwrite(arguments.output, arguments.force)
+    made, lines = planner.demo.run(arguments.trials, _say)
+    if arguments.output:
+        write(arguments.output, made)
+        _say(f"plan written to {arguments.output}: bitplan show {arguments.output}")
+    _put(
+        arguments,
+        {"rows": [line.as_dict() for line in lines], "plan": made.model_dump(mode="json")},
+        compare_text(lines),
+    )
+
+
+def formats(arguments: Namespace) -> None:
+    rows: list[dict[str, Any]] = []
+    for name, row in FORMATS.items():
+        size = row.nbytes(4096, 4096)
+        facts = {
+            "format": name,
+            "bits": row.bits,
+            "bits_per_weight": size * 8 / 4096**2,
+            "rounding": row.default_rounding,
+        }
+        rows.append({**facts, "planned_by_default": name in MENU, "unavailable": row.unavailable()})
+    text = [
+        (
+            r["format"],
+            f"{r['bits_per_weight']:.4f}",
+            r["rounding"],
+            "yes" if r["planned_by_default"] else "",
+            r["unavailable"] or "",
+        )
+        for r in rows
+    ]
+    head = ("format", "bits per weight of 4096 × 4096", "rounding", "planned by default", "")
+    _put(arguments, rows, table(head, text))

@@ -1,0 +1,229 @@
+"""The command as typed, on tiny models: data on stdout, exit codes, and bad input in one sentence."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from planner.cli import main
+from planner.plan import Plan
+from sensitivity.profile import Profile, read
+
+LITTLE = ["--tokens", "1024", "--block", "64", "--device", "cpu"]
+MENU = ["--formats", "int8,int4-g64,int3-g32,int2-g64"]
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text(" ".join(f"the {i} cats sat on {i * 7} mats." for i in range(800)))
+    return file
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*arguments: object) -> tuple[int, str, str]:
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def test_audit_plan_apply_and_plain_transformers(run, checkpoint, text, tmp_path):
+    model = checkpoint("llama-tied", torch.bfloat16)
+    profile, plan, saved = tmp_path / "profile.json", tmp_path / "plan.json", tmp_path / "saved"
+    code, out, _ = run("audit", model, "--text", text, *LITTLE, *MENU, "-o", profile, "--json")
+    assert code == 0
+    rows = json.loads(out)
+    assert set(rows[0]) >= {"unit", "format", "rounding", "bytes", "delta_nll"}
+    assert len(rows) == 15 * 5
+    assert read(profile, Profile).provenance.text.source == "text.txt"
+
+    code, out, _ = run(
+        "plan", model, "--bpw", "4.6", "--profile", profile, "--trials", "4", *LITTLE, "-o", plan, "--json"
+    )
+    assert code == 0
+    made = Plan.model_validate_json(out)
+    assert made == read(plan, Plan)
+    assert made.bytes <= made.budget.bytes == int(4.6 * made.provenance.model.parameters / 8)
+    assert made.measured is not None and made.uniform is not None and made.uniform.measured is not None
+    assert made.measured.kl <= made.uniform.measured.kl
+
+    code, out, _ = run("apply", plan, "--text", text, *LITTLE, "--save", saved, "--prompt", "the cat", "--json")
+    assert code == 0
+    data = json.loads(out)
+    assert data["resident_bytes"] == data["planned_bytes"] == made.bytes
+    assert data["kl"] == pytest.approx(made.measured.kl, rel=1e-6)
+    assert data["text"].startswith("the cat")
+    with safe_open(saved / "model.safetensors", "pt") as file:
+        assert sum(file.get_tensor(name).nbytes for name in file.keys()) == made.bytes  # noqa: SIM118
+    assert {"config.json", "tokenizer.json", "plan.json", "README.md"} <= {path.name for path in saved.iterdir()}
+    again = AutoModelForCausalLM.from_pretrained(saved)
+    assert sum(p.nbytes for p in again.parameters()) == made.bytes
+
+    code, out, _ = run("show", plan)
+    assert code == 0
+    assert "model.layers.*.mlp.down_proj" in out
+    code, out, err = run("apply", plan, "--save", saved)
+    assert (code, out) == (2, "")
+    assert "exists: give --force" in err
+    assert run("apply", plan, "--save", saved, "--force", "--device", "cpu")[0] == 0
+
+
+def test_another_budget_runs_no_model(run, checkpoint, tmp_path, monkeypatch):
+    model, profile = checkpoint("gpt2"), tmp_path / "profile.json"
+    assert run("audit", model, *LITTLE, *MENU, "-o", profile)[0] == 0
+    monkeypatch.setattr("sensitivity.source.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    code, out, _ = run("plan", model, "--fraction", "0.4", "--profile", profile, "--trials", "0", "--json")
+    assert code == 0
+    made = json.loads(out)
+    assert made["measured"] is None
+    assert made["bytes"] <= made["budget"]["bytes"] == int(0.4 * 2 * made["provenance"]["model"]["parameters"])
+
+
+def test_an_interrupted_measurement_goes_on(run, checkpoint, tmp_path, monkeypatch):
+    from sensitivity.loss import Reference
+
+    judged = Reference.judge
+    model = checkpoint("opt")
+    arguments = ("audit", model, *LITTLE, "--formats", "int3-g64", "--measure", "--json")
+    calls = 0
+
+    def interrupted(self, exchanged):
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise KeyboardInterrupt
+        return judged(self, exchanged)
+
+    monkeypatch.setattr(Reference, "judge", interrupted)
+    code, out, err = run(*arguments)
+    assert (code, out) == (130, "")
+    assert "run the same command again" in err
+    code, out, _ = run(*arguments)
+    assert code == 0
+    measured = [row for row in json.loads(out) if row["measured_nll"] is not None]
+    assert len(measured) == 14
+    assert calls == 6 + 14 - 5
+
+
+def test_compare(run, checkpoint, tmp_path):
+    model, plan = checkpoint("llama", torch.bfloat16), tmp_path / "p.json"
+    assert run("plan", model, "--bpw", "6", *LITTLE, *MENU, "--trials", "2", "-o", plan)[0] == 0
+    code, out, _ = run("compare", model, *LITTLE, "--formats", "fp32,bf16,int8,int4", "--plan", plan, "--json")
+    assert code == 0
+    rows = {row["name"]: row for row in json.loads(out)["rows"]}
+    assert list(rows) == ["fp32", "bf16", "uniform int8", "uniform int4-g64/gptq", "p.json"]
+    assert rows["fp32"]["kl"] < 1e-9
+    assert rows["fp32"]["times_smaller_than_fp32"] == 1
+    assert rows["bf16"]["times_smaller_than_fp32"] == 2
+    assert rows["p.json"]["resident_bytes"] == read(plan, Plan).bytes
+    assert rows["uniform int8"]["kl"] < rows["uniform int4-g64/gptq"]["kl"]
+
+
+def test_a_format_that_cannot_run_is_a_row_that_says_so(run, checkpoint, monkeypatch):
+    monkeypatch.setattr("formats.bnb.missing", lambda: "bitsandbytes is not installed: pip install bitsandbytes")
+    code, out, _ = run("compare", checkpoint("gpt2"), *LITTLE, "--formats", "nf4,int8", "--json")
+    assert code == 0
+    rows = json.loads(out)["rows"]
+    assert "pip install bitsandbytes" in rows[0]["note"]
+    assert rows[1]["kl"] > 0
+
+
+def test_formats_lists_every_row(run):
+    code, out, _ = run("formats", "--json")
+    assert code == 0
+    rows = {row["format"]: row for row in json.loads(out)}
+    assert {"fp32", "bf16", "fp16", "fp8", "int8", "int8-bnb", "nf4", "int4-g64", "binary-g64"} <= set(rows)
+    assert rows["int4-g128"]["bits_per_weight"] == pytest.approx(4 + (16 + 4) / 128)
+
+
+class TestBadInput:
+    """(code, what stderr must say); stdout stays empty and nothing is written."""
+
+    @pytest.fixture
+    def refused(self, run, tmp_path):
+        def check(code: int, said: str, *arguments: object) -> None:
+            before = sorted(tmp_path.rglob("*"))
+            found, out, err = run(*arguments)
+            assert (found, out) == (code, "")
+            assert said in err
+            assert "Traceback" not in err
+            assert sorted(tmp_path.rglob("*")) == before
+
+        return check
+
+    def test_budget_under_the_floor(self, refused, checkpoint, tmp_path):
+        model, output = checkpoint("llama"), tmp_path / "plan.json"
+        start = ("plan", model, *LITTLE, *MENU, "-o", output)
+        refused(3, "raise the budget to at least --budget", *start, "--budget", "20KiB")
+        refused(3, "tensors kept as they are", *start, "--bpw", "1.5")
+        refused(3, "or drop --keep", *start, "--bpw", "3", "--keep", "*mlp*")
+
+    def test_budget_words(self, refused, checkpoint):
+        refused(2, "could mean bits or bytes", "plan", checkpoint("llama"), "--budget", "3gb")
+        refused(2, "has no unit of bytes", "plan", checkpoint("llama"), "--budget", "3")
+        refused(2, "say the budget once", "plan", checkpoint("llama"))
+        refused(2, "say the budget once", "plan", checkpoint("llama"), "--bpw", "4", "--fraction", "0.3")
+        refused(2, "above zero", "plan", checkpoint("llama"), "--bpw", "nan")
+
+    def test_formats_and_globs(self, refused, checkpoint):
+        refused(2, "did you mean int4-g64", "audit", checkpoint("llama"), "--formats", "int4-g63")
+        refused(2, "unknown rounding 'magic'", "audit", checkpoint("llama"), "--rounding", "magic")
+        refused(2, "matches no unit", "audit", checkpoint("llama"), *LITTLE, "--keep", "*.nothing")
+
+    def test_models(self, refused, tmp_path, checkpoint):
+        empty = tmp_path / "empty"
+        empty.mkdir()
+        refused(1, "has no config.json", "audit", empty)
+        (empty / "config.json").write_text("{}")
+        refused(1, "has no *.safetensors weights", "audit", empty)
+        (empty / "model.safetensors").write_bytes(b"not tensors at all")
+        refused(1, "not a whole safetensors file", "audit", empty)
+        refused(1, "neither a folder here nor a hub id", "audit", tmp_path / "no" / "such" / "folder")
+        refused(1, "is no folder here and could not be had from the hub", "audit", "some/model")
+
+    def test_texts(self, refused, checkpoint, tmp_path):
+        binary, short = tmp_path / "binary", tmp_path / "short"
+        binary.write_bytes(bytes(range(256)))
+        short.write_text("too short")
+        refused(2, "cannot read text file", "audit", checkpoint("llama"), "--text", tmp_path / "none")
+        refused(2, "is not UTF-8 text", "audit", checkpoint("llama"), "--text", binary)
+        refused(1, "text too short", "audit", checkpoint("llama"), *LITTLE, "--text", short)
+
+    def test_plan_files(self, refused, run, checkpoint, tmp_path):
+        plan, other = tmp_path / "plan.json", tmp_path / "other.json"
+        assert run("plan", checkpoint("llama"), *LITTLE, *MENU, "--bpw", "6", "--trials", "1", "-o", plan)[0] == 0
+        refused(1, "the plan was made for", "apply", plan, "--model", checkpoint("gpt2"))
+        refused(2, "exists: give --force", "plan", checkpoint("llama"), "--bpw", "6", "-o", plan)
+        refused(2, "exists: give --force", "audit", checkpoint("llama"), "-o", plan)
+        other.write_text(plan.read_text()[:500])
+        refused(1, "is no valid plan file", "show", other)
+        refused(1, "is no valid plan file", "apply", other)
+        refused(1, "cannot read", "show", tmp_path / "none.json")
+        refused(2, "is not here", "apply", plan, "--device", "cuda:99")
+        refused(2, "unknown device", "apply", plan, "--device", "tpu")
+
+    def test_a_folder_of_something_else_is_never_replaced(self, refused, run, checkpoint, tmp_path):
+        plan, folder = tmp_path / "plan.json", tmp_path / "precious"
+        folder.mkdir()
+        (folder / "thesis.txt").write_text("years of work")
+        assert run("plan", checkpoint("llama"), *LITTLE, *MENU, "--bpw", "6", "--trials", "1", "-o", plan)[0] == 0
+        refused(2, "holds something else than a model", "apply", plan, "--save", folder, "--force")
+
+    def test_quantized_already(self, refused, run, checkpoint, tmp_path):
+        plan, saved = tmp_path / "plan.json", tmp_path / "saved"
+        assert run("plan", checkpoint("llama"), *LITTLE, *MENU, "--bpw", "6", "--trials", "1", "-o", plan)[0] == 0
+        assert run("apply", plan, "--save", saved, "--device", "cpu")[0] == 0
+        refused(1, "is quantized already (bitplan)", "audit", saved)
+
+    def test_unknown_command(self, run):
+        code, out, err = run("frobnicate")
+        assert (code, out) == (2, "")
+        assert "invalid choice" in err

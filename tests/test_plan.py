@@ -1,0 +1,166 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from formats.errors import FileInvalid
+from formats.table import FORMATS
+from planner.plan import Plan
+from planner.show import folded, plan_text
+from sensitivity.profile import Profile, read, write
+
+SHA = "0" * 64
+PART = {"sha256": SHA, "blocks": 4, "length": 64}
+PROVENANCE = {
+    "model": {
+        "id": "some/model",
+        "revision": None,
+        "config_sha256": SHA,
+        "weights_sha256": SHA,
+        "dtype": "bfloat16",
+        "parameters": 10_000,
+    },
+    "text": {"source": "text", "calibration": PART, "search": PART, "heldout": PART},
+    "seed": 0,
+    "device": "cpu",
+    "versions": {"bitplan": "0"},
+}
+
+
+@st.composite
+def plans(draw):
+    units = []
+    for i in range(draw(st.integers(1, 5))):
+        name = draw(st.sampled_from(sorted(FORMATS)))
+        rows, columns = draw(st.integers(1, 70)), draw(st.integers(1, 300))
+        size = rows * columns * 2 if name == "bf16" else FORMATS[name].nbytes(rows, columns)
+        full = f"model.layers.{i}.mlp.up_proj"
+        units.append(
+            {
+                "name": full,
+                "kind": "linear",
+                "parameter": f"{full}.weight",
+                "experts": 1,
+                "rows": rows,
+                "columns": columns,
+            }
+            | {"dtype": "bfloat16", "group": full, "format": name, "rounding": "nearest", "bytes": size}
+        )
+    kept = [{"name": "model.norm.weight", "shape": [64], "dtype": "bfloat16", "bytes": 128, "reason": "a vector"}]
+    total = sum(entry["bytes"] for entry in units + kept)
+    return Plan.model_validate(
+        {
+            "budget": {"asked": "x", "bytes": total},
+            "bytes": total,
+            "bits_per_weight": total * 8 / 10_000,
+            "shipped": "search",
+        }
+        | {"units": units, "kept": kept, "predicted": {"nll": 0.1, "bound": 0.1, "gap": 0.0}, "provenance": PROVENANCE}
+    )
+
+
+@given(plans())
+def test_a_plan_file_says_the_plan(plan):
+    assert Plan.model_validate_json(plan.model_dump_json()) == plan
+
+
+@given(plans())
+def test_folding_loses_no_bytes(plan):
+    assert sum(size for *_, size in folded(plan)) == sum(unit.bytes for unit in plan.units)
+    assert sum(count for _, count, *_ in folded(plan)) == len(plan.units)
+    assert "some/model" in plan_text(plan)
+
+
+@pytest.fixture(scope="module")
+def example() -> dict:
+    found: list[Plan] = []
+
+    @given(plans())
+    def collect(plan):
+        found.append(plan)
+
+    collect()
+    several = [plan for plan in found if len(plan.units) > 1 and plan.units[0].format != plan.units[1].format]
+    return several[0].model_dump(mode="json")
+
+
+def changed(example: dict, path: str, value: object) -> dict:
+    content = json.loads(json.dumps(example))
+    *way, last = path.split(".")
+    place = content
+    for step in way:
+        place = place[int(step) if step.isdigit() else step]
+    place[last] = value
+    return content
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("surprise", 1, "surprise: Extra inputs are not permitted"),
+        ("units.0.surprise", 1, "units.0.surprise: Extra inputs"),
+        ("bytes", -5, "bytes: Input should be greater than or equal to 0"),
+        ("bytes", 3.5, "bytes: Input should be a valid integer"),
+        ("bytes", 7, "the plan says 7 bytes"),
+        ("units.0.bytes", 1, "1 bytes, but"),
+        ("units.0.name", "../../etc/passwd", "units.0.name: String should match pattern"),
+        ("units.0.name", "model.layers.*.mlp", "units.0.name: String should match pattern"),
+        ("units.0.parameter", "/tmp/x", "units.0.parameter: String should match pattern"),
+        ("units.0.name", "model.layers.1.mlp.up_proj", "planned more than once"),
+        ("units.0.format", "int9", "unknown format 'int9'"),
+        ("schema_version", 2, "schema_version: Input should be 1"),
+        ("provenance.model.weights_sha256", "abc", "weights_sha256: String should match pattern"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said(example, tmp_path, path, value, message):
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(changed(example, path, value)))
+    with pytest.raises(FileInvalid, match="is no valid plan file") as caught:
+        read(file, Plan)
+    assert message in str(caught.value)
+
+
+def test_nan_is_refused(example, tmp_path):
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(changed(example, "bits_per_weight", float("nan"))))
+    with pytest.raises(FileInvalid):
+        read(file, Plan)
+    with pytest.raises(ValidationError, match="finite number"):
+        Plan.model_validate(example | {"bits_per_weight": float("nan")})
+
+
+def test_groups_agree(example):
+    content = changed(example, "units.1.group", example["units"][0]["name"])
+    with pytest.raises(ValidationError, match="but its group"):
+        Plan.model_validate(content)
+
+
+@given(st.integers(0, 400))
+def test_a_truncated_file_is_said(cut):
+    text = json.dumps({"budget": {"asked": "x" * 400, "bytes": 3}})[:cut]
+    folder = Path(os.environ["BITPLAN_CACHE"])
+    (folder / "cut.json").write_text(text)
+    with pytest.raises(FileInvalid):
+        read(folder / "cut.json", Plan)
+
+
+def test_a_missing_file_is_said(tmp_path):
+    with pytest.raises(FileInvalid, match=r"cannot read .*none: No such file"):
+        read(tmp_path / "none", Profile)
+
+
+def test_nothing_half_written(example, tmp_path):
+    plan = Plan.model_validate(example)
+    write(tmp_path / "new" / "plan.json", plan)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["plan.json"]
+    assert read(tmp_path / "new" / "plan.json", Plan) == plan
+
+
+def test_the_schema_is_pinned():
+    """A change of the file's shape is seen here: write the new schema, and raise schema_version if old files break."""
+    pinned = Path(__file__).parent / "plan.schema.json"
+    assert json.loads(pinned.read_text()) == Plan.model_json_schema()

@@ -1,0 +1,252 @@
+"""The plug-in on real checkpoints: bytes, values and logits, before saving and after reading back."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+import planner
+from formats.errors import CodesMissing, PlanMismatch
+from formats.modules import Packed
+from formats.table import format_named
+from planner.materialize import load, resident_bytes
+from planner.plan import Plan
+from planner.pretrained import PlanConfig
+from planner.session import round_missing
+from planner.uniform import uniform_plan
+from sensitivity.bank import Choice, unit_bytes
+from tests import tiny
+
+IDS = torch.arange(3, 43).unsqueeze(0)
+MIX = [
+    "int4-g32",
+    "nf4",
+    "fp8",
+    "int8",
+    "int3-g64",
+    "bf16",
+    "binary-g64",
+    "int8-bnb",
+    "int5-g128",
+    "fp16",
+    "fp32",
+    "int2-g32",
+]
+
+
+def mixed_plan(session) -> Plan:
+    """Every format somewhere: groups take the formats in turn."""
+    plan = uniform_plan(session, "int4-g64", "nearest")
+    groups = list(dict.fromkeys(unit.group for unit in plan.units))
+    units = []
+    for unit, own in zip(plan.units, session.graph.units, strict=True):
+        name = MIX[groups.index(unit.group) % len(MIX)]
+        units.append(unit.model_copy(update={"format": name, "bytes": unit_bytes(own, name)}))
+    total = sum(unit.bytes for unit in units) + sum(entry.bytes for entry in plan.kept)
+    content = plan.model_dump() | {"units": [unit.model_dump() for unit in units], "bytes": total}
+    return Plan.model_validate(content)
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def on_disk(folder: Path) -> int:
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            total += sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
+    return total
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", list(tiny.CONFIGS))
+def test_load_save_reload(name, dtype, session_of, checkpoint, tmp_path):
+    session, folder = session_of(name, dtype), checkpoint(name, dtype)
+    plan = mixed_plan(session)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=PlanConfig(plan))
+    assert resident_bytes(model) == plan.bytes
+    # Each unit's weight is what its rounding gives for the checkpoint's weight.
+    for unit, own in zip(plan.units, session.graph.units, strict=True):
+        if unit.is_native:
+            continue
+        module = model.get_submodule(unit.parameter.rpartition(".")[0])
+        assert isinstance(module, Packed)
+        expected = session.bank.dequantized(own, Choice(unit.format, unit.rounding))
+        slot = module.slots[unit.parameter.rpartition(".")[2]]
+        tensors = module.tensors(unit.parameter.rpartition(".")[2])
+        assert_close(slot.format.dequantize(tensors, slot.columns, torch.float32), expected, rtol=0, atol=0)
+    # The model computes what a plain model with those weights computes.
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    for unit, own in zip(plan.units, session.graph.units, strict=True):
+        weight = session.bank.dequantized(own, Choice(unit.format, unit.rounding)).to(dtype)
+        parameter = plain.get_parameter(unit.parameter)
+        shaped = weight.unflatten(0, (own.experts, own.rows)) if parameter.ndim == 3 else weight
+        parameter.data = shaped if shaped.shape == parameter.shape and own.kind != "conv1d" else shaped.mT.contiguous()
+    found, expected = logits(model), logits(plain)
+    # LLM.int8 rounds inputs; with bfloat16, products of fp32 and fp16 weights are computed in float32.
+    tolerance = 0.05 if dtype == torch.bfloat16 else 0.02
+    assert (found - expected).norm() < tolerance * expected.norm()
+    # Saved and read back by plain transformers, it is the same to the bit, in memory and on disk.
+    model.save_pretrained(tmp_path)
+    assert on_disk(tmp_path) == plan.bytes
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert resident_bytes(again) == plan.bytes
+    assert again.dtype == model.dtype == dtype
+    assert torch.equal(logits(again), found)
+    assert not any(
+        p.requires_grad
+        for m in again.modules()
+        if isinstance(m, Packed)
+        for p in m._parameters.values()
+        if p is not None and not p.is_floating_point()
+    )
+
+
+def test_generation_by_greedy_search_is_the_plain_models(session_of, checkpoint):
+    session = session_of("llama-tied")
+    model = load(uniform_plan(session, "int8"), checkpoint("llama-tied"), device="cpu")
+    out = model.generate(input_ids=IDS[:, :5], max_new_tokens=8, do_sample=False, pad_token_id=0)
+    step = IDS[:, :5]
+    for _ in range(8):
+        step = torch.cat((step, model(input_ids=step).logits[:, -1:].argmax(-1)), 1)
+    assert torch.equal(out, step)
+
+
+def test_codes_made_with_text_are_used_later_without(session_of, checkpoint):
+    session = session_of("llama")
+    plan = uniform_plan(session, "int3-g32")
+    assert {unit.rounding for unit in plan.units} == {"gptq"}
+    round_missing(plan, session)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"), quantization_config=PlanConfig(plan))
+    for unit in session.graph.units:
+        module = model.get_submodule(unit.name)
+        expected = session.bank.dequantized(unit, Choice("int3-g32", "gptq"))
+        assert_close(module.dequantized(), expected, rtol=0, atol=0)
+        assert not torch.equal(expected, session.bank.dequantized(unit, Choice("int3-g32", "nearest")))
+
+
+def test_without_codes_and_text_loading_names_the_command(session_of, checkpoint, monkeypatch, tmp_path):
+    plan = uniform_plan(session_of("llama"), "int5-g128")
+    monkeypatch.setenv("BITPLAN_CACHE", str(tmp_path))
+    with pytest.raises(CodesMissing, match="bitplan apply PLAN --text FILE"):
+        AutoModelForCausalLM.from_pretrained(checkpoint("llama"), quantization_config=PlanConfig(plan))
+
+
+def test_load_makes_the_codes_from_the_plans_text(session_of, checkpoint, monkeypatch, tmp_path):
+    session = session_of("llama")
+    plan = uniform_plan(session, "int5-g64")
+    round_missing(plan, session)
+    expected = logits(load(plan, checkpoint("llama"), device="cpu"))
+    monkeypatch.setenv("BITPLAN_CACHE", str(tmp_path))
+    # The plan's text is the standard library, which every Python carries.
+    assert torch.equal(logits(load(plan, checkpoint("llama"), device="cpu")), expected)
+
+
+def test_other_weights_are_refused(session_of, checkpoint):
+    plan = uniform_plan(session_of("llama"), "int8")
+    with pytest.raises(PlanMismatch, match="made for other weights"):
+        AutoModelForCausalLM.from_pretrained(checkpoint("llama-tied"), quantization_config=PlanConfig(plan))
+    with pytest.raises(PlanMismatch, match="config and weights differ"):
+        load(plan, checkpoint("llama-tied"), device="cpu")
+
+
+def test_a_plan_beside_a_planned_checkpoint_is_refused(session_of, checkpoint, tmp_path):
+    plan = uniform_plan(session_of("llama"), "int8")
+    load(plan, checkpoint("llama"), device="cpu").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="SavedPlanConfig but you are passing a PlanConfig"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=PlanConfig(plan))
+
+
+def test_another_dtype_is_not_taken_in_silence(session_of, checkpoint):
+    plan = uniform_plan(session_of("llama"), "int8")
+    with pytest.warns(UserWarning, match="is not used"):
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint("llama"), quantization_config=PlanConfig(plan), dtype=torch.float16
+        )
+    assert resident_bytes(model) == plan.bytes
+
+
+def test_configs_are_equal_where_plans_are(session_of):
+    session = session_of("llama")
+    one, other = uniform_plan(session, "int8"), uniform_plan(session, "nf4")
+    assert PlanConfig(one) == PlanConfig(one.model_dump(mode="json"))
+    assert PlanConfig(one) != PlanConfig(other)
+
+
+@pytest.mark.parametrize("order", ["import planner; import transformers", "import transformers; import planner"])
+def test_a_saved_folder_loads_after_importing_planner_in_either_order(order, session_of, checkpoint, tmp_path):
+    plan = uniform_plan(session_of("llama"), "int4-g64", "nearest")
+    load(plan, checkpoint("llama"), device="cpu").save_pretrained(tmp_path)
+    code = (
+        f"{order}\nfrom transformers import AutoModelForCausalLM\n"
+        f"m = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})\n"
+        f"print(sum(p.nbytes for p in m.parameters()), type(m.lm_head).__name__)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == [str(plan.bytes), "PackedLinear"]
+
+
+def test_a_saved_folder_without_planner_fails_instead_of_guessing(session_of, checkpoint, tmp_path):
+    load(uniform_plan(session_of("llama"), "int8"), checkpoint("llama"), device="cpu").save_pretrained(tmp_path)
+    code = f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "size mismatch" in result.stderr.lower() or "mismatch" in result.stderr.lower()
+
+
+def test_importing_planner_imports_neither_torch_nor_transformers():
+    code = (
+        "import sys, planner; print([m for m in ('torch', 'transformers', 'optuna', 'pydantic') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_device_maps_see_packed_sizes(session_of, checkpoint):
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    plan = uniform_plan(session_of("llama"), "int4-g64", "nearest")
+    quantizer = AutoHfQuantizer.from_config(PlanConfig(plan), pre_quantized=False)
+    model = AutoModelForCausalLM.from_config(tiny.CONFIGS["llama"])
+    quantizer._process_model_before_weight_loading(
+        model, checkpoint_files=[str(p) for p in checkpoint("llama").glob("*.safetensors")]
+    )
+    total = sum(p.numel() * quantizer.param_element_size(model, n, p) for n, p in model.named_parameters())
+    assert total == plan.bytes
+
+
+def test_packed_classes_keep_their_ancestry():
+    model = tiny.build("gemma")
+    from formats.modules import pack_parameter
+
+    packed = pack_parameter(model.model.embed_tokens, "weight", format_named("int8"))
+    assert isinstance(packed, torch.nn.Embedding)
+    assert type(packed).__name__ == "PackedGemmaTextScaledWordEmbedding"
+    assert "weight=int8" in repr(packed)
+
+
+def test_config_file_holds_the_plan(session_of, checkpoint, tmp_path):
+    plan = uniform_plan(session_of("llama"), "int8")
+    load(plan, checkpoint("llama"), device="cpu").save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert content["quant_method"] == "bitplan"
+    assert planner.Plan.model_validate(content["plan"]) == plan
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "mixtral"])
+def test_on_cuda_the_logits_are_the_cpus(name, session_of, checkpoint):
+    plan = mixed_plan(session_of(name))
+    cpu, cuda = (load(plan, checkpoint(name), device=device) for device in ("cpu", "cuda"))
+    with torch.no_grad():
+        found = cuda(input_ids=IDS.cuda()).logits.cpu()
+    assert (found - logits(cpu)).norm() < 0.02 * logits(cpu).norm()

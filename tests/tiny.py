@@ -1,0 +1,74 @@
+"""Tiny random models of many architectures, and a byte tokenizer for them."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MixtralConfig,
+    OPTConfig,
+    PhiConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+VOCABULARY = 258
+COMMON = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+GQA = COMMON | {"num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 128}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+CONFIGS = {
+    "llama": LlamaConfig(**GQA, tie_word_embeddings=False, attention_bias=True),
+    "llama-tied": LlamaConfig(**GQA, tie_word_embeddings=True),
+    "gpt2": GPT2Config(
+        vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=0
+    ),
+    "opt": OPTConfig(**COMMON, ffn_dim=96, word_embed_proj_dim=64, max_position_embeddings=128, pad_token_id=1),
+    "qwen3": Qwen3Config(**GQA, head_dim=16, tie_word_embeddings=True),
+    "gemma": GemmaConfig(**GQA, head_dim=16, pad_token_id=0),
+    "gemma2": Gemma2Config(**GQA, head_dim=16, pad_token_id=0),
+    "gpt-neox": GPTNeoXConfig(**COMMON, intermediate_size=96, max_position_embeddings=128),
+    "phi": PhiConfig(**COMMON, intermediate_size=96, max_position_embeddings=128),
+    "mixtral": MixtralConfig(**GQA, num_local_experts=4, num_experts_per_tok=2),
+    "qwen2-moe": Qwen2MoeConfig(**GQA, **EXPERTS, shared_expert_intermediate_size=48),
+    "qwen3-moe": Qwen3MoeConfig(**GQA, **EXPERTS, head_dim=16),
+}
+
+
+def build(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A seeded random model, its weights large enough that logits differ."""
+    torch.manual_seed(0)
+    config = CONFIGS[name]
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.requires_grad_(False).parameters():
+        if parameter.ndim >= 2:
+            torch.nn.init.normal_(parameter, std=0.08)
+        elif parameter.std() == 0:
+            torch.nn.init.normal_(parameter, mean=float(parameter.mean()), std=0.05)
+    return model.to(dtype).eval()
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte; 256 and 257 begin and end a text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(["<s>", "</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+
+
+def saved(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """A tiny model's checkpoint folder, with a tokenizer."""
+    build(name, dtype).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
