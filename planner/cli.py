@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("plan", type=Path, help="a plan file")
 
     demo = command("demo", "Audit, plan and compare the embedded model.")
-    demo.add_argument("--trials", type=int, default=30, help="whole plans to judge (30)")
+    demo.add_argument("--trials", type=int, default=20, help="whole plans to judge (20)")
     _output(demo, "plan.json")
 
     command("formats", "List the formats.")

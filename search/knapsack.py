@@ -15,6 +15,11 @@ from scipy.sparse import csr_array
 from formats.errors import BitplanError, BudgetInfeasible
 from sensitivity.bank import Choice
 
+GAP = 1e-4
+"""Where the proven distance to the optimum falls below this fraction of the loss, the solver stops."""
+SECONDS = 10
+"""And here in any case: the solution then says the gap that is left."""
+
 
 @dataclass(frozen=True)
 class Option:
@@ -84,10 +89,10 @@ def solve(problem: Problem, budget: int) -> Solution:
                 LinearConstraint(one_each, 1, 1),
                 LinearConstraint((nbytes // unit)[None, :].astype(float), -np.inf, limit // unit),
             ],
-            options={"mip_rel_gap": 1e-6, "time_limit": 60},
+            options={"mip_rel_gap": GAP, "time_limit": SECONDS},
         )
         if result.x is None:
-            raise BitplanError(f"the allocation of {len(menus)} groups was not solved in 60 s: {result.message}")
+            raise BitplanError(f"the allocation of {len(menus)} groups was not solved in {SECONDS} s: {result.message}")
         chosen = np.flatnonzero(result.x > 0.5)
         used = int(nbytes[chosen].sum())
         if used <= budget:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from formats.errors import BudgetInfeasible
-from search.knapsack import Option, ceiling, floor, solve, undominated
+from search.knapsack import GAP, Option, ceiling, floor, solve, undominated
 from sensitivity.bank import Choice
 
 options = st.lists(st.tuples(st.integers(1, 60), st.floats(0, 10, allow_nan=False)), min_size=1, max_size=4).map(
@@ -21,7 +21,7 @@ def test_equals_brute_force(problem, share):
     best = min(sum(o.loss for o in c) for c in fitting)
     solution = solve(problem, budget)
     assert solution.nbytes <= budget
-    assert solution.loss == pytest.approx(best, rel=1e-5, abs=1e-9)
+    assert solution.loss == pytest.approx(best, rel=2 * GAP, abs=1e-9)
     assert solution.bound <= best * (1 + 1e-9) + 1e-9
     picked = [next(o for o in problem[g] if o.choice == c) for g, c in solution.choices.items()]
     assert solution.nbytes == sum(o.nbytes for o in picked)
@@ -53,4 +53,4 @@ def test_a_real_size_with_bytes_beyond_32_bits():
     budget = 160 * 650_000_000
     solution = solve(problem, budget)
     assert solution.nbytes <= budget
-    assert solution.gap < 1e-4
+    assert solution.gap <= GAP
