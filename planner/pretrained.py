@@ -127,6 +127,9 @@ class PlanQuantizer(HfQuantizer):
     ) -> None:
         if not self.pre_quantized:
             self._check_checkpoint(checkpoint_files)
+        planned: torch.dtype = getattr(torch, self.plan.provenance.model.dtype)
+        if model.dtype != planned:  # transformers before 5.1 does not take update_dtype's answer
+            torch.nn.Module.to(model, planned)
         for unit in self.plan.units:
             paths = [unit.parameter.rpartition(".")[0], *unit.tied]
             name = unit.parameter.rpartition(".")[2]

@@ -131,7 +131,9 @@ def test_codes_made_with_text_are_used_later_without(session_of, checkpoint):
         module = model.get_submodule(unit.name)
         expected = session.bank.dequantized(unit, Choice("int3-g32", "gptq"))
         assert_close(module.dequantized(), expected, rtol=0, atol=0)
-        assert not torch.equal(expected, session.bank.dequantized(unit, Choice("int3-g32", "nearest")))
+        nearest = session.bank.dequantized(unit, Choice("int3-g32", "nearest"))
+        # Nothing correlates the columns of a looked-up row, so an embedding is rounded to nearest either way.
+        assert torch.equal(expected, nearest) == (unit.kind == "embedding")
 
 
 def test_without_codes_and_text_loading_names_the_command(session_of, checkpoint, monkeypatch, tmp_path):
@@ -216,7 +218,7 @@ def test_device_maps_see_packed_sizes(session_of, checkpoint):
 
     plan = uniform_plan(session_of("llama"), "int4-g64", "nearest")
     quantizer = AutoHfQuantizer.from_config(PlanConfig(plan), pre_quantized=False)
-    model = AutoModelForCausalLM.from_config(tiny.CONFIGS["llama"])
+    model = tiny.build("llama")
     quantizer._process_model_before_weight_loading(
         model, checkpoint_files=[str(p) for p in checkpoint("llama").glob("*.safetensors")]
     )
@@ -228,9 +230,11 @@ def test_packed_classes_keep_their_ancestry():
     model = tiny.build("gemma")
     from formats.modules import pack_parameter
 
+    original = type(model.model.embed_tokens)
     packed = pack_parameter(model.model.embed_tokens, "weight", format_named("int8"))
+    assert isinstance(packed, original)
     assert isinstance(packed, torch.nn.Embedding)
-    assert type(packed).__name__ == "PackedGemmaTextScaledWordEmbedding"
+    assert type(packed).__name__ == f"Packed{original.__name__}"
     assert "weight=int8" in repr(packed)
 
 

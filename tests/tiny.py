@@ -1,5 +1,6 @@
 """Tiny random models of many architectures, and a byte tokenizer for them."""
 
+import copy
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ CONFIGS = {
     "gemma": GemmaConfig(**GQA, head_dim=16, pad_token_id=0),
     "gemma2": Gemma2Config(**GQA, head_dim=16, pad_token_id=0),
     "gpt-neox": GPTNeoXConfig(**COMMON, intermediate_size=96, max_position_embeddings=128),
-    "phi": PhiConfig(**COMMON, intermediate_size=96, max_position_embeddings=128),
+    "phi": PhiConfig(**COMMON, intermediate_size=96, max_position_embeddings=128, pad_token_id=None),
     "mixtral": MixtralConfig(**GQA, num_local_experts=4, num_experts_per_tok=2),
     "qwen2-moe": Qwen2MoeConfig(**GQA, **EXPERTS, shared_expert_intermediate_size=48),
     "qwen3-moe": Qwen3MoeConfig(**GQA, **EXPERTS, head_dim=16),
@@ -47,7 +48,7 @@ CONFIGS = {
 def build(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A seeded random model, its weights large enough that logits differ."""
     torch.manual_seed(0)
-    config = CONFIGS[name]
+    config = copy.deepcopy(CONFIGS[name])  # saving a model writes into its config
     model = AutoModelForCausalLM.from_config(config)
     for parameter in model.requires_grad_(False).parameters():
         if parameter.ndim >= 2:
