@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 
-.PHONY: setup test lint demo test-lowest plans
+.PHONY: setup test lint demo test-lowest plans bench-prediction
 
 setup: $(VENV)/.done
 
@@ -39,5 +39,10 @@ $(LOWEST)/.done: pyproject.toml constraints.txt constraints-lowest.txt
 # The embedded model's plans at three budgets, made again.
 plans: setup
 	for bpw in 3 4 6; do \
-	  $(BIN)/bitplan plan planner/demo/model --bpw $$bpw --force -o plans/demo-$$bpw-bpw.json || exit 1; \
+	  $(BIN)/bitplan plan planner/demo/model --text planner/demo/text/calibration.txt \
+	    --heldout planner/demo/text/heldout.txt --bpw $$bpw --force -o plans/demo-$$bpw-bpw.json || exit 1; \
 	done
+
+# How well the predicted losses order units and formats, against measuring each alone (about 10 minutes).
+bench-prediction: setup
+	$(BIN)/python -m benchmarks.prediction

@@ -211,8 +211,12 @@ def compare(arguments: Namespace) -> None:
     formats = parse_formats(arguments.formats, COMPARED)
     plans = {path.name: read(path, Plan) for path in arguments.plan}
     source = sources.find(arguments.model, trust_remote_code=arguments.trust_remote_code)
-    for plan in plans.values():
+    for name, plan in plans.items():
         check_plan_fits(plan, source)
+        try:
+            make_codes(plan, source, arguments.text)
+        except PlanMismatch as error:  # its row will say that the codes are missing
+            _say(f"{name}: {error}")
     session = open_session(source, _read_texts(arguments, source), device=arguments.device)
     lines = []
     for line in planner.compare.compare(session, formats, plans, arguments.rounding, arguments.device):

@@ -51,7 +51,8 @@ def compare(
     rounding: str | None = None,
     device: str = "auto",
 ) -> Iterator[Line]:
-    """Yield a line per format and plan (name → plan) as each is measured. The session's model is given up first.
+    """Yield a line per format and plan (name → plan) as each is measured. The session's model is given up first; the
+    plans' codes must be in the cache (`materialize.make_codes`).
 
     A row that fails for a reason of its own says so in `note`, and the others still run.
     """
@@ -64,9 +65,7 @@ def compare(
             wanted.append((row.budget.asked if isinstance(row, Plan) else name, row))
         except BitplanError as error:
             yield Line(name, note=str(error))
-    for name, plan in plans.items():
-        round_missing(plan, session)
-        wanted.append((name, plan))
+    wanted += plans.items()
     source, parameters = session.source, session.provenance.model.parameters
     reference = Reference(session.model, session.texts.heldout)
     session.give_up_model()

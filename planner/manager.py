@@ -53,7 +53,7 @@ class QuantizationManager:
             self._loaded = (name, materialize(self.plan, self.source, self.device))
         return self._loaded[1]
 
-    def load_mixed_precision(self, budget: str | int, trials: int = 20) -> PreTrainedModel:
+    def load_mixed_precision(self, budget: str | int, trials: int = 30) -> PreTrainedModel:
         """The model by a plan made for `budget` (bytes, or a size such as "5GiB"), kept in `plan`.
 
         Raises BudgetInfeasible, UsageError.

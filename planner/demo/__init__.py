@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 MODEL = Path(__file__).parent / "model"
+CALIBRATION = Path(__file__).parent / "text" / "calibration.txt"
+HELDOUT = Path(__file__).parent / "text" / "heldout.txt"
 
 
 def run(trials: int, say: Callable[[str], None]) -> tuple[Any, list[Any]]:
@@ -22,7 +24,7 @@ def run(trials: int, say: Callable[[str], None]) -> tuple[Any, list[Any]]:
     from sensitivity import source as sources
 
     source = sources.find(MODEL)
-    session = open_session(source, read_texts(source))
+    session = open_session(source, read_texts(source, files=[CALIBRATION], heldout=[HELDOUT]))
     say("1/4 audit: what each format costs each unit")
     profile = audit(session, MENU)
     size = uniform_plan(session, "int4-g64").bytes

@@ -84,6 +84,14 @@ def held_out_loss(model: LlamaForCausalLM, ids: torch.Tensor) -> float:
     return sum(losses) / count
 
 
+def write_texts(folder: Path) -> None:
+    """The demo's own text, so that its figures do not hang on which Python runs it: part of the training modules, to
+    calibrate and to choose with, and the beginnings of the held-out ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "calibration.txt").write_text(stdlib.calibration_text(260_000))
+    (folder / "heldout.txt").write_text("\n".join(document[:6_500] for document in stdlib.held_out_documents()))
+
+
 def train(out: Path, steps: int, batch: int, seed: int, device: str) -> None:
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -159,3 +167,4 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     train(arguments.out, arguments.steps, arguments.batch, arguments.seed, arguments.device)
+    write_texts(arguments.out.parent / "text")

@@ -1,0 +1,63 @@
+"""How well do cheap scores order units and formats, against measuring each alone? `make bench-prediction`.
+
+Each unit of the embedded model is exchanged alone in each format and the KL to full precision is measured; the table
+gives Spearman's rank correlation of four scores with it: the second-moment prediction that plans are made from, and
+three that others use: the weight's squared error, that error times the inputs (the output's error), and the bits.
+May import: everything.
+"""
+
+import json
+import platform
+import sys
+import time
+
+import torch
+from scipy.stats import spearmanr
+
+from formats.table import FORMATS
+from planner.audit import audit
+from planner.demo import CALIBRATION, HELDOUT, MODEL
+from planner.session import open_session, read_texts
+from planner.show import table
+from sensitivity import source as sources
+from sensitivity.bank import Choice
+
+MENU = ("int6-g64", "int4-g64", "int3-g64", "int2-g64")
+
+
+def main() -> None:
+    source = sources.find(MODEL)
+    session = open_session(source, read_texts(source, files=[CALIBRATION], heldout=[HELDOUT]), device="cpu")
+    began = time.perf_counter()
+    profile = audit(session, MENU)
+    predicted_seconds = time.perf_counter() - began
+    profile = audit(session, MENU, measured=True)
+    measured_seconds = time.perf_counter() - began - predicted_seconds
+    rows = [row for row in profile.rows if row.measured_kl is not None]
+    scores: dict[str, list[float]] = {"second moments": [], "output error": [], "weight error": [], "fewer bits": []}
+    for row in rows:
+        unit = session.bench.units[row.unit]
+        change = session.bank.dequantized(unit, Choice(row.format, row.rounding)) - session.bench.weight(unit)
+        inputs = session.store[unit].inputs
+        assert inputs is not None
+        scores["second moments"].append(row.predicted_nll)
+        scores["output error"].append(float(((change @ inputs[0]) * change).sum()))
+        scores["weight error"].append(float(change.square().sum()))
+        scores["fewer bits"].append(-FORMATS[row.format].bits)
+    kl = [row.measured_kl for row in rows]
+    table_rows = []
+    for name, values in scores.items():
+        cells = [f"{spearmanr(values, kl).statistic:.3f}"]
+        for format in MENU:
+            at = [i for i, row in enumerate(rows) if row.format == format]
+            one = len({values[i] for i in at}) == 1
+            cells.append("–" if one else f"{spearmanr([values[i] for i in at], [kl[i] for i in at]).statistic:.3f}")
+        table_rows.append((name, *cells))
+    print(table(("Spearman with measured KL", "all", *MENU), table_rows))
+    facts = {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    facts |= {"predicting_seconds": round(predicted_seconds), "measuring_seconds": round(measured_seconds)}
+    print(json.dumps(facts), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

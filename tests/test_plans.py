@@ -1,0 +1,41 @@
+"""The embedded model's plans at three budgets: they fit, they load to the byte, and they measure as they say."""
+
+from pathlib import Path
+
+import pytest
+
+from planner.demo import CALIBRATION, HELDOUT, MODEL
+from planner.materialize import load, resident_bytes
+from planner.plan import Plan
+from planner.session import load_reference, read_texts
+from sensitivity import source as sources
+from sensitivity.loss import Reference
+from sensitivity.profile import read
+
+ROOT = Path(__file__).parent.parent
+PLANS = sorted((ROOT / "plans").glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def reference():
+    source = sources.find(MODEL)
+    texts = read_texts(source, files=[CALIBRATION], heldout=[HELDOUT])
+    return Reference(load_reference(source, "cpu"), texts.heldout)
+
+
+def test_there_are_three_budgets():
+    assert len({read(path, Plan).budget.bytes for path in PLANS}) == 3
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_a_plan_is_what_it_says(path, reference):
+    plan = read(path, Plan)
+    assert plan.bytes <= plan.budget.bytes
+    assert plan.measured is not None and plan.uniform is not None and plan.uniform.measured is not None
+    assert plan.measured.kl <= plan.uniform.measured.kl
+    assert plan.uniform.bytes <= plan.budget.bytes
+    assert reference.blocks.fingerprint == plan.provenance.text.heldout.sha256
+    model = load(plan, MODEL, device="cpu", text=[CALIBRATION])
+    assert resident_bytes(model) == plan.bytes
+    # Another processor adds in another order: codes on an edge may fall otherwise.
+    assert reference.judge(model).kl == pytest.approx(plan.measured.kl, rel=0.05)
