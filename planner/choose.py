@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from formats.errors import BudgetInfeasible
+from formats.errors import BitplanError, BudgetInfeasible
 from formats.table import FORMATS
 from planner.budget import human
 from planner.materialize import materialize
@@ -134,6 +134,7 @@ def make_plan(menu: Menu, budget: Budget, session: Session, *, trials: int, devi
     Raises BudgetInfeasible before anything runs.
     """
     refuse_infeasible(menu, budget)
+    session.gather()
     room = budget.bytes - menu.profile.kept_bytes
     on_search = Reference(session.model, session.texts.search)
 
@@ -154,7 +155,18 @@ def make_plan(menu: Menu, budget: Budget, session: Session, *, trials: int, devi
     on_heldout = Reference(session.model, session.texts.heldout)
 
     def measure(plan: Plan) -> Measured:
-        return measured(on_heldout.judge(materialize(plan, session.source, device)))
+        """Judge the loaded model; on the way, that it computes what its weights say."""
+        model = materialize(plan, session.source, device)
+        loaded = on_search.judge(model).kl
+        expected = judge({unit.group: Choice(unit.format, unit.rounding) for unit in plan.units})
+        for unit in session.bench.units.values():
+            session.bench.restore(unit)
+        if not loaded < 1.5 * expected + 0.02:
+            raise BitplanError(
+                f"the loaded model is {loaded:.4f} nats from full precision, its weights alone make {expected:.4f}:"
+                f" {type(model).__name__} uses weights in a way that packed ones do not serve; keep some with --keep"
+            )
+        return measured(on_heldout.judge(model))
 
     facts = Search(trials=best.trials, best_trial=best.trial, kl=best.kl, first_kl=first_kl)
     plan = assemble(menu, best.allocation, budget, exact, search=facts)

@@ -143,8 +143,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _unforeseen(error: Exception) -> str:
+    from sensitivity.store import cache_folder
+
     if "out of memory" in str(error).lower() or isinstance(error, MemoryError):
         return "out of memory: give a smaller --block, fewer --formats, or --device cpu"
+    if isinstance(error, OSError) and error.filename is not None:
+        inside = str(cache_folder()) in str(error.filename)
+        hint = ": it is in the cache; set BITPLAN_CACHE to a folder that can be written" if inside else ""
+        return f"{error.filename}: {error.strerror}{hint}"
     reason = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {reason} (set BITPLAN_DEBUG=1 for the whole trace)"
 

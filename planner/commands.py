@@ -42,8 +42,8 @@ def _say(text: str) -> None:
 
 
 def _read_texts(arguments: Namespace, source: Source) -> Texts:
-    if arguments.tokens < 1 or arguments.block < 8:
-        raise UsageError("--tokens must be above 0, and --block at least 8")
+    if arguments.block < 8:
+        raise UsageError(f"--block {arguments.block}: it must be at least 8 tokens")
     if arguments.text and arguments.dataset:
         raise UsageError("give --text or --dataset, not both")
     texts = read_texts(
@@ -140,7 +140,7 @@ def _kept(profile: Profile) -> tuple[str, ...]:
 
 
 def _profile_texts(arguments: Namespace, profile: Profile, source: Source) -> Texts:
-    texts = recall_texts(profile.provenance.text, source, arguments.text)
+    texts = recall_texts(profile.provenance.text, source, arguments.text, arguments.heldout)
     if texts is None:
         raise UsageError(
             f"the profile's text ({profile.provenance.text.source}) is not in the cache: give it with --text,"
@@ -151,6 +151,8 @@ def _profile_texts(arguments: Namespace, profile: Profile, source: Source) -> Te
 
 def apply(arguments: Namespace) -> None:
     refuse_folder(arguments.save, arguments.force)
+    if arguments.prompt is not None and not arguments.prompt.strip():
+        raise UsageError("--prompt is empty: give some text to go on from")
     plan = read(arguments.plan, Plan)
     source = find_for(plan, arguments.model, arguments.trust_remote_code)
     make_codes(plan, source, arguments.text)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from formats.errors import PlanMismatch
+from formats.errors import ModelUnreadable, PlanMismatch
 from planner.plan import Plan
 from planner.pretrained import PlanConfig, missing_codes, refuse_unavailable
 from planner.session import open_session, pick_device, recall_texts, round_missing
@@ -57,7 +57,11 @@ def load(
 def find_for(plan: Plan, model: str | Path | None, trust_remote_code: bool = False) -> Source:
     """The model of a plan, checked. Raises PlanMismatch, FormatUnavailable, ModelUnreadable."""
     facts = plan.provenance.model
-    source = sources.find(model or facts.id, None if model else facts.revision, trust_remote_code)
+    try:
+        source = sources.find(model or facts.id, None if model else facts.revision, trust_remote_code)
+    except ModelUnreadable as error:
+        hint = "" if model else "; the plan names it so, relative to where it was made: give --model FOLDER"
+        raise ModelUnreadable(f"{error}{hint}") from None
     sources.refuse_quantized(source)
     check_plan_fits(plan, source)
     return source
@@ -65,7 +69,7 @@ def find_for(plan: Plan, model: str | Path | None, trust_remote_code: bool = Fal
 
 def make_codes(plan: Plan, source: Source, files: list[Path] | None = None) -> None:
     """Where the cache lacks codes of the plan and its text is to be had, round. Raises PlanMismatch, RoundingFailed."""
-    if missing_codes(plan) and (found := recall_texts(plan.provenance.text, source, files)):
+    if missing_codes(plan) and (found := recall_texts(plan.provenance.text, source, files, needed=("calibration",))):
         round_missing(plan, open_session(source, found))
 
 

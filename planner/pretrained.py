@@ -21,7 +21,15 @@ from planner.register import METHOD
 from sensitivity.bank import Choice, codes_path, from_file, workspace
 from sensitivity.profile import read
 from sensitivity.source import weights_fingerprint
-from sensitivity.store import load_tensors
+from sensitivity.store import is_whole, load_tensors
+
+
+def _answer_dtype(model: Any, dtype: torch.dtype) -> None:
+    """transformers asks the first float parameter for a model's type; where all are packed, the class answers."""
+    for module in model.modules():
+        if hasattr(type(module), "save_pretrained"):
+            facts = {"dtype": property(lambda self: dtype), "__module__": type(module).__module__}
+            module.__class__ = type(type(module).__name__, (type(module),), facts)
 
 
 class PlanConfig(QuantizationConfigMixin):
@@ -61,7 +69,7 @@ def codes_folder(plan: Plan) -> Path:
 def missing_codes(plan: Plan) -> list[PlannedUnit]:
     """Units whose rounding needs text, and whose codes the cache does not hold."""
     folder = codes_folder(plan)
-    return [u for u in plan.needs_text() if not codes_path(folder, u.name, Choice(u.format, u.rounding)).exists()]
+    return [u for u in plan.needs_text() if not is_whole(codes_path(folder, u.name, Choice(u.format, u.rounding)))]
 
 
 def refuse_unavailable(plan: Plan) -> None:
@@ -70,6 +78,12 @@ def refuse_unavailable(plan: Plan) -> None:
         if reason := format_named(name).unavailable():
             count = sum(unit.format == name for unit in plan.units)
             raise FormatUnavailable(f"{name}, which {count} units of the plan have, cannot run here: {reason}")
+
+
+def holders(unit: PlannedUnit) -> list[str]:
+    """Names of the parameters that hold a unit's weight: its own, and those tied to it."""
+    name = unit.parameter.rpartition(".")[2]
+    return [unit.parameter, *(f"{path}.{name}" for path in unit.tied)]
 
 
 class RoundOnLoad(ConversionOps):
@@ -111,7 +125,7 @@ class PlanQuantizer(HfQuantizer):
     def __init__(self, quantization_config: PlanConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self.plan: Plan = quantization_config.plan
-        self.packed = {unit.parameter: unit for unit in self.plan.units if not unit.is_native}
+        self.packed = {name: unit for unit in self.plan.units if not unit.is_native for name in holders(unit)}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         refuse_unavailable(self.plan)
@@ -185,6 +199,8 @@ class PlanQuantizer(HfQuantizer):
                 raise BitplanError(
                     f"{unit.name} was not packed: the checkpoint holds it in a form that is not supported"
                 )
+        if not any(parameter.is_floating_point() for parameter in model.parameters()):
+            _answer_dtype(model, getattr(torch, self.plan.provenance.model.dtype))
         # Saved under the model's own names: reversing a checkpoint's conversions would tear packed tensors apart.
         model._weight_conversions = []
         return model

@@ -26,6 +26,7 @@ from sensitivity.source import Source
 from sensitivity.text import Blocks, Texts
 
 SEED = 0
+PARTS = ("calibration", "search", "heldout")
 
 
 @dataclass
@@ -72,7 +73,13 @@ def open_session(source: Source, session_texts: Texts, keep: tuple[str, ...] = (
     if not graph.units:
         raise ModelUnreadable(f"{source.model} has no weight that can take a format")
     _widen(model, device)
-    for blocks in (session_texts.calibration, session_texts.search, session_texts.heldout):
+    for part in PARTS:
+        blocks = getattr(session_texts, part)
+        highest, rows = int(blocks.ids.max()), model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr, operator, index]
+        if highest >= rows:
+            raise ModelUnreadable(
+                f"the tokenizer of {source.model} gives token {highest}, its embedding has {rows} rows"
+            )
         texts.remember(blocks)
     folder = workspace(source.weights_sha256, session_texts.calibration.fingerprint, SEED)
     store = StatisticsStore(folder / "statistics", graph, device)
@@ -109,6 +116,7 @@ def _describe(source: Source, session_texts: Texts, dtype: str, parameters: int,
         ),
         text=TextFacts(
             source=session_texts.source,
+            tokens=session_texts.tokens,
             calibration=part(session_texts.calibration),
             search=part(session_texts.search),
             heldout=part(session_texts.heldout),
@@ -138,24 +146,32 @@ def read_texts(
     return texts.prepare(tokenizer, files=files, dataset=dataset, heldout=heldout, tokens=tokens, length=length)
 
 
-def recall_texts(facts: TextFacts, source: Source, files: list[Path] | None = None) -> Texts | None:
-    """The very texts that a plan or profile names: from the cache, or read again from `files` or the standard
-    library. None where they are not to be had. Raises PlanMismatch where `files` hold other text."""
-    parts = {name: texts.recall(getattr(facts, name).sha256) for name in ("calibration", "search", "heldout")}
+def recall_texts(
+    facts: TextFacts,
+    source: Source,
+    files: list[Path] | None = None,
+    heldout: list[Path] | None = None,
+    needed: tuple[str, ...] = PARTS,
+) -> Texts | None:
+    """The very texts that a plan or profile names: from the cache, or read again from `files` and `heldout`, or from
+    the standard library. Only the parts `needed` are sure to be those. None where there is nothing to read them from.
+
+    Raises PlanMismatch where what there is to read is other text.
+    """
+    parts = {name: texts.recall(getattr(facts, name).sha256) for name in PARTS}
     if all(parts.values()):
-        return Texts(**parts, source=facts.source)  # type: ignore[arg-type]
-    part = facts.calibration
+        return Texts(**parts, source=facts.source, tokens=facts.tokens)  # type: ignore[arg-type]
     places = [None] if facts.source == texts.DEFAULT_SOURCE else []
     for place in [files, *places] if files else places:
-        again = read_texts(source, files=place, tokens=part.blocks * part.length, length=part.length)
-        if again.calibration.fingerprint == part.sha256:
+        again = read_texts(source, files=place, heldout=heldout, tokens=facts.tokens, length=facts.calibration.length)
+        if all(getattr(again, name).fingerprint == getattr(facts, name).sha256 for name in needed):
             return again
     if not files and not places:
         return None
     given = ", ".join(file.name for file in files) if files else "this Python's standard library"
     raise PlanMismatch(
-        f"{given} is not the calibration text that was used ({facts.source}; {part.blocks} blocks of {part.length}"
-        f" tokens, fingerprint {part.sha256[:12]}): give that text, or make another plan with this one"
+        f"{given} is not the text that was used ({facts.source}; fingerprint {facts.calibration.sha256[:12]}): give"
+        f" that text (and its --heldout), or start again with this one"
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from formats.errors import FormatUnavailable
+from formats.errors import FormatUnavailable, UsageError
 from formats.floats import FloatFormat
 from formats.rounding import rounding_for
 from formats.table import FORMATS, format_named
@@ -42,6 +42,8 @@ def uniform_plan(session: Session, format: str, rounding: str | None = None) -> 
 def parse_formats(text: str | None, default: Sequence[str]) -> tuple[str, ...]:
     """Full names from a list with commas. Raises UnknownFormat."""
     names = [name.strip() for name in text.split(",") if name.strip()] if text else default
+    if not names:
+        raise UsageError(f"--formats {text!r} names none; `bitplan formats` lists them")
     return tuple(dict.fromkeys(format_named(name).name for name in names))
 
 

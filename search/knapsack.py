@@ -4,7 +4,11 @@ Minimise the summed loss with one option per group and the summed bytes within t
 (Kellerer, Pferschy & Pisinger 2004, ch. 11), by HiGHS' branch and bound. May import: formats.errors, sensitivity.bank.
 """
 
-from collections.abc import Mapping, Sequence
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import gcd
 
@@ -66,6 +70,20 @@ def undominated(options: Sequence[Option]) -> list[Option]:
     return best
 
 
+@contextmanager
+def _stdout_kept_clean() -> Iterator[None]:
+    """HiGHS prints a note of its own to the process' stdout now and then: inside, that is stderr."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)  # what the C library still holds
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 def solve(problem: Problem, budget: int) -> Solution:
     """The allocation of least loss within `budget` bytes. Raises BudgetInfeasible below the floor."""
     if floor(problem) > budget:
@@ -81,16 +99,15 @@ def solve(problem: Problem, budget: int) -> Solution:
     # HiGHS works to a tolerance: where its answer is some bytes over, ask again for that much less.
     limit = budget
     for _ in range(8):
-        result = milp(
-            losses / scale,
-            integrality=np.ones(len(flat), dtype=np.int64),
-            bounds=Bounds(0, 1),
-            constraints=[
-                LinearConstraint(one_each, 1, 1),
-                LinearConstraint((nbytes // unit)[None, :].astype(float), -np.inf, limit // unit),
-            ],
-            options={"mip_rel_gap": GAP, "time_limit": SECONDS},
-        )
+        within = LinearConstraint((nbytes // unit)[None, :].astype(float), -np.inf, limit // unit)
+        with _stdout_kept_clean():
+            result = milp(
+                losses / scale,
+                integrality=np.ones(len(flat), dtype=np.int64),
+                bounds=Bounds(0, 1),
+                constraints=[LinearConstraint(one_each, 1, 1), within],
+                options={"mip_rel_gap": GAP, "time_limit": SECONDS},
+            )
         if result.x is None:
             raise BitplanError(f"the allocation of {len(menus)} groups was not solved in {SECONDS} s: {result.message}")
         chosen = np.flatnonzero(result.x > 0.5)

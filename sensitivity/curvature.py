@@ -9,6 +9,7 @@ and G are taken as independent (as K-FAC does: Martens & Grosse 2015). A looked-
 A = f_v and the gradients of the lookup's output. May import: formats, sensitivity.graph/store/text/trace.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -116,6 +117,13 @@ def gather(model: PreTrainedModel, graph: Graph, blocks: Blocks, store: Statisti
             store.write(unit, tensors)
 
 
+def _culprit(model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> str:
+    for name, parameter in parameters.items():
+        if not parameter.isfinite().all():
+            return f"{name} holds NaN or infinity: fetch or train the model again"
+    return "the model's outputs hold NaN or infinity on the calibration text, though its weights do not"
+
+
 def _one_pass(
     model: PreTrainedModel, units: list[Unit], store: StatisticsStore, blocks: Blocks, seed: int, label: str
 ) -> dict[str, dict[str, Tensor]]:
@@ -156,6 +164,8 @@ def _one_pass(
         for ids in progress(blocks.ids.split(1), desc=label, unit="block"):
             with torch.enable_grad(), trace:
                 logits = model(input_ids=ids.to(device), use_cache=False).logits[:, :-1].flatten(0, 1).float()
+                if not logits.isfinite().all():
+                    raise RoundingFailed(_culprit(model, parameters))
                 labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(-1)
                 loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
             loss.backward()

@@ -6,8 +6,12 @@ May import: formats, sensitivity.trace.
 """
 
 import re
+import sys
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import networkx as nx
 import torch
@@ -19,6 +23,9 @@ from formats.errors import UsageError
 from formats.modules import is_experts, is_transposed
 from formats.table import NATIVE
 from sensitivity.trace import Trace, Use
+
+GENERIC = ("modeling_utils.py", "module.py")
+"""Files of transformers and torch that ask all parameters alike for their type or device."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +91,16 @@ def build_graph(model: PreTrainedModel, keep: tuple[str, ...] = ()) -> Graph:
             raise UsageError(
                 f"--keep {glob!r} matches no unit; the first names are {', '.join(u.name for u in units[:3])}"
             )
-    uses, flow = probe(model, units)
+    uses, flow, elsewhere = probe(model, units)
     run = {use.parameter for use in uses}
     reasons = {}
     for unit in units:
         if any(fnmatchcase(unit.name, glob) for glob in keep):
             reasons[unit.name] = "kept on request"
+        elif unit.parameter in elsewhere:
+            reasons[unit.name] = (
+                "its weight is read outside of its own module, where a packed one would not be understood"
+            )
         elif unit.parameter not in run:
             reasons[unit.name] = "no text runs through it, or not by a product or lookup"
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -153,14 +164,41 @@ def _kept(name: str, tensor: Tensor, reason: str) -> Kept:
     return Kept(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.nbytes, reason)
 
 
-def probe(model: PreTrainedModel, units: list[Unit]) -> tuple[list[Use], nx.DiGraph]:
-    """Run eight tokens; the uses in order, and which read which's output (transitively reduced)."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+class _Watch(Trace):
+    """A trace that also notes weights that the model's code reads while none of their modules runs."""
+
+    def __init__(self, model: PreTrainedModel, units: list[Unit], seen: Callable[[Use], None]):
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        super().__init__({unit.parameter: parameters[unit.parameter] for unit in units}, seen)
+        self.running: Counter[str] = Counter()
+        self.elsewhere: set[str] = set()
+        self.handles = []
+        for unit in units:
+            for path in (unit.parameter.rpartition(".")[0], *unit.tied):
+                module = model.get_submodule(path)
+                self.handles += [
+                    module.register_forward_pre_hook(lambda *_, name=unit.parameter: self.running.update([name])),
+                    module.register_forward_hook(lambda *_, name=unit.parameter: self.running.subtract([name])),
+                ]
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        reader = sys._getframe(1).f_code.co_filename
+        if not reader.endswith(GENERIC):
+            self.elsewhere.update(name for name in self.touches(args) if self.running[name] <= 0)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def probe(model: PreTrainedModel, units: list[Unit]) -> tuple[list[Use], nx.DiGraph, set[str]]:
+    """Run eight tokens; the uses in order, which read which's output (transitively reduced), and the
+    parameters that are read outside of their own modules."""
     uses: list[Use] = []
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.arange(3, 11, device=next(model.parameters()).device).remainder(vocabulary).unsqueeze(0)
-    with torch.enable_grad(), Trace({u.parameter: parameters[u.parameter] for u in units}, uses.append):
+    watch = _Watch(model, units, uses.append)
+    with torch.enable_grad(), watch:
         model(input_ids=ids, use_cache=False)
+    for handle in watch.handles:
+        handle.remove()
     names = {unit.parameter: unit.name for unit in units}
     looked_up = {use.parameter for use in uses if use.lookup}
 
@@ -184,8 +222,8 @@ def probe(model: PreTrainedModel, units: list[Unit]) -> tuple[list[Use], nx.DiGr
             else:
                 queue += [following for following, _ in step.next_functions]
     if not nx.is_directed_acyclic_graph(flow):  # a weight used twice in a row, as in shared layers
-        return uses, flow
-    return uses, nx.transitive_reduction(flow)
+        return uses, flow, watch.elsewhere
+    return uses, nx.transitive_reduction(flow), watch.elsewhere
 
 
 def find_readers(units: tuple[Unit, ...], uses: list[Use]) -> dict[str, str]:

@@ -29,6 +29,8 @@ class TextPart(Strict):
 
 class TextFacts(Strict):
     source: str
+    tokens: int = Field(ge=1)
+    """Calibration tokens that were asked for: with the files, what is needed to cut the same parts again."""
     calibration: TextPart
     search: TextPart
     heldout: TextPart

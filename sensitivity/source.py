@@ -44,6 +44,10 @@ def find(model: str | Path, revision: str | None = None, trust_remote_code: bool
     files = sorted(folder.glob("*.safetensors"))
     if not (folder / "config.json").exists():
         raise ModelUnreadable(f"{model} has no config.json: name the folder of a Hugging Face model or a hub id")
+    try:
+        json.loads((folder / "config.json").read_text())
+    except ValueError:
+        raise ModelUnreadable(f"{model}: config.json is no valid JSON: fetch or save it again") from None
     if not files:
         raise ModelUnreadable(
             f"{model} has no *.safetensors weights: save it again with save_pretrained (pickled weights are not read)"
@@ -82,6 +86,11 @@ def weights_fingerprint(files: list[Path]) -> str:
             except (struct.error, ValueError, MemoryError, OverflowError):
                 raise ModelUnreadable(f"{path} is not a whole safetensors file: fetch or save it again") from None
             header.pop("__metadata__", None)
+            expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            if path.stat().st_size != expected:
+                raise ModelUnreadable(
+                    f"{path} is cut short: {path.stat().st_size:,} of {expected:,} bytes; fetch it again"
+                )
             for name, entry in header.items():
                 start, stop = entry["data_offsets"]
                 samples = b""
@@ -107,10 +116,11 @@ def load_model(source: Source, device: str = "cpu", **kwargs: Any) -> PreTrained
     otherwise. Raises ModelUnreadable."""
     kwargs.setdefault("dtype", "auto")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.folder,
             trust_remote_code=source.trust_remote_code,
             device_map=None if device == "cpu" else device,
+            output_loading_info=True,
             **kwargs,
         )
     except BitplanError:
@@ -118,6 +128,12 @@ def load_model(source: Source, device: str = "cpu", **kwargs: Any) -> PreTrained
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelUnreadable(f"transformers cannot load {source.model} as a causal LM: {reason}") from error
+    model, info = loaded
+    if absent := sorted(info["missing_keys"]):  # transformers has filled them with random values
+        raise ModelUnreadable(
+            f"{source.model} lacks {len(absent)} tensors that {type(model).__name__} needs, {absent[0]} first: name a"
+            f" whole checkpoint of a causal LM"
+        )
     return model.eval().requires_grad_(False)
 
 
@@ -136,7 +152,11 @@ def block_length(source: Source, asked: int) -> int:
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """Raises ModelUnreadable where the folder has no tokenizer."""
     try:
-        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
+        empty = not tokenizer("a", add_special_tokens=False)["input_ids"]
     except Exception as error:  # tokenizers fail in as many types as there are tokenizers
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelUnreadable(f"{source.model} has no tokenizer that transformers can load: {reason}") from error
+    if empty:  # what transformers makes of a folder without tokenizer files
+        raise ModelUnreadable(f"{source.model} has no tokenizer: add its files to the folder")
+    return tokenizer

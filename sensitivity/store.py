@@ -9,6 +9,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -34,7 +35,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def refuse_overwrite(path: Path | None, force: bool) -> None:
-    """Raises UsageError where `path` exists and `force` was not given; to be asked before any work is done."""
+    """Raises UsageError where `path` exists and `force` was not given, or cannot be written; asked before any work."""
+    if path is not None:
+        above = next(parent for parent in path.absolute().parents if parent.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise UsageError(f"cannot write {path}: {above} is no folder that can be written")
     if path is not None and path.exists() and not force:
         raise UsageError(f"{path} exists: give --force to replace it, or another name")
 
@@ -47,8 +52,17 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor] | None:
-    """The tensors of a file that `save_tensors` wrote, or None where there is none."""
-    return load_file(path, device=device) if path.exists() else None
+    """The tensors of a file that `save_tensors` wrote, or None where there is no whole one."""
+    return load_file(path, device=device) if is_whole(path) else None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a safetensors file is there and as long as its header says."""
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def sha256(*parts: bytes | str) -> str:

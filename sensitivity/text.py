@@ -58,6 +58,8 @@ class Texts:
     heldout: Blocks
     source: str
     """Where the text came from, in words."""
+    tokens: int
+    """Calibration tokens that were asked for."""
 
 
 def read_file(path: Path) -> str:
@@ -106,6 +108,11 @@ def prepare(
     """Read, tokenize, split. Each document gives its first half to calibration, a fifth to search, the rest is held
     out (or left unused, where `heldout` files are given). Without any text: the standard library's sources, whose
     held-out modules are fixed. Raises TextTooShort, UsageError."""
+    if tokens < MINIMUM["calibration"] * length:
+        raise UsageError(
+            f"{tokens} calibration tokens are fewer than {MINIMUM['calibration']} blocks of {length}: raise --tokens to"
+            f" {MINIMUM['calibration'] * length}, or lower --block"
+        )
     wanted = {"calibration": tokens, "search": tokens // 4, "heldout": tokens // 2}
     parts: dict[str, list[list[int]]] = {name: [] for name in SHARES}
     if files or dataset:
@@ -137,7 +144,7 @@ def prepare(
                 f" needed: give more text, or a smaller --block"
             )
         made[name] = Blocks(torch.tensor(blocks))
-    return Texts(made["calibration"], made["search"], made["heldout"], source)
+    return Texts(made["calibration"], made["search"], made["heldout"], source, tokens)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -58,6 +58,12 @@ class Trace(TorchFunctionMode):
                 self.seen(Use(found[0], 0, True, ids, out))
         return out
 
+    def touches(self, args: tuple) -> list[str]:
+        """Names of the parameters that are themselves among `args`."""
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        found = (self.owners.get(tensor.untyped_storage().data_ptr()) for tensor in tensors)
+        return [owner[0] for owner, tensor in zip(found, tensors, strict=True) if owner and owner[1] is tensor]
+
     def _meet(self, weight: Tensor, x: Tensor, out: Tensor) -> None:
         found = self.owners.get(weight.untyped_storage().data_ptr())
         if found is not None:

@@ -1,6 +1,7 @@
 """The command as typed, on tiny models: data on stdout, exit codes, and bad input in one sentence."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -74,6 +75,26 @@ def test_audit_plan_apply_and_plain_transformers(run, checkpoint, text, tmp_path
     assert (code, out) == (2, "")
     assert "exists: give --force" in err
     assert run("apply", plan, "--save", saved, "--force", "--device", "cpu")[0] == 0
+
+
+def test_a_profile_is_planned_from_its_own_text_on_another_machine(run, checkpoint, text, tmp_path, monkeypatch):
+    """With another cache: the same text gives the same plan, other text is refused."""
+    model, profile, first, second = checkpoint("llama-tied"), *(tmp_path / name for name in ("p", "a.json", "b.json"))
+    heldout, other = tmp_path / "heldout.txt", tmp_path / "other.txt"
+    heldout.write_text("entirely other words here, " * 300)
+    other.write_text("not the text of the profile " * 900)
+    texts = ("--text", text, "--heldout", heldout)
+    assert run("audit", model, *texts, *LITTLE, *MENU, "-o", profile)[0] == 0
+    plan = ("plan", model, "--profile", profile, "--bpw", "4.6", "--trials", "3", "--device", "cpu")
+    assert run(*plan, "-o", first)[0] == 0
+    monkeypatch.setenv("BITPLAN_CACHE", str(tmp_path / "cache"))
+    code, _, err = run(*plan, "-o", second)
+    assert code == 2 and "is not in the cache: give it with --text" in err
+    for wrong in (("--text", other, "--heldout", heldout), ("--text", text)):
+        code, _, err = run(*plan, *wrong, "-o", second)
+        assert code == 1 and "is not the text that was used" in err
+    assert run(*plan, *texts, "-o", second)[0] == 0
+    assert read(first, Plan) == read(second, Plan)
 
 
 def test_another_budget_runs_no_model(run, checkpoint, tmp_path, monkeypatch):
@@ -172,9 +193,11 @@ class TestBadInput:
         refused(2, "say the budget once", "plan", checkpoint("llama"))
         refused(2, "say the budget once", "plan", checkpoint("llama"), "--bpw", "4", "--fraction", "0.3")
         refused(2, "above zero", "plan", checkpoint("llama"), "--bpw", "nan")
+        refused(2, "raise --tokens to 256", "audit", checkpoint("llama"), "--tokens", "10", "--block", "64")
 
     def test_formats_and_globs(self, refused, checkpoint):
         refused(2, "did you mean int4-g64", "audit", checkpoint("llama"), "--formats", "int4-g63")
+        refused(2, "names none", "audit", checkpoint("llama"), "--formats", ",")
         refused(2, "unknown rounding 'magic'", "audit", checkpoint("llama"), "--rounding", "magic")
         refused(2, "matches no unit", "audit", checkpoint("llama"), *LITTLE, "--keep", "*.nothing")
 
@@ -186,8 +209,30 @@ class TestBadInput:
         refused(1, "has no *.safetensors weights", "audit", empty)
         (empty / "model.safetensors").write_bytes(b"not tensors at all")
         refused(1, "not a whole safetensors file", "audit", empty)
+        whole = (checkpoint("llama") / "model.safetensors").read_bytes()
+        (empty / "model.safetensors").write_bytes(whole[:-100])
+        refused(1, "is cut short", "audit", empty)
+        (empty / "model.safetensors").write_bytes(whole)
+        (empty / "config.json").write_text("{")
+        refused(1, "config.json is no valid JSON", "audit", empty)
+        (empty / "config.json").write_text((checkpoint("llama") / "config.json").read_text())
+        refused(1, "has no tokenizer", "audit", empty)
         refused(1, "neither a folder here nor a hub id", "audit", tmp_path / "no" / "such" / "folder")
         refused(1, "is no folder here and could not be had from the hub", "audit", "some/model")
+
+    def test_weights(self, refused, checkpoint, tmp_path):
+        from safetensors.torch import load_file, save_file
+
+        folder = tmp_path / "model"
+        shutil.copytree(checkpoint("llama"), folder)
+        tensors = load_file(folder / "model.safetensors")
+        down = tensors["model.layers.1.mlp.down_proj.weight"]
+        down[3, 5] = float("nan")
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        refused(1, "model.layers.1.mlp.down_proj.weight holds NaN", "audit", folder, *LITTLE)
+        del tensors["model.norm.weight"]
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        refused(1, "lacks 1 tensors that LlamaForCausalLM needs, model.norm.weight first", "audit", folder, *LITTLE)
 
     def test_texts(self, refused, checkpoint, tmp_path):
         binary, short = tmp_path / "binary", tmp_path / "short"

@@ -133,3 +133,13 @@ def test_what_no_text_runs_through_is_kept_and_said():
     model.spare = torch.nn.Linear(4, 4)
     graph = build_graph(model)
     assert {k.name: k.reason for k in graph.kept}["spare.weight"].startswith("no text runs through it")
+
+
+def test_a_weight_that_other_code_reads_is_kept_and_said():
+    # As in Mamba, whose forward casts to the type of the head's weight before it calls the head.
+    model = tiny.build("llama")
+    head = model.lm_head
+    model.model.norm.register_forward_hook(lambda m, args, out: out.to(head.weight.dtype))
+    graph = build_graph(model)
+    assert {k.name: k.reason for k in graph.kept}["lm_head.weight"].startswith("its weight is read outside")
+    assert {unit.name for unit in graph.units} == set(expected_units("llama")) - {"lm_head"}

@@ -24,7 +24,7 @@ PROVENANCE = {
         "dtype": "bfloat16",
         "parameters": 10_000,
     },
-    "text": {"source": "text", "calibration": PART, "search": PART, "heldout": PART},
+    "text": {"source": "text", "tokens": 256, "calibration": PART, "search": PART, "heldout": PART},
     "seed": 0,
     "device": "cpu",
     "versions": {"bitplan": "0"},

@@ -1,6 +1,7 @@
 """The plug-in on real checkpoints: bytes, values and logits, before saving and after reading back."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -151,6 +152,42 @@ def test_load_makes_the_codes_from_the_plans_text(session_of, checkpoint, monkey
     monkeypatch.setenv("BITPLAN_CACHE", str(tmp_path))
     # The plan's text is the standard library, which every Python carries.
     assert torch.equal(logits(load(plan, checkpoint("llama"), device="cpu")), expected)
+
+
+def test_a_checkpoint_that_holds_a_tied_pair_twice(checkpoint, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from planner.session import open_session, read_texts
+    from sensitivity import source as sources
+
+    shutil.copytree(checkpoint("llama-tied"), tmp_path / "twice")
+    file = tmp_path / "twice" / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file, {"format": "pt"})
+    source = sources.find(tmp_path / "twice")
+    session = open_session(source, read_texts(source, tokens=1024, length=64), device="cpu")
+    plan = uniform_plan(session, "int4-g64", "nearest")
+    model = load(plan, tmp_path / "twice", device="cpu")
+    assert resident_bytes(model) == plan.bytes
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_model_whose_every_parameter_is_packed_has_a_dtype(tmp_path):
+    from transformers import AutoModelForCausalLM as Auto
+    from transformers import OlmoConfig
+
+    from planner.session import open_session, read_texts
+    from sensitivity import source as sources
+
+    config = OlmoConfig(**tiny.GQA, pad_token_id=0)
+    Auto.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path / "olmo")
+    tiny.tokenizer().save_pretrained(tmp_path / "olmo")
+    source = sources.find(tmp_path / "olmo")
+    session = open_session(source, read_texts(source, tokens=1024, length=64), device="cpu")
+    model = load(uniform_plan(session, "int8"), tmp_path / "olmo", device="cpu")
+    assert model.dtype == model.model.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(Auto.from_pretrained(tmp_path / "saved")), logits(model))
 
 
 def test_other_weights_are_refused(session_of, checkpoint):
