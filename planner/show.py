@@ -1,12 +1,13 @@
-"""Tables for people. May import: planner.plan/budget/compare, sensitivity.profile."""
+"""Tables for people. May import: formats.table, planner.plan/budget/compare, sensitivity.profile."""
 
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
+from formats.table import FORMATS
 from planner.budget import human
 from planner.compare import Line
-from planner.plan import Plan
+from planner.plan import Plan, PlannedUnit
 from sensitivity.profile import Profile
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -66,11 +67,7 @@ def plan_text(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _padding(unit: object) -> str | None:
-    from formats.table import FORMATS
-    from planner.plan import PlannedUnit
-
-    assert isinstance(unit, PlannedUnit)
+def _padding(unit: PlannedUnit) -> str | None:
     return None if unit.is_native else FORMATS[unit.format].padding(unit.columns)
 
 

@@ -107,7 +107,7 @@ def search(
             study.enqueue_trial({"power": 1.0, "slope": 0.0, **{f"role {name}": 0.0 for name in roles}})
         study.optimize(objective, n_trials=1)
         bar.update()
-        bar.set_postfix(kl=f"{study.best_value:.5f}")
+        bar.set_postfix(kl=f"{study.best_value:.5f}", refresh=False)
     bar.close()
     best = min(finished(), key=lambda trial: (_value(trial), trial.number))
     allocation = {group: options[group][i] for group, i in zip(problem, best.user_attrs["indices"], strict=True)}

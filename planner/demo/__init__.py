@@ -2,27 +2,26 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+
+from formats.table import MENU
+from planner.audit import audit
+from planner.choose import make_plan, menu_of
+from planner.compare import Line, compare
+from planner.plan import Budget, Plan
+from planner.session import open_session, read_texts
+from planner.uniform import uniform_plan
+from sensitivity import source as sources
 
 MODEL = Path(__file__).parent / "model"
 CALIBRATION = Path(__file__).parent / "text" / "calibration.txt"
 HELDOUT = Path(__file__).parent / "text" / "heldout.txt"
 
 
-def run(trials: int, say: Callable[[str], None]) -> tuple[Any, list[Any]]:
+def run(trials: int, say: Callable[[str], None]) -> tuple[Plan, list[Line]]:
     """Audit the embedded model, plan it for the bytes of uniform int4-g64, apply the plan, and compare.
 
     Returns the plan and the table's lines: full precision, int8, int4-g64 and the plan, on held-out text.
     """
-    from formats.table import MENU
-    from planner.audit import audit
-    from planner.choose import make_plan, menu_of
-    from planner.compare import compare
-    from planner.plan import Budget
-    from planner.session import open_session, read_texts
-    from planner.uniform import uniform_plan
-    from sensitivity import source as sources
-
     source = sources.find(MODEL)
     session = open_session(source, read_texts(source, files=[CALIBRATION], heldout=[HELDOUT]))
     say("1/4 audit: what each format costs each unit")
