@@ -43,6 +43,6 @@ plans: setup
 	    --heldout planner/demo/text/heldout.txt --bpw $$bpw --force -o plans/demo-$$bpw-bpw.json || exit 1; \
 	done
 
-# How well the predicted losses order units and formats, against measuring each alone (about 10 minutes).
+# How well the predicted losses order units and formats, against measuring each alone (about 4 minutes).
 bench-prediction: setup
 	$(BIN)/python -m benchmarks.prediction
