@@ -153,10 +153,10 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """Raises ModelUnreadable where the folder has no tokenizer."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
-        empty = not tokenizer("a", add_special_tokens=False)["input_ids"]
+        found = tokenizer("a text to read", add_special_tokens=False)["input_ids"]
     except Exception as error:  # tokenizers fail in as many types as there are tokenizers
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelUnreadable(f"{source.model} has no tokenizer that transformers can load: {reason}") from error
-    if empty:  # what transformers makes of a folder without tokenizer files
+    if set(found) <= set(tokenizer.all_special_ids):  # what transformers makes of a folder without tokenizer files
         raise ModelUnreadable(f"{source.model} has no tokenizer: add its files to the folder")
     return tokenizer

@@ -169,7 +169,10 @@ def test_a_checkpoint_that_holds_a_tied_pair_twice(checkpoint, tmp_path):
     plan = uniform_plan(session, "int4-g64", "nearest")
     model = load(plan, tmp_path / "twice", device="cpu")
     assert resident_bytes(model) == plan.bytes
-    assert model.lm_head.weight is model.model.embed_tokens.weight
+    # transformers 5.0 leaves such a pair untied, later ones tie it; the plan sees what the model has.
+    tied = any(unit.kind == "tied" for unit in plan.units)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
 
 
 def test_a_model_whose_every_parameter_is_packed_has_a_dtype(tmp_path):
