@@ -146,9 +146,3 @@ def pack_parameter(module: nn.Module, name: str, format: Format, *, placeholder:
         if suffix or not placeholder:
             module.register_parameter(name + suffix, nn.Parameter(tensor, requires_grad=False))
     return module
-
-
-def set_packed(module: Packed, name: str, tensors: Tensors) -> None:
-    """Put packed tensors, as a rounding gave them, in the place of parameter `name`."""
-    for suffix, tensor in tensors.items():
-        module.register_parameter(name + suffix, nn.Parameter(tensor, requires_grad=False))

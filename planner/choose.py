@@ -143,24 +143,21 @@ def make_plan(menu: Menu, budget: Budget, session: Session, *, trials: int, devi
             for name in menu.members[group]:
                 unit = session.bench.units[name]
                 session.bench.exchange(unit, session.bank.dequantized(unit, choice))
-        return on_search.judge(session.model).kl
+        kl = on_search.judge(session.model).kl
+        for unit in session.bench.units.values():
+            session.bench.restore(unit)
+        return kl
 
     problem_key = sha256(repr(menu.problem), str(room), session.texts.search.fingerprint)[:24]
     journal = session.bank.folder / "studies" / f"{problem_key}.log"
     best, exact = search(menu.problem, room, judge, trials=trials, journal=journal, name=problem_key)
     candidates = [(judge(alike), choice, alike) for choice, alike in menu.uniform(budget.bytes)[:JUDGED_UNIFORM]]
-    first_kl = judge(exact.choices)
-    for unit in session.bench.units.values():
-        session.bench.restore(unit)
     on_heldout = Reference(session.model, session.texts.heldout)
 
-    def measure(plan: Plan) -> Measured:
-        """Judge the loaded model; on the way, that it computes what its weights say."""
+    def measure(plan: Plan, expected: float) -> Measured:
+        """Judge the loaded model; on the way, that it computes what its weights say (`expected` KL, search text)."""
         model = materialize(plan, session.source, device)
         loaded = on_search.judge(model).kl
-        expected = judge({unit.group: Choice(unit.format, unit.rounding) for unit in plan.units})
-        for unit in session.bench.units.values():
-            session.bench.restore(unit)
         if not loaded < 1.5 * expected + 0.02:
             raise BitplanError(
                 f"the loaded model is {loaded:.4f} nats from full precision, its weights alone make {expected:.4f}:"
@@ -168,14 +165,14 @@ def make_plan(menu: Menu, budget: Budget, session: Session, *, trials: int, devi
             )
         return measured(on_heldout.judge(model))
 
-    facts = Search(trials=best.trials, best_trial=best.trial, kl=best.kl, first_kl=first_kl)
+    facts = Search(trials=best.trials, best_trial=best.trial, kl=best.kl, first_kl=best.first_kl)
     plan = assemble(menu, best.allocation, budget, exact, search=facts)
-    plan = plan.model_copy(update={"measured": measure(plan)})
+    plan = plan.model_copy(update={"measured": measure(plan, best.kl)})
     if not candidates:
         return plan
-    _, choice, alike = min(candidates, key=lambda candidate: candidate[0])
+    kl, choice, alike = min(candidates, key=lambda candidate: candidate[0])
     uniform_plan = assemble(menu, alike, budget, exact, shipped="uniform", search=facts)
-    uniform = _uniform(menu, choice, alike, measure(uniform_plan))
+    uniform = _uniform(menu, choice, alike, measure(uniform_plan, kl))
     assert plan.measured is not None and uniform.measured is not None
     if uniform.measured.kl < plan.measured.kl:
         return uniform_plan.model_copy(update={"measured": uniform.measured, "uniform": uniform})

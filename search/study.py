@@ -32,6 +32,8 @@ class Best:
     allocation: Allocation
     kl: float
     """On the search text."""
+    first_kl: float
+    """Of the first trial, the unbent knapsack's solution."""
     trial: int
     trials: int
 
@@ -111,4 +113,4 @@ def search(
     bar.close()
     best = min(finished(), key=lambda trial: (_value(trial), trial.number))
     allocation = {group: options[group][i] for group, i in zip(problem, best.user_attrs["indices"], strict=True)}
-    return Best(allocation, _value(best), best.number, done), exact
+    return Best(allocation, _value(best), _value(finished()[0]), best.number, done), exact
