@@ -29,6 +29,12 @@ class Format(ABC):
 
     default_rounding = "nearest"
 
+    @property
+    def floats(self) -> dict[str, torch.dtype]:
+        """Stored tensors that hold the bits of floats, scales and such: suffix → the floats' type. `dequantize` and
+        `take_rows` also take them as float tensors, and are differentiable in them."""
+        return {}
+
     @abstractmethod
     def specs(self, rows: int, columns: int) -> Specs:
         """Shape and dtype of every stored tensor; the first dimension of the codes is `rows`."""
@@ -68,6 +74,11 @@ class Format(ABC):
             suffix: torch.zeros(shape, dtype=dtype, device=device)
             for suffix, (shape, dtype) in self.specs(rows, columns).items()
         }
+
+
+def as_floats(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `as_bits`; a float tensor is handed on as it is."""
+    return bits if bits.is_floating_point() else bits.view(dtype)
 
 
 def as_bits(values: Tensor) -> Tensor:

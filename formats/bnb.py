@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from formats.base import Format, Specs, Tensors, as_bits
+from formats.base import Format, Specs, Tensors, as_bits, as_floats
 
 BLOCK = 64
 
@@ -25,6 +25,10 @@ class Nf4Format(Format):
     Rows are padded to whole blocks, so that no block spans two rows; where 64 divides the columns, codes and
     magnitudes are those of `bitsandbytes.nn.Linear4bit` without double quantization.
     """
+
+    @property
+    def floats(self) -> dict[str, torch.dtype]:
+        return {"_scale": torch.float32}
 
     def specs(self, rows: int, columns: int) -> Specs:
         blocks = -(-columns // BLOCK)
@@ -49,7 +53,9 @@ class Nf4Format(Format):
         codes = tensors[""].view(torch.uint8)
         # The first of two codes is the high half of the byte.
         codes = torch.stack((codes >> 4, codes & 15), -1).flatten(-2)
-        values = levels[codes.int()].unflatten(-1, (-1, BLOCK)) * tensors["_scale"].view(torch.float32).unsqueeze(-1)
+        values = levels[codes.int()].unflatten(-1, (-1, BLOCK)) * as_floats(tensors["_scale"], torch.float32).unsqueeze(
+            -1
+        )
         return values.flatten(-2)[..., :columns].to(dtype)
 
     def take_rows(self, tensors: Tensors, ids: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
@@ -58,11 +64,13 @@ class Nf4Format(Format):
     def linear(self, x: Tensor, tensors: Tensors, columns: int, bias: Tensor | None) -> Tensor:
         import bitsandbytes as bnb
 
-        if x.requires_grad:  # bitsandbytes reads a gradient's shape from the weight it was given
+        if (
+            x.requires_grad or tensors["_scale"].requires_grad
+        ):  # bitsandbytes reads a gradient's shape from the weight it was given
             return super().linear(x, tensors, columns, bias)
         rows = tensors[""].shape[0]
         state = bnb.functional.QuantState(
-            absmax=tensors["_scale"].view(torch.float32).flatten(),
+            absmax=as_floats(tensors["_scale"], torch.float32).flatten(),
             shape=torch.Size((rows, columns + -columns % BLOCK)),
             code=self._levels(x.device),
             blocksize=BLOCK,
@@ -89,6 +97,10 @@ class Int8BnbFormat(Format):
 
     threshold: float = 6.0
 
+    @property
+    def floats(self) -> dict[str, torch.dtype]:
+        return {"_scale": torch.float32}
+
     def specs(self, rows: int, columns: int) -> Specs:
         return {"": ((rows, -(-columns // 4)), torch.int32), "_scale": ((rows, 1), torch.int32)}
 
@@ -106,7 +118,7 @@ class Int8BnbFormat(Format):
 
     def dequantize(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> Tensor:
         codes = tensors[""].view(torch.int8)[..., :columns]
-        return (codes.float() * (tensors["_scale"].view(torch.float32) / 127)).to(dtype)
+        return (codes.float() * (as_floats(tensors["_scale"], torch.float32) / 127)).to(dtype)
 
     def take_rows(self, tensors: Tensors, ids: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
         return self.dequantize({suffix: tensor[ids] for suffix, tensor in tensors.items()}, columns, dtype)
@@ -114,11 +126,11 @@ class Int8BnbFormat(Format):
     def linear(self, x: Tensor, tensors: Tensors, columns: int, bias: Tensor | None) -> Tensor:
         import bitsandbytes as bnb
 
-        if x.requires_grad:
+        if x.requires_grad or tensors["_scale"].requires_grad:
             return super().linear(x, tensors, columns, bias)
         codes = tensors[""].view(torch.int8)[..., :columns].contiguous()
         state = bnb.MatmulLtState()
-        state.CB, state.SCB = codes, tensors["_scale"].view(torch.float32).flatten()
+        state.CB, state.SCB = codes, as_floats(tensors["_scale"], torch.float32).flatten()
         state.threshold, state.has_fp16_weights = self.threshold, False
         flat = x.reshape(-1, columns)
         out = bnb.matmul(flat, codes, state=state, bias=None if bias is None else bias.to(x.dtype))

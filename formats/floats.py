@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from formats.base import Format, Specs, Tensors, as_bits
+from formats.base import Format, Specs, Tensors, as_bits, as_floats
 
 FP8 = torch.float8_e4m3fn
 
@@ -44,6 +44,10 @@ class Float8Format(Format):
     The row's largest magnitude maps to 448, the largest e4m3 value. Four codes share an int32 word.
     """
 
+    @property
+    def floats(self) -> dict[str, torch.dtype]:
+        return {"_scale": torch.float16}
+
     def specs(self, rows: int, columns: int) -> Specs:
         return {"": ((rows, -(-columns // 4)), torch.int32), "_scale": ((rows, 1), torch.int16)}
 
@@ -56,7 +60,7 @@ class Float8Format(Format):
 
     def dequantize(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> Tensor:
         values = tensors[""].view(torch.uint8)[..., :columns].contiguous().view(FP8)
-        return (values.float() * tensors["_scale"].view(torch.float16).float()).to(dtype)
+        return (values.float() * as_floats(tensors["_scale"], torch.float16).float()).to(dtype)
 
     def take_rows(self, tensors: Tensors, ids: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
         return self.dequantize({suffix: tensor[ids] for suffix, tensor in tensors.items()}, columns, dtype)

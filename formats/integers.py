@@ -8,8 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from formats.base import Format, Specs, Tensors, as_bits
+from formats.base import Format, Specs, Tensors, as_bits, as_floats
 from formats.packed import pack, unpack, unpack_at, words_per_row
+
+SHRINK = [1 - 0.025 * i for i in range(21)]
+SIGN_FACTORS = [0.6 + 0.05 * i for i in range(17)]
+"""What `fitted_grid` tries, times the grid that spans the weights, or times the mean magnitude of one bit."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,10 @@ class IntegerFormat(Format):
     def top(self) -> int:
         """The largest code."""
         return (1 << self.code_bits) - 1
+
+    @property
+    def floats(self) -> dict[str, torch.dtype]:
+        return {"_scale": torch.float16}
 
     def groups(self, columns: int) -> int:
         return -(-columns // self.group) if self.group else 1
@@ -75,6 +83,43 @@ class IntegerFormat(Format):
         scale = (2 / self.top * weight.abs().mean(-1, keepdim=True)).half().float()
         return Grid(scale, torch.full_like(scale, self.top / 2))
 
+    def fitted_grid(self, weight: Tensor, importance: Tensor) -> Grid:
+        """The grid of least squared error, each column's counted `importance` [columns of one group] times, among
+        shrunken ones: clipping a few large weights makes the others' steps finer."""
+        whole = self.grid(weight)
+        factors = SIGN_FACTORS if self.zero_point == "half" else SHRINK
+        best, least = whole, torch.full_like(whole.scale, torch.inf)
+        for factor in factors:
+            scale = (whole.scale * factor).half().float()
+            zero = whole.zero
+            if self.zero_point == "integer":
+                low = weight.amin(-1, keepdim=True).clamp(max=0)
+                zero = (-low * factor / scale.clamp(min=1e-12)).round().clamp(0, self.top)
+            grid = Grid(scale, zero)
+            error = ((self.decode(self.encode(weight, grid), grid) - weight).square() * importance).sum(
+                -1, keepdim=True
+            )
+            better = error < least
+            least = torch.where(better, error, least)
+            best = Grid(torch.where(better, scale, best.scale), torch.where(better, zero, best.zero))
+        return best
+
+    def fitted_grids(self, weight: Tensor, importance: Tensor) -> Grid:
+        """`fitted_grid` of every group of float32 weight [rows, columns]; importance [columns]."""
+        step = self.group or weight.shape[1]
+        parts = zip(weight.split(step, -1), importance.split(step), strict=True)
+        grids = [self.fitted_grid(part, counted) for part, counted in parts]
+        return Grid(torch.cat([grid.scale for grid in grids], -1), torch.cat([grid.zero for grid in grids], -1))
+
+    def over_columns(self, values: Tensor, columns: int) -> Tensor:
+        """A value per group [rows, groups] → one per column [rows, columns]."""
+        return values.repeat_interleave(self.group or columns, -1)[..., :columns]
+
+    @staticmethod
+    def decode(codes: Tensor, grid: Grid) -> Tensor:
+        """Values of codes on a grid that broadcasts to them."""
+        return (codes - grid.zero) * grid.scale
+
     def encode(self, weight: Tensor, grid: Grid) -> Tensor:
         """Nearest codes, as floats, of weight [rows, n] on a grid [rows, 1 or n]."""
         return (weight / grid.scale.clamp(min=1e-12) + grid.zero).round().clamp(0, self.top)
@@ -98,7 +143,7 @@ class IntegerFormat(Format):
 
     def dequantize(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> Tensor:
         codes = unpack(tensors[""], columns, self.code_bits)
-        scale = tensors["_scale"].view(torch.float16)
+        scale = as_floats(tensors["_scale"], torch.float16)
         zero = None
         if self.zero_point == "integer":
             zero = unpack(tensors["_zero"], scale.numel(), self.code_bits).view(scale.shape)
@@ -106,7 +151,7 @@ class IntegerFormat(Format):
 
     def take_rows(self, tensors: Tensors, ids: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
         codes = unpack(tensors[""][ids], columns, self.code_bits)
-        scale = tensors["_scale"][ids].view(torch.float16)
+        scale = as_floats(tensors["_scale"][ids], torch.float16)
         zero = None
         if self.zero_point == "integer":
             groups = self.groups(columns)
@@ -124,5 +169,6 @@ class IntegerFormat(Format):
             values -= zero.float().unsqueeze(-1)
         else:
             values -= self.top / 2 if self.zero_point == "half" else self.top // 2 + 1
-        values *= scale.float().unsqueeze(-1)
+        scale = scale.float().unsqueeze(-1)
+        values = values * scale if scale.requires_grad else values.mul_(scale)
         return values.flatten(-2)[..., :columns].to(dtype)

@@ -3,7 +3,8 @@
 import os
 import shutil
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -48,10 +49,11 @@ def _is_empty(folder: Path) -> bool:
     return folder.is_dir() and not any(folder.iterdir())
 
 
-def save(model: PreTrainedModel, plan: Plan, source: Source, folder: Path, force: bool) -> None:
-    """Write a planned model as a checkpoint folder: weights, config, tokenizer, plan.json, model card.
+@contextmanager
+def written_beside(folder: Path, force: bool) -> Iterator[Path]:
+    """A new folder to write into, which is renamed to `folder` at the end, or removed where that is not reached.
 
-    Everything is written beside and renamed at the end. Raises BitplanError where the folder cannot be written.
+    Raises BitplanError where the folder cannot be written.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -59,15 +61,10 @@ def save(model: PreTrainedModel, plan: Plan, source: Source, folder: Path, force
     except OSError as error:
         raise BitplanError(f"cannot write {folder}: {error.strerror}") from None
     try:
-        model.save_pretrained(part)
-        with suppress(ModelUnreadable):  # a model without a tokenizer is saved without one
-            sources.load_tokenizer(source).save_pretrained(part)
-        write(part / "plan.json", plan)
-        facts = plan.provenance.model
-        name = Path(facts.id).name
-        card = CARD.format(id=name, name=name, bytes=plan.bytes, bits=plan.bits_per_weight, text=plan_text(plan))
-        (part / "README.md").write_text(card)
-        os.chmod(part, 0o755)
+        yield part
+        for file in part.iterdir():
+            file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors' writer leaves its file to the user alone
+        part.chmod(0o755)
         if folder.exists() and force:
             shutil.rmtree(folder)
         os.rename(part, folder)
@@ -75,3 +72,24 @@ def save(model: PreTrainedModel, plan: Plan, source: Source, folder: Path, force
         raise BitplanError(f"cannot write {folder}: {error.strerror}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def write_papers(part: Path, plan: Plan, source: Source, card: str) -> None:
+    """The tokenizer, plan.json and the model card, `card` filled in."""
+    with suppress(ModelUnreadable):  # a model without a tokenizer is saved without one
+        sources.load_tokenizer(source).save_pretrained(part)
+    write(part / "plan.json", plan)
+    facts = plan.provenance.model
+    name = Path(facts.id).name
+    text = card.format(id=name, name=name, bytes=plan.bytes, bits=plan.bits_per_weight, text=plan_text(plan))
+    (part / "README.md").write_text(text)
+
+
+def save(model: PreTrainedModel, plan: Plan, source: Source, folder: Path, force: bool) -> None:
+    """Write a planned model as a checkpoint folder: weights, config, tokenizer, plan.json, model card.
+
+    Everything is written beside and renamed at the end. Raises BitplanError where the folder cannot be written.
+    """
+    with written_beside(folder, force) as part:
+        model.save_pretrained(part)
+        write_papers(part, plan, source, CARD)

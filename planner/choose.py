@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from formats.errors import BitplanError, BudgetInfeasible
+from formats.rounding import refuse_misfit, rounding_for
 from formats.table import FORMATS
 from planner.budget import human
+from planner.heal import round_missing
 from planner.materialize import materialize
 from planner.plan import DTYPES, Budget, Measured, Plan, PlannedUnit, Predicted, Search, Uniform
 from planner.session import Session
@@ -91,11 +93,45 @@ def refuse_infeasible(menu: Menu, budget: Budget) -> None:
     )
 
 
+@dataclass(frozen=True)
+class Finish:
+    """How a plan's codes are made: a rounding for the formats that it fits (None: each format's own), and healing."""
+
+    rounding: str | None = None
+    healed: bool = False
+
+    def __call__(self, choice: Choice, dtype: str) -> str:
+        """The rounding of a unit in a choice, which itself names the rounding that scored it."""
+        native = choice.format == DTYPES[dtype]
+        return "nearest" if native else rounding_for(FORMATS[choice.format], self.rounding)
+
+
+def refinished(plan: Plan, rounding: str | None, healed: bool | None) -> Plan:
+    """The plan with its codes made in another way, where that is asked for, and without the measurements of the old.
+
+    Raises UsageError for a rounding that none of its formats has.
+    """
+    if rounding is None and healed is None:
+        return plan
+    refuse_misfit(rounding, [FORMATS[unit.format] for unit in plan.packed])
+    finish = Finish(rounding, plan.healed if healed is None else healed)
+    units = tuple(
+        unit
+        if unit.is_native or rounding is None
+        else unit.model_copy(update={"rounding": finish(Choice(unit.format, unit.rounding), unit.dtype)})
+        for unit in plan.units
+    )
+    made = plan.model_copy(update={"units": units, "healed": finish.healed and bool(plan.packed)})
+    same = made.units == plan.units and made.healed == plan.healed
+    return plan if same else made.model_copy(update={"measured": None, "uniform": None})
+
+
 def assemble(
     menu: Menu,
     allocation: Allocation,
     budget: Budget,
     solution: Solution,
+    finish: Finish,
     shipped: Literal["search", "uniform"] = "search",
     **parts: Any,
 ) -> Plan:
@@ -103,8 +139,8 @@ def assemble(
     units = []
     for entry in menu.profile.units:
         choice = allocation[entry.group]
-        row = menu.rows[entry.name, choice]
-        units.append(PlannedUnit(**dict(entry), format=choice.format, rounding=choice.rounding, bytes=row.bytes))
+        rounding, size = finish(choice, entry.dtype), menu.rows[entry.name, choice].bytes
+        units.append(PlannedUnit(**dict(entry), format=choice.format, rounding=rounding, bytes=size))
     total = menu.nbytes(allocation)
     return Plan(
         budget=budget,
@@ -113,24 +149,28 @@ def assemble(
         shipped=shipped,
         units=tuple(units),
         kept=menu.profile.kept,
+        healed=finish.healed and any(not unit.is_native for unit in units),
         predicted=Predicted(nll=menu.loss(allocation), bound=solution.bound, gap=solution.gap),
         provenance=menu.profile.provenance,
         **parts,
     )
 
 
-def quick_plan(menu: Menu, budget: Budget) -> Plan:
+def quick_plan(menu: Menu, budget: Budget, finish: Finish) -> Plan:
     """The knapsack's solution, unmeasured: seconds, and no model. Raises BudgetInfeasible."""
     refuse_infeasible(menu, budget)
     solution = knapsack.solve(menu.problem, budget.bytes - menu.profile.kept_bytes)
     fitting = menu.uniform(budget.bytes)
-    uniform = _uniform(menu, *fitting[0]) if fitting else None
-    return assemble(menu, solution.choices, budget, solution, uniform=uniform)
+    uniform = _uniform(menu, *fitting[0], finish) if fitting else None
+    return assemble(menu, solution.choices, budget, solution, finish, uniform=uniform)
 
 
-def make_plan(menu: Menu, budget: Budget, session: Session, *, trials: int, device: str = "auto") -> Plan:
+def make_plan(
+    menu: Menu, budget: Budget, session: Session, finish: Finish, *, trials: int, device: str = "auto"
+) -> Plan:
     """Search, materialise the winner and the best uniform plan that fits, judge both on held-out text, keep the better.
 
+    Candidates are judged with each unit's codes chosen alone; the two at the end have theirs made as `finish` says.
     Raises BudgetInfeasible before anything runs.
     """
     refuse_infeasible(menu, budget)
@@ -156,6 +196,7 @@ def make_plan(menu: Menu, budget: Budget, session: Session, *, trials: int, devi
 
     def measure(plan: Plan, expected: float) -> Measured:
         """Judge the loaded model; on the way, that it computes what its weights say (`expected` KL, search text)."""
+        round_missing(plan, session)
         model = materialize(plan, session.source, device)
         loaded = on_search.judge(model).kl
         if not loaded < 1.5 * expected + 0.02:
@@ -166,23 +207,25 @@ def make_plan(menu: Menu, budget: Budget, session: Session, *, trials: int, devi
         return measured(on_heldout.judge(model))
 
     facts = Search(trials=best.trials, best_trial=best.trial, kl=best.kl, first_kl=best.first_kl)
-    plan = assemble(menu, best.allocation, budget, exact, search=facts)
+    plan = assemble(menu, best.allocation, budget, exact, finish, search=facts)
     plan = plan.model_copy(update={"measured": measure(plan, best.kl)})
     if not candidates:
         return plan
     kl, choice, alike = min(candidates, key=lambda candidate: candidate[0])
-    uniform_plan = assemble(menu, alike, budget, exact, shipped="uniform", search=facts)
-    uniform = _uniform(menu, choice, alike, measure(uniform_plan, kl))
+    uniform_plan = assemble(menu, alike, budget, exact, finish, shipped="uniform", search=facts)
+    uniform = _uniform(menu, choice, alike, finish, measure(uniform_plan, kl))
     assert plan.measured is not None and uniform.measured is not None
     if uniform.measured.kl < plan.measured.kl:
         return uniform_plan.model_copy(update={"measured": uniform.measured, "uniform": uniform})
     return plan.model_copy(update={"uniform": uniform})
 
 
-def _uniform(menu: Menu, choice: Choice, alike: Allocation, measured: Measured | None = None) -> Uniform:
+def _uniform(
+    menu: Menu, choice: Choice, alike: Allocation, finish: Finish, measured: Measured | None = None
+) -> Uniform:
     return Uniform(
         format=choice.format,
-        rounding=choice.rounding,
+        rounding=finish(choice, menu.profile.units[0].dtype),
         bytes=menu.nbytes(alike),
         predicted_nll=menu.loss(alike),
         measured=measured,

@@ -58,7 +58,14 @@ def build_parser() -> argparse.ArgumentParser:
     apply.add_argument("plan", type=Path, help="a plan file")
     apply.add_argument("--model", help="folder or hub id; by default the one that the plan names")
     _text(apply)
+    _finish(apply)
     apply.add_argument("--save", type=Path, metavar="DIR", help="write the planned checkpoint to this folder")
+    apply.add_argument(
+        "--layout",
+        choices=("bitplan", "gptq"),
+        default="bitplan",
+        help="of the saved checkpoint: bitplan's, or GPTQ's for a plan of its formats and kept floats",
+    )
     apply.add_argument("--prompt", metavar="TEXT", help="continue this text")
     apply.add_argument("--force", action="store_true", help="replace what exists")
     apply.add_argument(
@@ -103,9 +110,21 @@ def _text(parser: argparse.ArgumentParser) -> None:
 
 def _menu(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--formats", metavar="A,B,…", help="formats to choose from; `bitplan formats` lists them")
-    parser.add_argument("--rounding", metavar="NAME", help="nearest or gptq; by default each format's own")
+    _finish(parser)
     if parser.prog.endswith((" audit", " plan")):
         parser.add_argument("--keep", action="append", default=[], metavar="GLOB", help="leave these units as they are")
+
+
+def _finish(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--rounding", metavar="NAME", help="how codes are chosen: nearest, gptq, awq or tuned; by default gptq"
+    )
+    if not parser.prog.endswith(" audit"):
+        parser.add_argument(
+            "--heal",
+            action=argparse.BooleanOptionalAction,
+            help="train scales and kept vectors against the full-precision model once the codes are chosen",
+        )
 
 
 def _device(parser: argparse.ArgumentParser) -> None:

@@ -13,15 +13,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import planner.audit
 import planner.compare
 import planner.demo
-from formats.errors import CodesMissing, FormatUnavailable, PlanMismatch, UsageError
-from formats.rounding import rounding_named
+from formats.errors import FormatUnavailable, PlanMismatch, UsageError
+from formats.rounding import refuse_misfit
 from formats.table import FORMATS, MENU
 from planner.budget import budget_bytes, human
 from planner.card import refuse_folder, save
-from planner.choose import make_plan, menu_of, quick_plan, refuse_infeasible
+from planner.choose import Finish, make_plan, menu_of, quick_plan, refinished, refuse_infeasible
+from planner.gptq_layout import refuse_unsayable, save_gptq
 from planner.materialize import check_plan_fits, find_for, make_codes, materialize, resident_bytes
 from planner.plan import Budget, Plan
-from planner.pretrained import missing_codes
+from planner.pretrained import refuse_missing
 from planner.session import load_reference, open_session, read_texts, recall_texts
 from planner.show import compare_text, plan_text, profile_text, table
 from planner.uniform import COMPARED, parse_formats
@@ -75,9 +76,8 @@ def audit(arguments: Namespace) -> None:
 
 
 def _menu_formats(arguments: Namespace) -> tuple[str, ...]:
-    if arguments.rounding:
-        rounding_named(arguments.rounding)
     menu = parse_formats(arguments.formats, MENU)
+    refuse_misfit(arguments.rounding, [FORMATS[name] for name in menu])
     for name in menu:
         if reason := FORMATS[name].unavailable():
             raise FormatUnavailable(f"{name} cannot run here: {reason}")
@@ -97,8 +97,8 @@ def plan(arguments: Namespace) -> None:
     formats = _menu_formats(arguments)
     source = sources.find(arguments.model, trust_remote_code=arguments.trust_remote_code)
     if arguments.profile:
-        if arguments.keep or arguments.rounding:
-            raise UsageError("--keep and --rounding are settled by the profile: give them to `bitplan audit`")
+        if arguments.keep:
+            raise UsageError("--keep is settled by the profile: give it to `bitplan audit`")
         profile, session = read(arguments.profile, Profile), None
         _check_profile(profile, source, formats if arguments.formats else ())
         refuse_infeasible(menu_of(profile, formats if arguments.formats else None), budget(profile.provenance))
@@ -111,10 +111,13 @@ def plan(arguments: Namespace) -> None:
         )
         profile = planner.audit.audit(session, formats, arguments.rounding)
     menu = menu_of(profile, formats if arguments.formats else None)
+    finish = Finish(arguments.rounding, bool(arguments.heal))
     if arguments.trials and session is not None:
-        made = make_plan(menu, budget(profile.provenance), session, trials=arguments.trials, device=arguments.device)
+        made = make_plan(
+            menu, budget(profile.provenance), session, finish, trials=arguments.trials, device=arguments.device
+        )
     else:
-        made = quick_plan(menu, budget(profile.provenance))
+        made = quick_plan(menu, budget(profile.provenance), finish)
     if arguments.output:
         write(arguments.output, made)
         _say(f"plan written to {arguments.output}")
@@ -153,14 +156,14 @@ def apply(arguments: Namespace) -> None:
     refuse_folder(arguments.save, arguments.force)
     if arguments.prompt is not None and not arguments.prompt.strip():
         raise UsageError("--prompt is empty: give some text to go on from")
-    plan = read(arguments.plan, Plan)
+    plan = refinished(read(arguments.plan, Plan), arguments.rounding, arguments.heal)
+    if arguments.layout == "gptq":
+        if arguments.save is None:
+            raise UsageError("--layout gptq says how to write a checkpoint: give --save DIR")
+        refuse_unsayable(plan)
     source = find_for(plan, arguments.model, arguments.trust_remote_code)
-    make_codes(plan, source, arguments.text)
-    if units := missing_codes(plan):
-        raise CodesMissing(
-            f"{len(units)} units are rounded with {units[0].rounding}, which needs the plan's calibration text"
-            f" ({plan.provenance.text.source}): run `bitplan apply {arguments.plan} --text FILE …` with it"
-        )
+    make_codes(plan, source, arguments.text, arguments.device)
+    refuse_missing(plan)
     reference = None
     if arguments.text or arguments.dataset or arguments.heldout:
         texts = _read_texts(arguments, source)
@@ -172,10 +175,11 @@ def apply(arguments: Namespace) -> None:
         "planned_bytes": plan.bytes,
         "bits_per_weight": size * 8 / plan.provenance.model.parameters,
         "device": str(model.device),
+        "rounding": plan.rounding,
     }
     text = [
         f"resident {size:,} bytes ({human(size)}), planned {plan.bytes:,};"
-        f" {data['bits_per_weight']:.3f} bits per weight"
+        f" {data['bits_per_weight']:.3f} bits per weight; rounding: {plan.rounding}"
     ]
     if reference is not None:
         judgement = reference.judge(model)
@@ -186,9 +190,13 @@ def apply(arguments: Namespace) -> None:
             f" KL {judgement.kl:.5f} ± {judgement.kl_se:.5f}"
         )
     if arguments.save:
-        save(model, plan, source, arguments.save, arguments.force)
         data["saved"] = str(arguments.save)
-        text.append(f"saved to {arguments.save}")
+        if arguments.layout == "gptq":
+            data["saved_bytes"] = save_gptq(model, plan, source, arguments.save, arguments.force)
+            text.append(f"saved to {arguments.save} in GPTQ's layout, {data['saved_bytes']:,} bytes")
+        else:
+            save(model, plan, source, arguments.save, arguments.force)
+            text.append(f"saved to {arguments.save}")
     if arguments.prompt is not None:
         data["text"] = _continue(model, sources.load_tokenizer(source), arguments.prompt)
         text.append(data["text"])
@@ -216,12 +224,14 @@ def compare(arguments: Namespace) -> None:
     for name, plan in plans.items():
         check_plan_fits(plan, source)
         try:
-            make_codes(plan, source, arguments.text)
+            make_codes(plan, source, arguments.text, arguments.device)
         except PlanMismatch as error:  # its row will say that the codes are missing
             _say(f"{name}: {error}")
     session = open_session(source, _read_texts(arguments, source), device=arguments.device)
     lines = []
-    for line in planner.compare.compare(session, formats, plans, arguments.rounding, arguments.device):
+    for line in planner.compare.compare(
+        session, formats, plans, arguments.rounding, bool(arguments.heal), arguments.device
+    ):
         lines.append(line)
         _say(f"{line.name}: {'measured' if line.judgement else line.note}")
     _put(arguments, {"rows": [line.as_dict() for line in lines]}, compare_text(lines))

@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 
 from formats.errors import BitplanError
 from formats.table import FORMATS
+from planner.heal import round_missing
 from planner.materialize import materialize, resident_bytes
 from planner.plan import Plan
-from planner.session import Session, pick_device, round_missing
+from planner.session import Session, pick_device
 from planner.uniform import is_float, uniform_plan
 from sensitivity import source as sources
 from sensitivity.loss import Judgement, Reference
@@ -49,6 +50,7 @@ def compare(
     formats: tuple[str, ...],
     plans: dict[str, Plan],
     rounding: str | None = None,
+    healed: bool = False,
     device: str = "auto",
 ) -> Iterator[Line]:
     """Yield a line per format and plan (name → plan) as each is measured. The session's model is given up first; the
@@ -59,7 +61,7 @@ def compare(
     wanted: list[tuple[str, Plan | str]] = []
     for name in formats:
         try:
-            row = name if is_float(name) else uniform_plan(session, name, rounding)
+            row = name if is_float(name) else uniform_plan(session, name, rounding, healed)
             if isinstance(row, Plan):
                 round_missing(row, session)
             wanted.append((row.budget.asked if isinstance(row, Plan) else name, row))

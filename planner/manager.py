@@ -9,11 +9,12 @@ from formats.errors import UsageError
 from formats.table import MENU, format_named
 from planner.audit import audit
 from planner.budget import budget_bytes
-from planner.choose import make_plan, menu_of
+from planner.choose import Finish, make_plan, menu_of
 from planner.compare import load_float
+from planner.heal import round_missing
 from planner.materialize import materialize, resident_bytes
 from planner.plan import Budget, Plan
-from planner.session import Session, open_session, read_texts, round_missing
+from planner.session import Session, open_session, read_texts
 from planner.uniform import is_float, uniform_plan
 from sensitivity import source as sources
 
@@ -36,10 +37,10 @@ class QuantizationManager:
         self._loaded = None
         return open_session(self.source, read_texts(self.source, files=self.files), device=self.device)
 
-    def load(self, format: str, rounding: str | None = None) -> PreTrainedModel:
+    def load(self, format: str, rounding: str | None = None, heal: bool = False) -> PreTrainedModel:
         """The model in one format: fp32, bf16 and fp16 whole, others with its small vectors kept as they are.
 
-        Raises UnknownFormat, FormatUnavailable.
+        `rounding` and `heal` say how the codes are chosen. Raises UnknownFormat, FormatUnavailable, UsageError.
         """
         name = format_named(format).name
         if is_float(name):
@@ -47,13 +48,15 @@ class QuantizationManager:
             self._loaded = (name, load_float(self.source, name, self.device))
         else:
             session = self._open()
-            self.plan = uniform_plan(session, name, rounding)
+            self.plan = uniform_plan(session, name, rounding, heal)
             round_missing(self.plan, session)
             session.give_up_model()
             self._loaded = (name, materialize(self.plan, self.source, self.device))
         return self._loaded[1]
 
-    def load_mixed_precision(self, budget: str | int, trials: int = 30) -> PreTrainedModel:
+    def load_mixed_precision(
+        self, budget: str | int, trials: int = 30, rounding: str | None = None, heal: bool = False
+    ) -> PreTrainedModel:
         """The model by a plan made for `budget` (bytes, or a size such as "5GiB"), kept in `plan`.
 
         Raises BudgetInfeasible, UsageError.
@@ -61,7 +64,9 @@ class QuantizationManager:
         session = self._open()
         menu = menu_of(audit(session, MENU))
         size, asked = budget_bytes(f"{budget}B" if isinstance(budget, int) else budget, None, None, 0)
-        self.plan = make_plan(menu, Budget(asked=asked, bytes=size), session, trials=trials, device=self.device)
+        self.plan = make_plan(
+            menu, Budget(asked=asked, bytes=size), session, Finish(rounding, heal), trials=trials, device=self.device
+        )
         session.give_up_model()
         self._loaded = ("mixed", materialize(self.plan, self.source, self.device))
         return self._loaded[1]

@@ -7,9 +7,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from formats.errors import ModelUnreadable, PlanMismatch
+from planner.heal import round_missing
 from planner.plan import Plan
 from planner.pretrained import PlanConfig, missing_codes, refuse_unavailable
-from planner.session import open_session, pick_device, recall_texts, round_missing
+from planner.session import open_session, pick_device, recall_texts
 from sensitivity import source as sources
 from sensitivity.profile import read
 from sensitivity.source import Source
@@ -50,7 +51,7 @@ def load(
     if not isinstance(plan, Plan):
         plan = read(Path(plan), Plan)
     source = find_for(plan, model, trust_remote_code)
-    make_codes(plan, source, [Path(file) for file in text] if text else None)
+    make_codes(plan, source, [Path(file) for file in text] if text else None, device)
     return materialize(plan, source, device)
 
 
@@ -67,10 +68,11 @@ def find_for(plan: Plan, model: str | Path | None, trust_remote_code: bool = Fal
     return source
 
 
-def make_codes(plan: Plan, source: Source, files: list[Path] | None = None) -> None:
+def make_codes(plan: Plan, source: Source, files: list[Path] | None = None, device: str = "auto") -> None:
     """Where the cache lacks codes of the plan and its text is to be had, round. Raises PlanMismatch, RoundingFailed."""
-    if missing_codes(plan) and (found := recall_texts(plan.provenance.text, source, files, needed=("calibration",))):
-        round_missing(plan, open_session(source, found))
+    needed = ("calibration", "search") if plan.healed else ("calibration",)
+    if missing_codes(plan) and (found := recall_texts(plan.provenance.text, source, files, needed=needed)):
+        round_missing(plan, open_session(source, found, device=device, whole=False))
 
 
 def materialize(plan: Plan, source: Source, device: str = "auto") -> PreTrainedModel:

@@ -5,6 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from formats.rounding import ROUNDINGS
 from formats.table import FORMATS, NATIVE
 from sensitivity.profile import Bytes, KeptEntry, Name, Provenance, Strict, UnitEntry
 
@@ -76,6 +77,8 @@ class Plan(Strict):
     """Whose allocation this is: the uniform one's where that did better on the held-out text."""
     units: tuple[PlannedUnit, ...] = Field(min_length=1)
     kept: tuple[KeptEntry, ...]
+    healed: bool = False
+    """Scales and kept vectors are trained by KL to the full-precision model once the codes are chosen."""
     predicted: Predicted | None = None
     search: Search | None = None
     measured: Measured | None = None
@@ -91,6 +94,8 @@ class Plan(Strict):
         for unit in self.units:
             if unit.format not in FORMATS:
                 raise ValueError(f"unit {unit.name}: unknown format {unit.format!r}")
+            if unit.rounding not in ROUNDINGS or not ROUNDINGS[unit.rounding].fits(FORMATS[unit.format]):
+                raise ValueError(f"unit {unit.name}: {unit.format} has no rounding {unit.rounding!r}")
             if formats.setdefault(unit.group, unit.format) != unit.format:
                 raise ValueError(
                     f"unit {unit.name}: {unit.format}, but its group {unit.group} has {formats[unit.group]}"
@@ -105,8 +110,18 @@ class Plan(Strict):
             raise ValueError(f"the plan says {self.bytes} bytes, and its units and kept tensors add up to {total}")
         return self
 
-    def needs_text(self) -> list[PlannedUnit]:
-        """Units whose rounding needs calibration text."""
-        from formats.rounding import rounding_named
+    @property
+    def packed(self) -> list[PlannedUnit]:
+        """Units that have codes."""
+        return [unit for unit in self.units if not unit.is_native]
 
-        return [unit for unit in self.units if not unit.is_native and rounding_named(unit.rounding).needs_text]
+    @property
+    def needs_text(self) -> bool:
+        """Whether its codes follow from text, so that they are made once and kept."""
+        return bool(self.packed) and (self.healed or any(ROUNDINGS[u.rounding].needs_text for u in self.packed))
+
+    @property
+    def rounding(self) -> str:
+        """The roundings that its units have, in words."""
+        names = dict.fromkeys(unit.rounding for unit in self.packed)
+        return " and ".join(names) + (", healed" if self.healed else "") if names else "none"

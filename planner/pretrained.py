@@ -14,14 +14,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from formats.errors import BitplanError, CodesMissing, FormatUnavailable, PlanMismatch
 from formats.modules import canonical, is_transposed, pack_parameter
-from formats.rounding import rounding_named
 from formats.table import format_named
 from planner.plan import Plan, PlannedUnit
 from planner.register import METHOD
-from sensitivity.bank import Choice, codes_path, from_file, workspace
+from sensitivity.bank import from_file, workspace
 from sensitivity.profile import read
 from sensitivity.source import weights_fingerprint
-from sensitivity.store import is_whole, load_tensors
+from sensitivity.store import is_whole, load_tensors, sha256
 
 
 def _answer_dtype(model: Any, dtype: torch.dtype) -> None:
@@ -61,15 +60,37 @@ class SavedPlanConfig(PlanConfig):
 
 
 def codes_folder(plan: Plan) -> Path:
-    """Where the cache keeps the codes of this plan's text-based roundings."""
+    """Where the cache keeps the codes of this plan, which hang on each other."""
     facts = plan.provenance
-    return workspace(facts.model.weights_sha256, facts.text.calibration.sha256, facts.seed)
+    folder = workspace(facts.model.weights_sha256, facts.text.calibration.sha256, facts.seed)
+    allocation = repr([(unit.name, unit.format, unit.rounding) for unit in plan.units])
+    healed = facts.text.search.sha256 if plan.healed else ""  # healing stops by the search text
+    return folder / "plans" / sha256(allocation, healed)[:24]
+
+
+def unit_path(folder: Path, unit: str) -> Path:
+    return folder / "units" / f"{unit}.safetensors"
+
+
+def kept_path(folder: Path, parameter: str) -> Path:
+    """A kept tensor that rounding or healing has changed."""
+    return folder / "kept" / f"{parameter}.safetensors"
 
 
 def missing_codes(plan: Plan) -> list[PlannedUnit]:
-    """Units whose rounding needs text, and whose codes the cache does not hold."""
+    """Units whose codes follow from text and are not in the cache."""
     folder = codes_folder(plan)
-    return [u for u in plan.needs_text() if not is_whole(codes_path(folder, u.name, Choice(u.format, u.rounding)))]
+    return [unit for unit in plan.packed if not is_whole(unit_path(folder, unit.name))] if plan.needs_text else []
+
+
+def refuse_missing(plan: Plan) -> None:
+    """Raises CodesMissing where the cache lacks codes that follow from text."""
+    if units := missing_codes(plan):
+        raise CodesMissing(
+            f"{len(units)} units, {units[0].name} first, are to be rounded ({plan.rounding}) on the plan's calibration"
+            f" text ({plan.provenance.text.source}): run `bitplan apply PLAN --text FILE …` once with it, or"
+            f" planner.load(plan, text=[…])"
+        )
 
 
 def refuse_unavailable(plan: Plan) -> None:
@@ -97,7 +118,11 @@ class RoundOnLoad(ConversionOps):
         for name, values in input_dict.items():
             value = values[0] if isinstance(values, list) else values
             unit = self.quantizer.packed.get(name)
-            if unit is None:
+            if name in self.quantizer.changed:
+                kept = load_tensors(kept_path(codes_folder(self.quantizer.plan), name))
+                assert kept is not None, name
+                made[name] = kept["tensor"].to(value)
+            elif unit is None:
                 made[name] = value
             else:
                 module = model.get_submodule(name.rpartition(".")[0])
@@ -106,12 +131,9 @@ class RoundOnLoad(ConversionOps):
         return made
 
     def _tensors(self, unit: PlannedUnit, value: torch.Tensor, transposed: bool) -> dict[str, torch.Tensor]:
-        rounding = rounding_named(unit.rounding)
-        if not rounding.needs_text:
-            return rounding.round(canonical(value, transposed).float(), format_named(unit.format), [])
-        kept = load_tensors(
-            codes_path(codes_folder(self.quantizer.plan), unit.name, Choice(unit.format, unit.rounding))
-        )
+        if not self.quantizer.plan.needs_text:
+            return format_named(unit.format).quantize(canonical(value, transposed).float())
+        kept = load_tensors(unit_path(codes_folder(self.quantizer.plan), unit.name))
         if kept is None:
             raise CodesMissing(f"{unit.name}: its codes have gone from the cache")
         return from_file(kept)
@@ -125,7 +147,9 @@ class PlanQuantizer(HfQuantizer):
     def __init__(self, quantization_config: PlanConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self.plan: Plan = quantization_config.plan
-        self.packed = {name: unit for unit in self.plan.units if not unit.is_native for name in holders(unit)}
+        self.packed = {name: unit for unit in self.plan.packed for name in holders(unit)}
+        self.changed: set[str] = set()
+        """Kept tensors that are not the checkpoint's: rounding folded a scale into them, or healing trained them."""
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         refuse_unavailable(self.plan)
@@ -171,19 +195,17 @@ class PlanQuantizer(HfQuantizer):
                 f"the plan was made for other weights ({expected.id}, fingerprint {expected.weights_sha256[:12]}; these"
                 f" have {found[:12]}): make a plan for this model with `bitplan plan`"
             )
-        if units := missing_codes(self.plan):
-            raise CodesMissing(
-                f"{len(units)} units, {units[0].name} first, are rounded with {units[0].rounding}, which needs the"
-                f" calibration text ({self.plan.provenance.text.source}): run `bitplan apply PLAN --text FILE …`"
-                f" once, or planner.load(plan, text=[…])"
-            )
+        refuse_missing(self.plan)
+        if self.plan.needs_text:
+            folder = codes_folder(self.plan)
+            self.changed = {kept.name for kept in self.plan.kept if is_whole(kept_path(folder, kept.name))}
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        return not self.pre_quantized and param_name in self.packed
+        return not self.pre_quantized and (param_name in self.packed or param_name in self.changed)
 
     def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
         """Bytes per element of a float placeholder, so that device maps see what will lie on the device."""
-        if not self.param_needs_quantization(model, param_name):
+        if self.pre_quantized or param_name not in self.packed:
             return param.element_size()
         unit = self.packed[param_name]
         shape, dtype = format_named(unit.format).specs(unit.experts * unit.rows, unit.columns)[""]

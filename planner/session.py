@@ -1,6 +1,6 @@
 """A full-precision model opened for work, and the texts it works with.
 
-May import: formats, sensitivity, planner.plan/pretrained.
+May import: formats, sensitivity, planner.plan.
 """
 
 import platform
@@ -13,15 +13,12 @@ from transformers import PreTrainedModel
 
 import planner
 from formats.errors import ModelUnreadable, PlanMismatch, UsageError
-from planner.plan import Plan
-from planner.pretrained import missing_codes
 from sensitivity import source as sources
 from sensitivity import text as texts
-from sensitivity.bank import Bank, Choice, Workbench, workspace
+from sensitivity.bank import Bank, Workbench, workspace
 from sensitivity.curvature import StatisticsStore, gather
 from sensitivity.graph import Graph, build_graph
 from sensitivity.profile import ModelFacts, Provenance, TextFacts, TextPart
-from sensitivity.progress import progress
 from sensitivity.source import Source
 from sensitivity.text import Blocks, Texts
 
@@ -41,10 +38,15 @@ class Session:
     bank: Bank
     store: StatisticsStore
     provenance: Provenance
+    device: str
+    whole: bool = True
+    """The model is on the device as it runs; otherwise it stays where transformers loads it, on the CPU."""
 
     def gather(self) -> None:
         """Make sure of every unit's statistics. Raises RoundingFailed."""
-        gather(self.model, self.graph, self.texts.calibration, self.store, SEED)
+        if any(unit not in self.store for unit in self.graph.units):
+            model = self.model if self.whole else load_reference(self.source, self.device)
+            gather(model, self.graph, self.texts.calibration, self.store, SEED)
 
     def give_up_model(self) -> None:
         """Free the full-precision model; the session can do nothing with weights from here on."""
@@ -63,16 +65,20 @@ def pick_device(device: str) -> str:
     return device
 
 
-def open_session(source: Source, session_texts: Texts, keep: tuple[str, ...] = (), device: str = "auto") -> Session:
-    """Load the model, in float32 on a CPU and in its own type elsewhere. Raises ModelUnreadable, UsageError."""
+def open_session(
+    source: Source, session_texts: Texts, keep: tuple[str, ...] = (), device: str = "auto", whole: bool = True
+) -> Session:
+    """Load the model, in float32 on a CPU and in its own type elsewhere; not `whole`: as the checkpoint has it, for
+    work that takes one block at a time to the device. Raises ModelUnreadable, UsageError."""
     sources.refuse_quantized(source)
     device = pick_device(device)
-    model = sources.load_model(source, device)
+    model = sources.load_model(source, device if whole else "cpu")
     dtype = str(model.dtype).removeprefix("torch.")
     graph = build_graph(model, keep)
     if not graph.units:
         raise ModelUnreadable(f"{source.model} has no weight that can take a format")
-    _widen(model, device)
+    if whole:
+        _widen(model, device)
     for part in PARTS:
         blocks = getattr(session_texts, part)
         highest, rows = int(blocks.ids.max()), model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr, operator, index]
@@ -86,7 +92,7 @@ def open_session(source: Source, session_texts: Texts, keep: tuple[str, ...] = (
     bench = Workbench(model, graph.units)
     bank = Bank(folder, bench.weight, store)
     facts = _describe(source, session_texts, dtype, model.num_parameters(), device)
-    return Session(source, session_texts, model, graph, bench, bank, store, facts)
+    return Session(source, session_texts, model, graph, bench, bank, store, facts, device, whole)
 
 
 def load_reference(source: Source, device: str = "auto") -> PreTrainedModel:
@@ -173,11 +179,3 @@ def recall_texts(
         f"{given} is not the text that was used ({facts.source}; fingerprint {facts.calibration.sha256[:12]}): give"
         f" that text (and its --heldout), or start again with this one"
     )
-
-
-def round_missing(plan: Plan, session: Session) -> None:
-    """Make the codes of the plan's text-based roundings that the cache lacks. Raises RoundingFailed."""
-    if missing := missing_codes(plan):
-        session.gather()
-        for unit in progress(missing, desc="rounding", unit="unit"):
-            session.bank.tensors(session.bench.units[unit.name], Choice(unit.format, unit.rounding))

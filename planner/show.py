@@ -73,6 +73,7 @@ def _padding(unit: PlannedUnit) -> str | None:
 
 def _figures(plan: Plan) -> list[str]:
     lines = []
+    lines.append(f"rounding: {plan.rounding}")
     if plan.predicted:
         lines.append(
             f"predicted {plan.predicted.nll:.4f} nats per token above full precision; no allocation has less than"

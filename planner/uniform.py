@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from formats.errors import FormatUnavailable, UsageError
 from formats.floats import FloatFormat
-from formats.rounding import rounding_for
+from formats.rounding import refuse_misfit, rounding_for
 from formats.table import FORMATS, format_named
 from planner.audit import kept_entry, unit_entry
 from planner.plan import Budget, Plan, PlannedUnit
@@ -15,11 +15,12 @@ COMPARED = ("fp32", "bf16", "fp16", "fp8", "int8", "int4-g64", "nf4", "binary-g6
 """What `compare` shows unless told otherwise."""
 
 
-def uniform_plan(session: Session, format: str, rounding: str | None = None) -> Plan:
-    """The plan that gives every unit one format. Raises UnknownFormat, FormatUnavailable."""
+def uniform_plan(session: Session, format: str, rounding: str | None = None, healed: bool = False) -> Plan:
+    """The plan that gives every unit one format. Raises UnknownFormat, FormatUnavailable, UsageError."""
     row = format_named(format)
     if reason := row.unavailable():
         raise FormatUnavailable(f"{row.name} cannot run here: {reason}")
+    refuse_misfit(rounding, [row])
     choice = Choice(row.name, rounding_for(row, rounding))
     units = []
     for unit in session.graph.units:
@@ -29,12 +30,13 @@ def uniform_plan(session: Session, format: str, rounding: str | None = None) -> 
     kept = tuple(kept_entry(tensor) for tensor in session.graph.kept)
     total = sum(unit.bytes for unit in units) + sum(entry.bytes for entry in kept)
     return Plan(
-        budget=Budget(asked=f"uniform {choice}", bytes=total),
+        budget=Budget(asked=f"uniform {choice}{', healed' if healed else ''}", bytes=total),
         bytes=total,
         bits_per_weight=total * 8 / session.provenance.model.parameters,
         shipped="uniform",
         units=tuple(units),
         kept=kept,
+        healed=healed and any(not unit.is_native for unit in units),
         provenance=session.provenance,
     )
 

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from formats.base import Tensors
 from formats.errors import BitplanError, CodesMissing, RoundingFailed
 from formats.modules import canonical, is_transposed
-from formats.rounding import ROUNDINGS, rounding_for
+from formats.rounding import ROUNDINGS, rounding_alone
 from formats.table import format_named
 from sensitivity.curvature import StatisticsStore
 from sensitivity.graph import Unit
 from sensitivity.store import cache_folder, load_tensors, save_tensors, sha256
 
-VERSION = "1"
+VERSION = "2"
 """Changes when the same inputs would give other codes."""
 
 
@@ -52,9 +52,9 @@ def unit_bytes(unit: Unit, format: str) -> int:
 
 
 def choices_for(unit: Unit, menu: tuple[str, ...], rounding: str | None = None) -> list[Choice]:
-    """The checkpoint's own type, and each format of the menu with its rounding."""
+    """The checkpoint's own type, and each format of the menu with the rounding that scores it."""
     names = dict.fromkeys((unit.native, *menu))
-    return [Choice(n, "nearest" if n == unit.native else rounding_for(format_named(n), rounding)) for n in names]
+    return [Choice(n, "nearest" if n == unit.native else rounding_alone(format_named(n), rounding)) for n in names]
 
 
 class Bank:
@@ -74,14 +74,15 @@ class Bank:
         weight = self.weight(unit)
         if not weight.isfinite().all():
             raise RoundingFailed(f"{unit.name}: its weights hold NaN or infinity, so no format can hold them")
+        assert rounding.alone is not None, choice
         if not rounding.needs_text:
-            return rounding.round(weight, format_named(choice.format), [])
+            return rounding.alone(weight, format_named(choice.format), [])
         if unit not in self.statistics:
             raise CodesMissing(f"{unit.name}: {choice} needs calibration text")
         if self._hessians[0] != unit.name:
             self._hessians = (unit.name, self.statistics[unit].hessians())
         try:
-            tensors = rounding.round(weight, format_named(choice.format), self._hessians[1])
+            tensors = rounding.alone(weight, format_named(choice.format), self._hessians[1])
         except BitplanError as error:
             raise type(error)(f"{unit.name}: {error}") from error
         save_tensors(path, for_file(tensors))

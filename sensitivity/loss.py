@@ -1,20 +1,17 @@
-"""Paired loss against the full-precision model, on identical tokens. May import: sensitivity.text.
+"""Paired loss against the full-precision model, on identical tokens. May import: sensitivity.store/text.
 
 Both nats above full precision and KL are means per predicted token; standard errors are over blocks, whose tokens
 are not independent.
 """
 
-import tempfile
 from dataclasses import dataclass
 from math import exp
 
 import torch
 from torch import Tensor, nn
 
+from sensitivity.store import scratch
 from sensitivity.text import Blocks
-
-IN_MEMORY = 1 << 30
-"""Bytes of reference log-probabilities above which they lie in a temporary file."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +53,7 @@ class Reference:
         self.blocks = blocks
         count, length = blocks.ids.shape
         first = log_probabilities(model, blocks.ids[:1]).cpu()
-        size = (count, length - 1, first.shape[-1])
-        if 4 * size[0] * size[1] * size[2] > IN_MEMORY:
-            self._file = tempfile.NamedTemporaryFile(prefix="bitplan-")  # noqa: SIM115 (lives as long as the reference)
-            flat = torch.from_file(self._file.name, shared=True, size=size[0] * size[1] * size[2], dtype=torch.float32)
-            self.log_p = flat.view(size)
-        else:
-            self.log_p = torch.empty(size)
+        self.log_p = scratch((count, length - 1, first.shape[-1]))
         self.log_p[0] = first[0]
         for i in range(1, count):
             self.log_p[i] = log_probabilities(model, blocks.ids[i : i + 1]).cpu()[0]

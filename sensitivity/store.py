@@ -7,13 +7,18 @@ May import: formats.errors.
 import hashlib
 import os
 import tempfile
+from math import prod
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from formats.errors import BitplanError, UsageError
+
+IN_MEMORY = 1 << 30
+"""Bytes above which a tensor of hidden states or probabilities lies in a file."""
 
 
 def cache_folder() -> Path:
@@ -63,6 +68,17 @@ def is_whole(path: Path) -> bool:
             return True
     except (OSError, SafetensorError):
         return False
+
+
+def scratch(shape: tuple[int, ...]) -> Tensor:
+    """An empty float32 tensor on the CPU; a large one lies in a temporary file, which goes when the tensor does."""
+    size = prod(shape)
+    if 4 * size <= IN_MEMORY:
+        return torch.empty(shape)
+    file = tempfile.NamedTemporaryFile(prefix="bitplan-")  # noqa: SIM115 (unlinked below; the mapping stays)
+    made = torch.from_file(file.name, shared=True, size=size, dtype=torch.float32).view(shape)
+    file.close()
+    return made
 
 
 def sha256(*parts: bytes | str) -> str:

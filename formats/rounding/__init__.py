@@ -1,4 +1,5 @@
-"""How codes are chosen for a format. A rounding is a row: whether it needs text, what it fits, one function.
+"""How codes are chosen for a format. A rounding is a row: whether it needs text, what it fits, and how it rounds one
+weight alone, where it can; planner.sequence rounds whole models.
 
 May import: formats.base, formats.integers, the modules beside it.
 """
@@ -16,7 +17,7 @@ from formats.rounding.gptq import Hessian, gptq
 
 @dataclass(frozen=True)
 class Rounding:
-    """`round(weight [experts * rows, columns], format, hessians)` gives the format's stored tensors.
+    """`alone(weight [experts * rows, columns], format, hessians)` gives the format's stored tensors.
 
     `hessians` holds one Hessian per expert (one for a plain weight), and is empty where the rounding needs no text.
     """
@@ -24,14 +25,20 @@ class Rounding:
     name: str
     needs_text: bool
     fits: Callable[[Format], bool]
-    round: Callable[[Tensor, Format, Sequence[Hessian]], Tensors]
+    alone: Callable[[Tensor, Format, Sequence[Hessian]], Tensors] | None = None
+
+
+def _integer(format: Format) -> bool:
+    return isinstance(format, IntegerFormat)
 
 
 ROUNDINGS = {
     row.name: row
     for row in (
         Rounding("nearest", False, lambda format: True, lambda weight, format, _: format.quantize(weight)),
-        Rounding("gptq", True, lambda format: isinstance(format, IntegerFormat), gptq),
+        Rounding("gptq", True, _integer, gptq),
+        Rounding("awq", True, _integer),
+        Rounding("tuned", True, _integer),
     )
 }
 
@@ -44,9 +51,23 @@ def rounding_named(name: str) -> Rounding:
 
 
 def rounding_for(format: Format, asked: str | None = None) -> str:
-    """The rounding `format` gets: the one asked for where it fits, else the format's default, else nearest."""
+    """The rounding `format` gets in a plan: the one asked for where it fits, else the format's default."""
     name = rounding_named(asked).name if asked else format.default_rounding
     return name if ROUNDINGS[name].fits(format) else "nearest"
 
 
-__all__ = ["ROUNDINGS", "Hessian", "Rounding", "rounding_for", "rounding_named"]
+def rounding_alone(format: Format, asked: str | None = None) -> str:
+    """The rounding that scores `format` on a unit alone: the one that a plan would use, or gptq in its place."""
+    name = rounding_for(format, asked)
+    return name if ROUNDINGS[name].alone else "gptq"
+
+
+def refuse_misfit(asked: str | None, formats: Sequence[Format]) -> None:
+    """Raises UsageError for a rounding that there is not, or that none of `formats` has."""
+    if asked and not any(rounding_named(asked).fits(format) for format in formats):
+        names = ", ".join(format.name for format in formats)
+        having = [name for name, row in ROUNDINGS.items() if any(row.fits(format) for format in formats)]
+        raise UsageError(f"{names} cannot be rounded by {asked!r}, only by {', '.join(having)}: change --rounding")
+
+
+__all__ = ["ROUNDINGS", "Hessian", "Rounding", "refuse_misfit", "rounding_alone", "rounding_for", "rounding_named"]

@@ -1,7 +1,9 @@
 """GPTQ (Frantar et al. 2022): round column by column, spreading each column's error over those not yet rounded.
 
 With H = E[x x^T] and U the upper Cholesky factor of H^-1 (H^-1 = U^T U), rounding column j with error e adds
--e * U[j, k] / U[j, j] to every later column k. May import: formats.base, formats.integers, formats.errors.
+-e * U[j, k] / U[j, j] to every later column k. Columns go by falling diagonal of H; each group's grid is set
+beforehand from its own weights (static groups), clipped where that loses less, so that codes and grids lie in the
+weight's own order. May import: formats.base, formats.integers, formats.errors.
 """
 
 from collections.abc import Sequence
@@ -15,14 +17,17 @@ from formats.errors import RoundingFailed
 from formats.integers import Grid, IntegerFormat
 
 DAMPING = (0.01, 0.1, 1.0)
+AIM_DAMPING = 0.05
 BLOCK = 128
 
 
 class Hessian:
-    """A unit's input second moment [columns, columns], float32, and its factor, computed once for all formats."""
+    """A unit's input second moment H = E[x x^T], float32 [columns, columns], and its factor, computed once for all
+    formats. `cross` is E[x0 x^T], with x0 what the full-precision model feeds the unit where x is what it gets."""
 
-    def __init__(self, matrix: Tensor):
+    def __init__(self, matrix: Tensor, cross: Tensor | None = None):
         self.matrix = matrix
+        self.cross = cross
 
     @cached_property
     def dead(self) -> Tensor:
@@ -30,17 +35,17 @@ class Hessian:
         return self.matrix.diagonal() <= 0
 
     @cached_property
+    def order(self) -> Tensor:
+        """Columns by falling diagonal, int64 [columns]."""
+        return self.matrix.diagonal().argsort(descending=True, stable=True)
+
+    @cached_property
     def factor(self) -> Tensor:
-        """U of the damped H, float32 [columns, columns]. Raises RoundingFailed where no damping makes H definite."""
-        matrix = self.matrix.double()
-        if not matrix.isfinite().all():
-            raise RoundingFailed("the inputs' second moment holds NaN or infinity")
-        dead = self.dead
-        matrix = matrix + torch.diag(dead.double())
-        mean = matrix.diagonal()[~dead].mean() if not dead.all() else matrix.diagonal().mean()
-        eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+        """U of the damped H, rows and columns in `order`: float32 [columns, columns]. Raises RoundingFailed where no
+        damping makes H definite."""
+        matrix = self._whole()[self.order][:, self.order]
         for damping in DAMPING:
-            lower, failed = torch.linalg.cholesky_ex(matrix + damping * mean * eye)
+            lower, failed = torch.linalg.cholesky_ex(matrix + damping * self._ridge())
             if failed:
                 continue
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
@@ -48,49 +53,72 @@ class Hessian:
                 return upper.float()
         raise RoundingFailed(f"the inputs' second moment is not positive definite at any damping in {DAMPING}")
 
+    @cached_property
+    def aim(self) -> Tensor | None:
+        """M such that W + W M maps x to what W maps x0 to, as nearly as least squares with a ridge can:
+        M = (cross - H) (H + ridge)^-1, float32 [columns, columns]; None without `cross`."""
+        if self.cross is None:
+            return None
+        lower, failed = torch.linalg.cholesky_ex(self._whole() + AIM_DAMPING * self._ridge())
+        if failed:
+            return None
+        change = self.cross.double() - self.matrix.double()
+        return torch.cholesky_solve(change.T, lower).T.float()
+
+    def _whole(self) -> Tensor:
+        matrix = self.matrix.double()
+        if not matrix.isfinite().all():
+            raise RoundingFailed("the inputs' second moment holds NaN or infinity")
+        return matrix + torch.diag(self.dead.double())
+
+    def _ridge(self) -> Tensor:
+        diagonal = self.matrix.diagonal().double()
+        mean = diagonal[~self.dead].mean() if not self.dead.all() else torch.ones_like(diagonal).mean()
+        return mean * torch.eye(len(diagonal), dtype=torch.float64, device=diagonal.device)
+
 
 def gptq(weight: Tensor, format: Format, hessians: Sequence[Hessian]) -> Tensors:
     """Round float weight [experts * rows, columns] on `format`'s grid, each expert with its own Hessian.
 
     Raises RoundingFailed.
     """
-    assert isinstance(format, IntegerFormat) and hessians
+    assert isinstance(format, IntegerFormat)
+    codes, grid, _ = gptq_codes(weight, format, hessians)
+    return format.store(codes, grid)
+
+
+def gptq_codes(weight: Tensor, format: IntegerFormat, hessians: Sequence[Hessian]) -> tuple[Tensor, Grid, Tensor]:
+    """Codes [experts * rows, columns], their grid, and the weights that were nearest to the codes when each column's
+    turn came (float32, like the codes). Raises RoundingFailed."""
     parts = [_round(part, format, hessian) for part, hessian in zip(weight.chunk(len(hessians)), hessians, strict=True)]
-    codes, grids = zip(*parts, strict=True)
-    return format.store(torch.cat(codes), Grid(torch.cat([g.scale for g in grids]), torch.cat([g.zero for g in grids])))
+    codes, grids, aimed = zip(*parts, strict=True)
+    grid = Grid(torch.cat([g.scale for g in grids]), torch.cat([g.zero for g in grids]))
+    return torch.cat(codes), grid, torch.cat(aimed)
 
 
-def _round(weight: Tensor, format: IntegerFormat, hessian: Hessian) -> tuple[Tensor, Grid]:
-    """Codes [rows, columns] and their grid; a group's grid is set when its first column is reached.
-
-    Columns that no input reached are rounded as zeros.
-    """
-    upper = hessian.factor.to(weight.device)
-    columns = weight.shape[1]
+def _round(weight: Tensor, format: IntegerFormat, hessian: Hessian) -> tuple[Tensor, Grid, Tensor]:
+    """One expert's codes, grid and aims. Columns that no input reached are rounded as zeros."""
     left = weight.float().clone()
-    left[:, hessian.dead.to(weight.device)] = 0
-    step = format.group or columns
+    columns = left.shape[1]
+    if hessian.aim is not None:
+        left += left @ hessian.aim.to(left)
+    left[:, hessian.dead.to(left.device)] = 0
+    grid = format.fitted_grids(left, hessian.matrix.diagonal().to(left))
+    upper, order = hessian.factor.to(left.device), hessian.order.to(left.device)
+    # Transposed: a column's weights lie together in memory.
+    left = left.T[order].contiguous()
+    scale = format.over_columns(grid.scale, columns).T[order]
+    zero = format.over_columns(grid.zero, columns).T[order]
     codes = torch.empty_like(left)
-    grids: list[Grid] = []
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
-        block, factor = left[:, start:stop].T.contiguous(), upper[start:stop, start:stop]
-        errors = torch.empty_like(block)
-        for j in range(stop - start):
-            column = start + j
-            if column % step == 0:
-                # Columns of this group that lie in later blocks have not felt this block's errors yet.
-                here = block[j : j + step].T
-                rest = left[:, stop : column + step]
-                if rest.shape[1] and j:
-                    rest = rest - errors[:j].T @ upper[start:column, stop : column + step]
-                grids.append(format.grid(torch.cat((here, rest), -1)))
-            grid = grids[-1]
-            code = format.encode(block[j].unsqueeze(-1), grid)
-            value = ((code - grid.zero) * grid.scale).squeeze(-1)
-            codes[:, column] = code.squeeze(-1)
-            error = (block[j] - value) / factor[j, j]
-            errors[j] = error
-            block[j + 1 :] -= factor[j, j + 1 :].unsqueeze(-1) * error
-        left[:, stop:] -= errors.T @ upper[start:stop, stop:]
-    return codes, Grid(torch.cat([grid.scale for grid in grids], -1), torch.cat([grid.zero for grid in grids], -1))
+        factor = upper[start:stop, start:stop]
+        errors = torch.empty_like(left[start:stop])
+        for j in range(start, stop):
+            here, at = Grid(scale[j], zero[j]), j - start
+            codes[j] = format.encode(left[j], here)
+            errors[at] = (left[j] - format.decode(codes[j], here)) / factor[at, at]
+            left[j + 1 : stop] -= factor[at, at + 1 :].unsqueeze(-1) * errors[at]
+        left[stop:] -= upper[start:stop, stop:].T @ errors
+    back = order.argsort()
+    return codes[back].T.contiguous(), grid, left[back].T.contiguous()

@@ -1,0 +1,178 @@
+"""Whose codes are better? `make bench-rounding`, or `python -m benchmarks.rounding --help` for parts of it.
+
+Each model is rounded by each method at 2, 3 and 4 bits in groups of 64: the same calibration tokens, the same held-out
+tokens, embeddings and head left as they are so that every peer can take part. A second table plans them too. Each cell
+is a process of its own, with its own empty cache, and its result is kept in benchmarks/.results until --redo names it.
+May import: everything.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from planner.demo import CALIBRATION, HELDOUT, MODEL
+from planner.heal import round_missing
+from planner.materialize import materialize
+from planner.session import load_reference, open_session, read_texts
+from planner.show import table
+from planner.uniform import uniform_plan
+from sensitivity import source as sources
+from sensitivity.loss import Reference
+from sensitivity.text import Texts
+
+HERE = Path(__file__).parent
+RESULTS = HERE / ".results"
+OURS = ("nearest", "awq", "gptq", "tuned", "gptq+healed", "tuned+healed")
+PEERS = ("bitsandbytes", "hqq", "gptqmodel", "auto-round", "auto-round-best")
+BLOCK = 256
+GROUP = 64
+BITS = (4, 3, 2)
+
+
+class Case:
+    """A model and its texts."""
+
+    def __init__(self, model: str, text: str, heldout: str):
+        self.source = sources.find(model)
+        self.name = "demo" if Path(model) == MODEL else Path(model).name
+        self.files = (model, text, heldout)
+
+    def texts(self, tokens: int) -> Texts:
+        _, text, heldout = self.files
+        return read_texts(self.source, files=[Path(text)], heldout=[Path(heldout)], tokens=tokens, length=BLOCK)
+
+
+def ours(case: Case, method: str, bits: int, tokens: int, whole: bool) -> dict[str, Any]:
+    """Round by bitplan in this process. `whole`: embeddings and head too."""
+    texts = case.texts(tokens)
+    rounding, _, healed = method.partition("+")
+    session = open_session(case.source, texts, device="cpu")
+    if not whole:
+        ends = (session.model.get_input_embeddings(), session.model.get_output_embeddings())
+        kept = [u.name for u in session.graph.units if u.kind == "embedding" or _owner(session.model, u.name) in ends]
+        session = open_session(case.source, texts, tuple(kept), device="cpu")
+    plan = uniform_plan(session, f"int{bits}-g{GROUP}", rounding, bool(healed))
+    began = time.perf_counter()
+    round_missing(plan, session)
+    seconds = time.perf_counter() - began
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    judgement = Reference(session.model, texts.heldout).judge(materialize(plan, case.source, "cpu"))
+    facts = {"nats": judgement.delta_nll, "nats_se": judgement.delta_nll_se, "kl": judgement.kl, "ppl": judgement.ppl}
+    return {**facts, "seconds": seconds, "peak_bytes": peak, "bytes": plan.bytes, "note": ""}
+
+
+def _owner(model: torch.nn.Module, name: str) -> torch.nn.Module:
+    return model.get_submodule(name)
+
+
+def peer(case: Case, method: str, bits: int, tokens: int) -> dict[str, Any]:
+    """Round by a peer in its own environment, judge here."""
+    tool = method.removesuffix("-best")
+    texts = case.texts(tokens)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_file({"ids": texts.calibration.ids.contiguous()}, folder / "ids.safetensors")
+        python = HERE / "peers" / f".venv-{tool}" / "bin" / "python"
+        command: list[Any] = [python, HERE / "peers" / f"run_{tool.replace('-', '_')}.py"]
+        command += ["--model", case.source.folder, "--calibration", folder / "ids.safetensors", "--bits", bits]
+        command += ["--group", GROUP, "--out", folder / "out"]
+        command += ["--recipe", "best"] if method.endswith("-best") else []
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+        if done.returncode:
+            return {"failed": True, "note": done.stderr.strip().splitlines()[-1]}
+        result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        if result.get("failed"):
+            return {"failed": True, "note": result["note"]}
+        reference = Reference(load_reference(case.source, "cpu"), texts.heldout)
+        judgement = reference.judge(AutoModelForCausalLM.from_pretrained(folder / "out", dtype=torch.float32).eval())
+    facts = {"nats": judgement.delta_nll, "nats_se": judgement.delta_nll_se, "kl": judgement.kl, "ppl": judgement.ppl}
+    return {**facts, "seconds": result["seconds"], "peak_bytes": result["peak_bytes"], "note": result["note"]}
+
+
+def cell(case: Case, method: str, bits: int, tokens: int, whole: bool, redo: bool) -> dict[str, Any]:
+    """A result, from its file where there is one."""
+    path = RESULTS / f"{case.name}.{method}{'.whole' if whole else ''}.{bits}.json"
+    if path.exists() and not redo:
+        return json.loads(path.read_text())  # type: ignore[no-any-return]
+    print(f"{case.name}, {bits} bits, {method}{', everything planned' if whole else ''} …", file=sys.stderr, flush=True)
+    if method in PEERS:
+        result = peer(case, method, bits, tokens)
+    else:
+        with tempfile.TemporaryDirectory() as cache:
+            command = [sys.executable, "-m", "benchmarks.rounding", "--one", method, str(bits), "--tokens", str(tokens)]
+            command += ["--case", *case.files, *(["--whole"] if whole else [])]
+            done = subprocess.run(
+                command, stdout=subprocess.PIPE, text=True, env=os.environ | {"BITPLAN_CACHE": cache}, check=True
+            )
+        result = json.loads(done.stdout)
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result))
+    return result
+
+
+def shown(result: dict[str, Any]) -> list[str]:
+    if result.get("failed"):
+        return ["cannot", "", "", "", ""]
+    peak = result["peak_bytes"] / 2**20
+    figures = (f"{result['nats']:+.4f}", f"{result['nats_se']:.4f}", f"{result['kl']:.4f}")
+    return [*figures, f"{result['seconds']:.0f}", f"{peak:.0f}"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--also", nargs=3, action="append", default=[], metavar=("MODEL", "TEXT", "HELDOUT"))
+    parser.add_argument("--methods", default=",".join((*OURS, *PEERS)), metavar="A,B,…")
+    parser.add_argument("--bits", default=",".join(map(str, BITS)), metavar="4,3,2")
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--redo", default="", metavar="A,B,…", help="methods to run again")
+    parser.add_argument("--one", nargs=2, metavar=("METHOD", "BITS"), help=argparse.SUPPRESS)
+    parser.add_argument("--case", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--whole", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        method, bits = arguments.one
+        print(json.dumps(ours(Case(*arguments.case), method, int(bits), arguments.tokens, arguments.whole)))
+        return
+    methods = arguments.methods.split(",")
+    for tool in sorted({method.removesuffix("-best") for method in methods if method in PEERS}):
+        subprocess.run([HERE / "peers" / "make.sh", tool], check=True, stdout=sys.stderr)
+    cases = [Case(str(MODEL), str(CALIBRATION), str(HELDOUT)), *(Case(*files) for files in arguments.also)]
+    redo = arguments.redo.split(",")
+    rows, whole, notes = [], [], {}
+    for bits in map(int, arguments.bits.split(",")):
+        for case in cases:
+            for method in methods:
+                result = cell(case, method, bits, arguments.tokens, False, method in redo)
+                rows.append((str(bits), case.name, method, *shown(result)))
+                if result["note"]:
+                    notes[f"{method}, {case.name}, {bits} bits"] = result["note"]
+            for method in ("nearest", "gptq+healed", "tuned+healed"):
+                if method in methods:
+                    result = cell(case, method, bits, arguments.tokens, True, method in redo)
+                    kept = cell(case, method, bits, arguments.tokens, False, False)
+                    whole.append((str(bits), case.name, method, f"{result['bytes']:,}", *shown(result)[:3]))
+                    whole.append(("", "", "  ends kept", f"{kept['bytes']:,}", *shown(kept)[:3]))
+    head = ("bits", "model", "method", "nats above full precision", "± se", "KL", "seconds", "peak MiB")
+    print(table(head, rows, left=3))
+    print("\nEverything planned, embeddings and head too:\n")
+    print(table(("bits", "model", "method", "bytes", *head[3:6]), whole, left=3))
+    print("\n" + "\n".join(f"{where}: {note}" for where, note in notes.items()))
+    print(
+        f"\n{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+
+
+if __name__ == "__main__":
+    main()

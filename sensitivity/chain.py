@@ -1,0 +1,243 @@
+"""A causal LM cut into segments that run alone: what comes before the blocks, each block, what comes after.
+
+The originals stay where transformers loaded them (for safetensors on a CPU, in the file's pages); a segment is copied
+to the device in float32 while it is at work, so that one block is there at a time.
+May import: formats.errors, sensitivity.graph.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from sensitivity.graph import Graph, Unit
+
+BATCH = 8
+"""Token blocks that run through a segment at once."""
+
+
+class _Reached(Exception):
+    """Ends a forward pass that has come to the first block."""
+
+    def __init__(self, hidden: Tensor):
+        self.hidden = hidden
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a block is called with beside the hidden states, for one batch size."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+
+
+def find_blocks(model: nn.Module) -> list[str]:
+    """Paths of the decoder's blocks: the members of the module list that holds most of the parameters."""
+    lists = {
+        path: sum(p.numel() for p in module.parameters())
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module)
+    }
+    if not lists:
+        return []
+    path = max(lists, key=lambda name: (lists[name], -len(name)))
+    return [f"{path}.{i}" for i in range(len(model.get_submodule(path)))]  # type: ignore[arg-type]
+
+
+class Chain:
+    """Segments 0 (before the blocks), 1…n (the blocks), n + 1 (after them). A model whose blocks do not simply hand
+    one tensor on, or whose blocks are given more than depends on the text's length, has no blocks here: `why` says so,
+    and everything but its lookups is one last segment."""
+
+    def __init__(self, model: PreTrainedModel, graph: Graph, device: str):
+        self.model, self.device = model, device
+        self.paths = find_blocks(model)
+        self.why: str | None = None
+        self._tuple: list[bool] = []
+        self._calls: dict[tuple[int, ...], list[Call]] = {}
+        self.outer = self._outside()
+        if self.paths and (why := self._refuse()):
+            self.paths, self.why = [], why
+            self.outer = self._outside()
+        self.units = self._assign(graph)
+
+    def __len__(self) -> int:
+        return len(self.paths) + 2
+
+    def name(self, segment: int) -> str:
+        if 0 < segment <= len(self.paths):
+            return self.paths[segment - 1]
+        return "before the blocks" if segment == 0 else "after the blocks"
+
+    def _assign(self, graph: Graph) -> list[list[Unit]]:
+        """Units by segment, in the order of the data flow; a lookup belongs to the first."""
+        segments: list[list[Unit]] = [[] for _ in range(len(self))]
+        met = False
+        for unit in graph.units:
+            at = next((i for i, path in enumerate(self.paths) if unit.name.startswith(path + ".")), None)
+            met = met or at is not None
+            if at is not None:
+                segments[at + 1].append(unit)
+            elif unit.kind in ("embedding", "tied") or (self.paths and not met):
+                segments[0].append(unit)
+            else:
+                segments[-1].append(unit)
+        return segments
+
+    def _copy(self, module: nn.Module, hollow: list[nn.Module]) -> nn.Module:
+        """A float32 copy on the device; parameters of `hollow` modules stay behind, as meta tensors."""
+        memo: dict[int, Any] = {}
+        for part in hollow:
+            for parameter in part.parameters():
+                memo[id(parameter)] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        made = copy.deepcopy(module, memo)
+        for parameter in made.parameters():
+            if not parameter.is_meta:
+                parameter.data = parameter.data.to(self.device, torch.float32)
+        for owner in made.modules():
+            for name, buffer in owner._buffers.items():
+                if buffer is not None:
+                    kind = torch.float32 if buffer.is_floating_point() else buffer.dtype
+                    owner._buffers[name] = buffer.to(self.device, kind)
+        return made.eval().requires_grad_(False)
+
+    def _outside(self) -> PreTrainedModel:
+        made = self._copy(self.model, [self.model.get_submodule(path) for path in self.paths])
+        assert isinstance(made, PreTrainedModel)
+        return made
+
+    def module(self, segment: int) -> nn.Module:
+        """The segment's module, copied to the device: drop it when done."""
+        if 0 < segment <= len(self.paths):
+            return self._copy(self.model.get_submodule(self.paths[segment - 1]), [])
+        return self.outer
+
+    def local(self, segment: int, parameter: str) -> str:
+        """A parameter's name inside `module(segment)`."""
+        return parameter.removeprefix(self.paths[segment - 1] + ".") if 0 < segment <= len(self.paths) else parameter
+
+    @contextmanager
+    def _bypassed(self, first: Any = None) -> Iterator[list[Call]]:
+        """Blocks of `outer` hand their input on (the first: `first(hidden)`), and note what they are called with."""
+        calls: list[Call] = []
+        blocks = [self.outer.get_submodule(path) for path in self.paths]
+
+        def forward_of(i: int) -> Any:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                named = not args
+                hidden = kwargs.pop("hidden_states") if named else args[0]
+                calls.append(Call(() if named else args[1:], kwargs))
+                if i == 0 and first is not None:
+                    hidden = first(hidden)
+                return (hidden,) if self._tuple[i] else hidden
+
+            return forward
+
+        for i, block in enumerate(blocks):
+            block.__dict__["forward"] = forward_of(i)
+        try:
+            yield calls
+        finally:
+            for block in blocks:
+                del block.__dict__["forward"]
+
+    def run(self, segment: int, module: nn.Module, x: Tensor, ids: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        """Output of a segment for hidden states x [batch, length, width] and ids int64 [batch, length] (both on the
+        device), with `weights` (parameter → tensor) in the place of its own. The first segment gives the first
+        block's input, the last gives logits."""
+        local = {self.local(segment, name): weight for name, weight in weights.items()}
+        if 0 < segment <= len(self.paths):
+            call = self._call(ids)[segment - 1]
+            out = functional_call(module, local, (x, *call.args), call.kwargs)
+            return out[0] if isinstance(out, tuple) else out
+        if segment == 0:
+            if not self.paths:
+                return torch.zeros(len(ids), ids.shape[1], 0, device=self.device)
+
+            def stop(hidden: Tensor) -> Tensor:
+                raise _Reached(hidden)
+
+            try:
+                with self._bypassed(stop):
+                    functional_call(module, local, (), {"input_ids": ids, "use_cache": False})
+            except _Reached as reached:
+                return reached.hidden
+        with self._bypassed(lambda _: x):
+            logits: Tensor = functional_call(module, local, (), {"input_ids": ids, "use_cache": False}).logits
+        return logits.float()
+
+    def _call(self, ids: Tensor) -> list[Call]:
+        shape = tuple(ids.shape)
+        if shape not in self._calls:
+            with self._bypassed() as calls, torch.no_grad():
+                self.outer(input_ids=ids, use_cache=False)
+            self._calls[shape] = calls
+        return self._calls[shape]
+
+    def _refuse(self) -> str | None:
+        """Why the blocks cannot run alone, or None: the chain must compute what the whole model computes."""
+        parameters = next(self.model.parameters())
+        vocabulary = self.model.config.get_text_config().vocab_size
+        ids = torch.arange(3, 27, device=parameters.device).remainder(vocabulary).view(2, 12)
+        inputs: list[Tensor] = []
+        outputs: list[Tensor] = []
+
+        def note(_module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
+            inputs.append(args[0] if args else kwargs["hidden_states"])
+            self._tuple.append(isinstance(out, tuple))
+            outputs.append(out[0] if isinstance(out, tuple) else out)
+
+        handles = [
+            self.model.get_submodule(path).register_forward_hook(note, with_kwargs=True)  # type: ignore[arg-type]
+            for path in self.paths
+        ]
+        try:
+            with torch.no_grad():
+                self.model(input_ids=ids, use_cache=False)
+        except (KeyError, IndexError):
+            return "its blocks take no hidden states by that name"
+        finally:
+            for handle in handles:
+                handle.remove()
+        if len(inputs) != len(self.paths):
+            return "its blocks do not run once each"
+        if any(not torch.equal(out, x) for out, x in zip(outputs, inputs[1:], strict=False)):
+            return "its blocks do not hand one tensor on to the next"
+        here = ids.to(self.device)
+        calls, others = self._call(here), self._fresh(here.flip(1))
+        if not _same([(c.args, c.kwargs) for c in calls], [(c.args, c.kwargs) for c in others]):
+            return "its blocks are given what depends on the text"
+        # One block of each class, from the whole model's own hidden states.
+        for i in {type(self.model.get_submodule(path)): i for i, path in enumerate(self.paths)}.values():
+            with torch.no_grad():
+                x = inputs[i].to(self.device, torch.float32)
+                out = self.run(i + 1, self.module(i + 1), x, here, {})
+            expected = outputs[i].to(self.device, torch.float32)
+            scale = float((expected - x).abs().max())
+            if not torch.allclose(out, expected, atol=0.05 * scale, rtol=0):
+                return "its blocks compute something else alone than in the whole model"
+        return None
+
+    def _fresh(self, ids: Tensor) -> list[Call]:
+        kept, self._calls = self._calls, {}
+        try:
+            return self._call(ids)
+        finally:
+            self._calls = kept
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two nests of tuples, lists and dicts hold equal tensors."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and bool(torch.equal(a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    return type(a) is type(b)
