@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 
-.PHONY: setup test lint demo test-lowest plans bench-prediction
+.PHONY: setup test lint demo test-lowest plans bench-prediction bench-rounding bench-one-bit bench-layout
 
 setup: $(VENV)/.done
 
@@ -42,6 +42,19 @@ plans: setup
 	  $(BIN)/bitplan plan planner/demo/model --text planner/demo/text/calibration.txt \
 	    --heldout planner/demo/text/heldout.txt --bpw $$bpw --force -o plans/demo-$$bpw-bpw.json || exit 1; \
 	done
+
+# Whose codes are better, ours or those of four other tools, each in an environment of its own (two hours).
+# ALSO="--also MODEL TEXT HELDOUT" adds models to the embedded one.
+bench-rounding: setup
+	$(BIN)/python -m benchmarks.rounding $(ALSO)
+
+# Whether a model below 2 bits per weight beats a bigram of its calibration text (about 10 minutes).
+bench-one-bit: setup
+	$(BIN)/python -m benchmarks.one_bit
+
+# Whether gptqmodel and auto-gptq compute from our GPTQ layout what we compute (2 minutes, 10 GB of environments).
+bench-layout: setup
+	$(BIN)/python -m benchmarks.gptq_layout
 
 # How well the predicted losses order units and formats, against measuring each alone (about 4 minutes).
 bench-prediction: setup

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from planner.demo import CALIBRATION, HELDOUT, MODEL
 from planner.gptq_layout import save_gptq
+from planner.heal import round_missing
 from planner.materialize import materialize
 from planner.plan import Plan
-from planner.session import Session, open_session, read_texts, round_missing
+from planner.session import Session, open_session, read_texts
 from planner.show import table
 from planner.uniform import uniform_plan
 from sensitivity import source as sources

@@ -2,7 +2,8 @@
 
 Each model is rounded by each method at 2, 3 and 4 bits in groups of 64: the same calibration tokens, the same held-out
 tokens, embeddings and head left as they are so that every peer can take part. A second table plans them too. Each cell
-is a process of its own, with its own empty cache, and its result is kept in benchmarks/.results until --redo names it.
+is a process of its own, and its result is kept in benchmarks/.results until --redo names it. A healed row heals the
+codes of the row before it; its seconds are both's.
 May import: everything.
 """
 
@@ -11,6 +12,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,7 +36,9 @@ from sensitivity.text import Texts
 
 HERE = Path(__file__).parent
 RESULTS = HERE / ".results"
-OURS = ("nearest", "awq", "gptq", "tuned", "gptq+healed", "tuned+healed")
+OURS = ("nearest", "awq", "gptq", "tuned", "tuned+healed")
+WHOLE = ("nearest", "gptq")
+"""What the second table shows, of everything planned."""
 PEERS = ("bitsandbytes", "hqq", "gptqmodel", "auto-round", "auto-round-best")
 BLOCK = 256
 GROUP = 64
@@ -110,13 +114,17 @@ def cell(case: Case, method: str, bits: int, tokens: int, whole: bool, redo: boo
     if method in PEERS:
         result = peer(case, method, bits, tokens)
     else:
-        with tempfile.TemporaryDirectory() as cache:
-            command = [sys.executable, "-m", "benchmarks.rounding", "--one", method, str(bits), "--tokens", str(tokens)]
-            command += ["--case", *case.files, *(["--whole"] if whole else [])]
-            done = subprocess.run(
-                command, stdout=subprocess.PIPE, text=True, env=os.environ | {"BITPLAN_CACHE": cache}, check=True
-            )
+        rounding, _, healed = method.partition("+")
+        cache = RESULTS / f"{case.name}.{rounding}{'.whole' if whole else ''}.{bits}.cache"
+        before = cell(case, rounding, bits, tokens, whole, False)["seconds"] if healed else 0.0
+        if not healed:
+            shutil.rmtree(cache, ignore_errors=True)
+        command = [sys.executable, "-m", "benchmarks.rounding", "--one", method, str(bits), "--tokens", str(tokens)]
+        command += ["--case", *case.files, *(["--whole"] if whole else [])]
+        environment = os.environ | {"BITPLAN_CACHE": str(cache)}
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
         result = json.loads(done.stdout)
+        result["seconds"] += before
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(result))
     return result
@@ -158,7 +166,7 @@ def main() -> None:
                 rows.append((str(bits), case.name, method, *shown(result)))
                 if result["note"]:
                     notes[f"{method}, {case.name}, {bits} bits"] = result["note"]
-            for method in ("nearest", "gptq+healed", "tuned+healed"):
+            for method in WHOLE:
                 if method in methods:
                     result = cell(case, method, bits, arguments.tokens, True, method in redo)
                     kept = cell(case, method, bits, arguments.tokens, False, False)

@@ -30,6 +30,11 @@ class Format(ABC):
     default_rounding = "nearest"
 
     @property
+    def is_research(self) -> bool:
+        """Below 2 bits no rounding keeps a model near full precision: outputs say so."""
+        return self.bits < 2
+
+    @property
     def floats(self) -> dict[str, torch.dtype]:
         """Stored tensors that hold the bits of floats, scales and such: suffix → the floats' type. `dequantize` and
         `take_rows` also take them as float tensors, and are differentiable in them."""

@@ -1,4 +1,4 @@
-"""bitsandbytes' two formats, stored as every format is and run by its kernels.
+"""bitsandbytes' formats, stored as every format is and run by its kernels.
 
 bitsandbytes is imported when a weight is first rounded or run. May import: formats.base.
 """
@@ -19,8 +19,8 @@ def missing() -> str | None:
 
 
 @dataclass(frozen=True)
-class Nf4Format(Format):
-    """4-bit NormalFloat (Dettmers et al. 2023, QLoRA): 16 levels, one float32 magnitude per 64 columns.
+class Bnb4Format(Format):
+    """nf4, 4-bit NormalFloat (Dettmers et al. 2023, QLoRA), or fp4: 16 levels, one float32 magnitude per 64 columns.
 
     Rows are padded to whole blocks, so that no block spans two rows; where 64 divides the columns, codes and
     magnitudes are those of `bitsandbytes.nn.Linear4bit` without double quantization.
@@ -45,7 +45,7 @@ class Nf4Format(Format):
 
         rows, columns = weight.shape
         padded = torch.nn.functional.pad(weight.float(), (0, -columns % BLOCK)).contiguous()
-        codes, state = bnb.quantize_4bit(padded, blocksize=BLOCK, quant_type="nf4")
+        codes, state = bnb.quantize_4bit(padded, blocksize=BLOCK, quant_type=self.name)
         return {"": codes.view(rows, -1).view(torch.int32), "_scale": as_bits(state.absmax.view(rows, -1))}
 
     def dequantize(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> Tensor:
@@ -74,18 +74,17 @@ class Nf4Format(Format):
             shape=torch.Size((rows, columns + -columns % BLOCK)),
             code=self._levels(x.device),
             blocksize=BLOCK,
-            quant_type="nf4",
+            quant_type=self.name,
             dtype=x.dtype,
         )
         x = torch.nn.functional.pad(x, (0, -columns % BLOCK)) if columns % BLOCK else x
         codes = tensors[""].view(torch.uint8).view(-1, 1)
         return bnb.matmul_4bit(x, codes.t(), state, bias=None if bias is None else bias.to(x.dtype))
 
-    @staticmethod
-    def _levels(device: torch.device) -> Tensor:
+    def _levels(self, device: torch.device) -> Tensor:
         import bitsandbytes.functional as bnb
 
-        return bnb.get_4bit_type("nf4", device=device)
+        return bnb.get_4bit_type(self.name, device=device)
 
 
 @dataclass(frozen=True)

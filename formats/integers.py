@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from formats.base import Format, Specs, Tensors, as_bits, as_floats
-from formats.packed import pack, unpack, unpack_at, words_per_row
+from formats.packed import TRITS, pack, pack_trits, unpack, unpack_at, unpack_trits, words_per_row
 
 SHRINK = [1 - 0.025 * i for i in range(21)]
 SIGN_FACTORS = [0.6 + 0.05 * i for i in range(17)]
@@ -29,12 +29,14 @@ class IntegerFormat(Format):
     """Codes of 1 to 8 bits with an fp16 scale per group of `group` columns (0: the whole row is one group).
 
     `zero_point` says where the zero of the grid lies: "integer" (one stored code per group, so the grid covers
-    the group's range), "middle" (2^(b-1), nothing stored, symmetric) or "half" ((2^b - 1) / 2, nothing stored;
-    with one bit this is sign times scale). A last group that the group size does not fill is a shorter group.
+    the group's range), "float" (the same, in fp16 and so anywhere, as torch's tinygemm and HQQ store it), "middle"
+    (2^(b-1), nothing stored, symmetric) or "half" ((2^b - 1) / 2, nothing stored; with one bit this is sign times
+    scale). `ternary`: codes are 0, 1, 2, twenty to a word. A last group that the group size does not fill is shorter.
     """
 
     group: int
     zero_point: str = "integer"
+    ternary: bool = False
     default_rounding: str = "gptq"
 
     @property
@@ -44,11 +46,12 @@ class IntegerFormat(Format):
     @property
     def top(self) -> int:
         """The largest code."""
-        return (1 << self.code_bits) - 1
+        return 2 if self.ternary else (1 << self.code_bits) - 1
 
     @property
     def floats(self) -> dict[str, torch.dtype]:
-        return {"_scale": torch.float16}
+        zeros = {"_zero": torch.float16} if self.zero_point == "float" else {}
+        return {"_scale": torch.float16, **zeros}
 
     def groups(self, columns: int) -> int:
         return -(-columns // self.group) if self.group else 1
@@ -56,11 +59,13 @@ class IntegerFormat(Format):
     def specs(self, rows: int, columns: int) -> Specs:
         groups = self.groups(columns)
         specs: Specs = {
-            "": ((rows, words_per_row(columns, self.code_bits)), torch.int32),
+            "": ((rows, -(-columns // TRITS) if self.ternary else words_per_row(columns, self.code_bits)), torch.int32),
             "_scale": ((rows, groups), torch.int16),
         }
         if self.zero_point == "integer":
             specs["_zero"] = ((words_per_row(rows * groups, self.code_bits),), torch.int32)
+        if self.zero_point == "float":
+            specs["_zero"] = ((rows, groups), torch.int16)
         return specs
 
     def padding(self, columns: int) -> str | None:
@@ -70,6 +75,15 @@ class IntegerFormat(Format):
 
     def grid(self, weight: Tensor) -> Grid:
         """The grid that spans each row of float32 weight [rows, columns of one group]: scale and zero [rows, 1]."""
+        if self.zero_point == "float":
+            low, high = weight.aminmax(dim=-1, keepdim=True)
+            if self.top == 1:  # two values: the mean, more or less the mean deviation
+                middle = weight.mean(-1, keepdim=True)
+                spread = (weight - middle).abs().mean(-1, keepdim=True)
+                low, high = middle - spread, middle + spread
+            # A group of one value: that value is the step.
+            scale = torch.where(high > low, (high - low) / self.top, low.abs()).half().float()
+            return Grid(scale, self.at_zero(low, scale))
         if self.zero_point == "integer":
             low = weight.amin(-1, keepdim=True).clamp(max=0)
             high = weight.amax(-1, keepdim=True).clamp(min=0)
@@ -79,8 +93,14 @@ class IntegerFormat(Format):
         if self.zero_point == "middle":
             scale = (weight.abs().amax(-1, keepdim=True) / (self.top // 2)).half().float()
             return Grid(scale, torch.full_like(scale, self.top // 2 + 1))
-        # The mean magnitude is the least-squares scale of a sign (Rastegari et al. 2016, XNOR-Net).
-        scale = (2 / self.top * weight.abs().mean(-1, keepdim=True)).half().float()
+        # The mean magnitude is the least-squares scale of a sign (Rastegari et al. 2016, XNOR-Net); with three values,
+        # that of the weights over 0.7 of it, the others becoming 0 (Li et al. 2016, Ternary Weight Networks).
+        size = weight.abs()
+        mean = size.mean(-1, keepdim=True)
+        if self.ternary:
+            large = (size >= 0.7 * mean).float()
+            mean = (size * large).sum(-1, keepdim=True) / large.sum(-1, keepdim=True).clamp(min=1)
+        scale = (2 / self.top * mean).half().float()
         return Grid(scale, torch.full_like(scale, self.top / 2))
 
     def fitted_grid(self, weight: Tensor, importance: Tensor) -> Grid:
@@ -89,12 +109,16 @@ class IntegerFormat(Format):
         whole = self.grid(weight)
         factors = SIGN_FACTORS if self.zero_point == "half" else SHRINK
         best, least = whole, torch.full_like(whole.scale, torch.inf)
+        low_end = -whole.zero * whole.scale
+        high_end = low_end + self.top * whole.scale
         for factor in factors:
             scale = (whole.scale * factor).half().float()
             zero = whole.zero
             if self.zero_point == "integer":
                 low = weight.amin(-1, keepdim=True).clamp(max=0)
                 zero = (-low * factor / scale.clamp(min=1e-12)).round().clamp(0, self.top)
+            elif self.zero_point == "float":  # shrunken about the middle of the range
+                zero = self.at_zero((1 + factor) / 2 * low_end + (1 - factor) / 2 * high_end, scale)
             grid = Grid(scale, zero)
             error = ((self.decode(self.encode(weight, grid), grid) - weight).square() * importance).sum(
                 -1, keepdim=True
@@ -114,6 +138,11 @@ class IntegerFormat(Format):
     def over_columns(self, values: Tensor, columns: int) -> Tensor:
         """A value per group [rows, groups] → one per column [rows, columns]."""
         return values.repeat_interleave(self.group or columns, -1)[..., :columns]
+
+    @staticmethod
+    def at_zero(low: Tensor, scale: Tensor) -> Tensor:
+        """The fp16 zero point that gives code 0 the value `low`."""
+        return (-low / scale.clamp(min=1e-12)).clamp(-6e4, 6e4).half().float()
 
     @staticmethod
     def decode(codes: Tensor, grid: Grid) -> Tensor:
@@ -136,28 +165,35 @@ class IntegerFormat(Format):
 
     def store(self, codes: Tensor, grid: Grid) -> Tensors:
         """Pack codes [rows, columns] and their grid [rows, groups] into the stored tensors."""
-        tensors = {"": pack(codes.to(torch.uint8), self.code_bits), "_scale": as_bits(grid.scale.half())}
+        whole = codes.to(torch.uint8)
+        packed = pack_trits(whole) if self.ternary else pack(whole, self.code_bits)
+        tensors = {"": packed, "_scale": as_bits(grid.scale.half())}
+        if self.zero_point == "float":
+            tensors["_zero"] = as_bits(grid.zero.half())
         if self.zero_point == "integer":
             tensors["_zero"] = pack(grid.zero.to(torch.uint8).flatten(), self.code_bits)
         return tensors
 
     def dequantize(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> Tensor:
-        codes = unpack(tensors[""], columns, self.code_bits)
+        codes = self._unpack(tensors[""], columns)
         scale = as_floats(tensors["_scale"], torch.float16)
-        zero = None
+        zero = as_floats(tensors["_zero"], torch.float16) if self.zero_point == "float" else None
         if self.zero_point == "integer":
             zero = unpack(tensors["_zero"], scale.numel(), self.code_bits).view(scale.shape)
         return self._values(codes, scale, zero, columns, dtype)
 
     def take_rows(self, tensors: Tensors, ids: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-        codes = unpack(tensors[""][ids], columns, self.code_bits)
+        codes = self._unpack(tensors[""][ids], columns)
         scale = as_floats(tensors["_scale"][ids], torch.float16)
-        zero = None
+        zero = as_floats(tensors["_zero"][ids], torch.float16) if self.zero_point == "float" else None
         if self.zero_point == "integer":
             groups = self.groups(columns)
             positions = ids.unsqueeze(-1) * groups + torch.arange(groups, device=ids.device)
             zero = unpack_at(tensors["_zero"], positions, self.code_bits)
         return self._values(codes, scale, zero, columns, dtype)
+
+    def _unpack(self, words: Tensor, columns: int) -> Tensor:
+        return unpack_trits(words, columns) if self.ternary else unpack(words, columns, self.code_bits)
 
     def _values(self, codes: Tensor, scale: Tensor, zero: Tensor | None, columns: int, dtype: torch.dtype) -> Tensor:
         """(code - zero) * scale over [..., columns], computed in float32 and rounded once to `dtype`."""
@@ -166,7 +202,7 @@ class IntegerFormat(Format):
         fill = groups * step - columns
         values = torch.nn.functional.pad(codes, (0, fill)).unflatten(-1, (groups, step)).float()
         if zero is not None:
-            values -= zero.float().unsqueeze(-1)
+            values = values - zero.float().unsqueeze(-1)
         else:
             values -= self.top / 2 if self.zero_point == "half" else self.top // 2 + 1
         scale = scale.float().unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""Codes of 1 to 8 bits in int32 words, as one little-endian bit stream per row.
+"""Codes of 1 to 8 bits, or of three values, in int32 words. Bits are one little-endian stream per row.
 
 Code k of a row occupies the row's bits k*b to k*b+b-1, lowest first; a code may straddle two words. For 2, 4 and
 8 bits, and for 3 bits in runs of 32, this is the order inside a word that GPTQ checkpoints use (along another axis).
@@ -9,6 +9,9 @@ from math import gcd
 
 import torch
 from torch import Tensor
+
+TRITS = 20
+"""Codes of three values that an int32 word holds: 3**20 < 2**32."""
 
 
 def words_per_row(count: int, bits: int) -> int:
@@ -48,6 +51,23 @@ def unpack(words: Tensor, count: int, bits: int) -> Tensor:
             code = (code & ((1 << low) - 1)) | (padded[..., word + 1] << low)
         codes[..., k] = (code & mask).to(torch.uint8)
     return codes.flatten(-2)[..., :count]
+
+
+def pack_trits(codes: Tensor) -> Tensor:
+    """Pack uint8 codes 0, 1, 2 [..., n] into int32 words [..., ceil(n / 20)]: code k of a word counts 3**k."""
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % TRITS)).unflatten(-1, (-1, TRITS)).long()
+    values = (padded * _powers(codes.device)).sum(-1)
+    return torch.where(values >= 2**31, values - 2**32, values).int()
+
+
+def unpack_trits(words: Tensor, count: int) -> Tensor:
+    """The inverse of `pack_trits`: int32 words [..., m] to uint8 codes [..., count]."""
+    values = (words.long() & 0xFFFFFFFF).unsqueeze(-1)
+    return (values // _powers(words.device) % 3).to(torch.uint8).flatten(-2)[..., :count]
+
+
+def _powers(device: torch.device) -> Tensor:
+    return 3 ** torch.arange(TRITS, device=device)
 
 
 def unpack_at(words: Tensor, positions: Tensor, bits: int) -> Tensor:

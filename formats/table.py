@@ -5,11 +5,12 @@ import difflib
 import torch
 
 from formats.base import Format
-from formats.bnb import Int8BnbFormat, Nf4Format
+from formats.bnb import Bnb4Format, Int8BnbFormat
 from formats.errors import UnknownFormat
 from formats.floats import Float8Format, FloatFormat
 from formats.integers import IntegerFormat
 
+GROUPS = (128, 64, 32)
 ROWS: list[Format] = [
     FloatFormat("fp32", 32, torch.float32),
     FloatFormat("bf16", 16, torch.bfloat16),
@@ -17,9 +18,20 @@ ROWS: list[Format] = [
     Float8Format("fp8", 8),
     IntegerFormat("int8", 8, group=0, zero_point="middle", default_rounding="nearest"),
     Int8BnbFormat("int8-bnb", 8),
-    Nf4Format("nf4", 4),
-    *(IntegerFormat(f"int{bits}-g{group}", bits, group=group) for bits in (6, 5, 4, 3, 2) for group in (128, 64, 32)),
-    IntegerFormat("binary-g64", 1, group=64, zero_point="half"),
+    Bnb4Format("nf4", 4),
+    Bnb4Format("fp4", 4),
+    *(
+        IntegerFormat(f"int{bits}-{f'g{group}' if group else 'row'}", bits, group=group)
+        for bits in (8, 7, 6, 5, 4, 3, 2)
+        for group in (0, *GROUPS)
+    ),
+    *(
+        IntegerFormat(f"int{bits}-g{group}-z16", bits, group=group, zero_point="float")
+        for bits in (4, 3, 2, 1)
+        for group in GROUPS
+    ),
+    *(IntegerFormat(f"ternary-g{group}", 1.6, group=group, zero_point="half", ternary=True) for group in GROUPS),
+    *(IntegerFormat(f"binary-g{group}", 1, group=group, zero_point="half") for group in GROUPS),
 ]
 FORMATS: dict[str, Format] = {row.name: row for row in ROWS}
 NATIVE = {row.dtype: row.name for row in ROWS if isinstance(row, FloatFormat)}
@@ -33,9 +45,11 @@ MENU = (
 
 
 def format_named(name: str) -> Format:
-    """The row called `name`; a name without its group size means groups of 64. Raises UnknownFormat with the nearest
-    names."""
-    for full in (name, f"{name}-g64"):
+    """The row called `name`; a name without its group size means groups of 64 (int1 has only fp16 zeros).
+
+    Raises UnknownFormat with the nearest names.
+    """
+    for full in (name, f"{name}-g64", f"{name}-g64-z16"):
         if full in FORMATS:
             return FORMATS[full]
     near = difflib.get_close_matches(name, FORMATS, n=3, cutoff=0.4) or list(FORMATS)

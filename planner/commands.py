@@ -181,6 +181,9 @@ def apply(arguments: Namespace) -> None:
         f"resident {size:,} bytes ({human(size)}), planned {plan.bytes:,};"
         f" {data['bits_per_weight']:.3f} bits per weight; rounding: {plan.rounding}"
     ]
+    if plan.research:
+        data["research"] = plan.research
+        text.append(f"research stage: {', '.join(plan.research)}")
     if reference is not None:
         judgement = reference.judge(model)
         data |= {"nll": judgement.nll, "ppl": judgement.ppl, "kl": judgement.kl, "kl_se": judgement.kl_se}
@@ -265,14 +268,16 @@ def formats(arguments: Namespace) -> None:
             "bits_per_weight": size * 8 / 4096**2,
             "rounding": row.default_rounding,
         }
-        rows.append({**facts, "planned_by_default": name in MENU, "unavailable": row.unavailable()})
+        rows.append(
+            {**facts, "planned_by_default": name in MENU, "research": row.is_research, "unavailable": row.unavailable()}
+        )
     text = [
         (
             r["format"],
             f"{r['bits_per_weight']:.4f}",
             r["rounding"],
             "yes" if r["planned_by_default"] else "",
-            r["unavailable"] or "",
+            r["unavailable"] or ("research stage" if r["research"] else ""),
         )
         for r in rows
     ]

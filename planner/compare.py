@@ -31,6 +31,8 @@ class Line:
     times_smaller_than_fp32: float | None = None
     judgement: Judgement | None = None
     load_seconds: float | None = None
+    research: bool = False
+    """It has formats below 2 bits."""
     note: str | None = None
 
     def as_dict(self) -> dict:
@@ -81,5 +83,6 @@ def compare(
         except BitplanError as error:
             yield Line(name, note=str(error))
             continue
-        yield Line(name, size, size * 8 / parameters, 4 * parameters / size, judgement, seconds)
+        research = isinstance(row, Plan) and bool(row.research)
+        yield Line(name, size, size * 8 / parameters, 4 * parameters / size, judgement, seconds, research)
         del model

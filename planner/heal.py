@@ -1,13 +1,13 @@
 """Healing: codes stay, scales and kept vectors are trained end to end by KL to the full-precision model.
 
-As in EfficientQAT's second phase (Chen et al. 2024) and mlx-lm's distilled quantization: AdamW with a cosine decay on
-the calibration text; what is kept is the state of least KL on the search text, the start included. The model that
-learns is the packed one; its weights are dequantized anew in each pass. State is saved at every look at the search
-text, and an interrupted run goes on from there. May import: formats, sensitivity, planner.plan/pretrained/sequence.
+As in EfficientQAT's second phase (Chen et al. 2024) and mlx-lm's distilled quantization: AdamW on the calibration text.
+Every few steps the KL on the search text is looked at. What is kept is its least, the start included; where a look
+finds no gain, training goes back to the best state and takes smaller steps. The model that learns is the packed one;
+its weights are dequantized anew in each pass. State is saved at every look, and an interrupted run goes on from there.
+May import: formats, sensitivity, planner.plan/pretrained/sequence.
 """
 
 from dataclasses import replace
-from math import cos, pi
 from pathlib import Path
 
 import torch
@@ -33,11 +33,13 @@ TOKENS = 2048
 """Of one step."""
 LOOK = 25
 """Steps between two looks at the search text."""
-PATIENCE = 3
-"""Looks without gain after which training stops."""
-SCALE_RATE = 3e-3
+SCALE_RATE = 2e-2
 """AdamW's learning rate of scales and zeros, times their own mean size."""
-VECTOR_RATE = 1e-3
+VECTOR_RATE = 1e-2
+CALMER = 0.3
+"""What rates are multiplied by when a look finds no gain."""
+CALMEST = 0.005
+"""Rates times so little end the training."""
 
 
 def round_missing(plan: Plan, session: Session) -> None:
@@ -107,12 +109,12 @@ class Healing:
     def run(self, calibration: Reference, search: Reference) -> None:
         ids, device = calibration.blocks.ids, self.model.device
         batch = max(1, TOKENS // ids.shape[1])
-        done, least, idle, best = self._restore()
+        done, least, calm, best = self._restore()
         if done < 0:
             least, done = self._look(search), 0
         bar = progress(total=STEPS, initial=done, desc="healing", unit="step")
-        while done < STEPS and idle < PATIENCE:
-            rate = 0.5 * (1 + cos(pi * done / STEPS)) * min(1.0, (done + 1) / 10)
+        while done < STEPS and calm > CALMEST:
+            rate = calm * min(1.0, (done % LOOK + 1) / 5)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * group["rate"]
             drawn = torch.randperm(len(ids), generator=torch.Generator().manual_seed(SEED + done))[:batch]
@@ -121,7 +123,7 @@ class Healing:
             loss = torch.nn.functional.kl_div(log_q.flatten(0, 1), aim.flatten(0, 1), reduction="none", log_target=True)
             loss = loss.sum(-1).mean()
             if not loss.isfinite():
-                raise RoundingFailed(f"healing: the loss is {float(loss)} at step {done}; plan without --heal")
+                raise RoundingFailed(f"healing: the loss is {loss.item()} at step {done}; plan without --heal")
             self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
@@ -129,10 +131,13 @@ class Healing:
             bar.update()
             if done % LOOK == 0 or done == STEPS:
                 kl = self._look(search)
-                idle = 0 if kl < least else idle + 1
                 if kl < least:
                     least, best = kl, self._copy()
-                self._save(done, least, idle, best)
+                else:
+                    calm *= CALMER
+                    self._put(best)
+                    self.optimizer.state.clear()
+                self._save(done, least, calm, best)
                 bar.set_postfix(kl=f"{least:.5f}", refresh=False)
         bar.close()
         self._put(best)
@@ -180,24 +185,24 @@ class Healing:
     def _state(self) -> Path:
         return self.folder / "healing.safetensors"
 
-    def _save(self, done: int, least: float, idle: int, best: dict[str, Tensor]) -> None:
-        tensors = {"progress": torch.tensor([done, least, idle], dtype=torch.float64)}
+    def _save(self, done: int, least: float, calm: float, best: dict[str, Tensor]) -> None:
+        tensors = {"progress": torch.tensor([done, least, calm], dtype=torch.float64)}
         for name, (parameter, _) in self.trained.items():
-            moments = self.optimizer.state[parameter]
             tensors |= {f"now:{name}": parameter.detach(), f"best:{name}": best[name]}
-            tensors |= {f"{kind}:{name}": moments[kind] for kind in ("step", "exp_avg", "exp_avg_sq")}
+            tensors |= {f"{kind}:{name}": moment for kind, moment in self.optimizer.state.get(parameter, {}).items()}
         save_tensors(self._state, tensors)
 
-    def _restore(self) -> tuple[int, float, int, dict[str, Tensor]]:
-        """Steps done (-1: none), least KL, looks without gain, best state: of an interrupted run, or of the start."""
+    def _restore(self) -> tuple[int, float, float, dict[str, Tensor]]:
+        """Steps done (-1: none), least KL, factor of the rates, best state: of an interrupted run, or of the start."""
         tensors = load_tensors(self._state, str(self.model.device))
         if tensors is None:
-            return -1, float("inf"), 0, self._copy()
+            return -1, float("inf"), 1.0, self._copy()
         for name, (parameter, _) in self.trained.items():
             with torch.no_grad():
                 parameter.copy_(tensors[f"now:{name}"])
-            kinds = ("step", "exp_avg", "exp_avg_sq")
-            self.optimizer.state[parameter] = {kind: tensors[f"{kind}:{name}"] for kind in kinds}
-            self.optimizer.state[parameter]["step"] = tensors[f"step:{name}"].cpu()
-        done, least, idle = tensors["progress"].tolist()
-        return int(done), least, int(idle), {name: tensors[f"best:{name}"] for name in self.trained}
+            if f"step:{name}" in tensors:
+                kinds = ("exp_avg", "exp_avg_sq")
+                moments = {kind: tensors[f"{kind}:{name}"] for kind in kinds}
+                self.optimizer.state[parameter] = {"step": tensors[f"step:{name}"].cpu(), **moments}
+        done, least, calm = tensors["progress"].tolist()
+        return int(done), least, calm, {name: tensors[f"best:{name}"] for name in self.trained}

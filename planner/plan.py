@@ -121,6 +121,11 @@ class Plan(Strict):
         return bool(self.packed) and (self.healed or any(ROUNDINGS[u.rounding].needs_text for u in self.packed))
 
     @property
+    def research(self) -> list[str]:
+        """Its formats that are at research stage."""
+        return sorted({unit.format for unit in self.packed if FORMATS[unit.format].is_research})
+
+    @property
     def rounding(self) -> str:
         """The roundings that its units have, in words."""
         names = dict.fromkeys(unit.rounding for unit in self.packed)

@@ -9,6 +9,7 @@ May import: formats, sensitivity, planner.plan/pretrained/session.
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -23,7 +24,7 @@ from formats.rounding.gptq import Hessian, gptq_codes
 from formats.rounding.tuned import STEPS, Learned, tune
 from formats.table import format_named
 from planner.plan import Plan
-from planner.pretrained import codes_folder, kept_path, missing_codes, unit_path
+from planner.pretrained import codes_folder, kept_path, unit_path
 from planner.session import SEED, Session
 from sensitivity.bank import Choice, for_file, from_file
 from sensitivity.chain import BATCH, Chain
@@ -31,12 +32,6 @@ from sensitivity.graph import Unit
 from sensitivity.progress import progress
 from sensitivity.store import load_tensors, save_tensors, scratch
 from sensitivity.trace import Trace, Use
-
-
-def round_missing(plan: Plan, session: Session) -> None:
-    """Make the codes of the plan that the cache lacks. Raises RoundingFailed, OutOfMemory."""
-    if missing_codes(plan):
-        Sequence(plan, session).run()
 
 
 class Sequence:
@@ -48,7 +43,8 @@ class Sequence:
         self.planned = {unit.name: unit for unit in plan.units}
         self.folder = codes_folder(plan)
         self.device = session.device
-        self.chain = Chain(session.model, session.graph, self.device)
+        graph = replace(session.graph, units=tuple(u for u in session.graph.units if u.name in self.planned))
+        self.chain = Chain(session.model, graph, self.device)
         self.ids = session.texts.calibration.ids
         self.unfolded: list[str] = []
         """Units before which awq found nothing to fold a scale into."""

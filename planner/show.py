@@ -74,6 +74,8 @@ def _padding(unit: PlannedUnit) -> str | None:
 def _figures(plan: Plan) -> list[str]:
     lines = []
     lines.append(f"rounding: {plan.rounding}")
+    if plan.research:
+        lines.append(f"research stage: {', '.join(plan.research)}")
     if plan.predicted:
         lines.append(
             f"predicted {plan.predicted.nll:.4f} nats per token above full precision; no allocation has less than"
@@ -133,4 +135,5 @@ def compare_text(lines: Sequence[Line]) -> str:
         )
     head = ("", "bytes", "bits/weight", "× smaller than fp32", "perplexity", "KL", "± se", "load s")
     notes = [f"{line.name}: {line.note}" for line in lines if line.note]
+    notes += [f"{line.name}: research stage" for line in lines if line.research]
     return "\n".join([table(head, rows), *notes])

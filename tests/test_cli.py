@@ -134,6 +134,77 @@ def test_an_interrupted_measurement_goes_on(run, checkpoint, tmp_path, monkeypat
     assert calls == 6 + 14 - 5
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Learning and healing in a few steps."""
+    for name, value in {"sequence.STEPS": 3, "heal.STEPS": 4, "heal.LOOK": 2, "heal.TOKENS": 256}.items():
+        monkeypatch.setattr(f"planner.{name}", value)
+
+
+def test_apply_makes_the_codes_in_another_way(run, checkpoint, text, tmp_path, quick):
+    model, plan = checkpoint("llama-tied", torch.bfloat16), tmp_path / "plan.json"
+    made = ("plan", model, "--text", text, *LITTLE, "--formats", "int3-g32,int2-g32", "--bpw", "3.5", "--trials", "0")
+    assert run(*made, "-o", plan)[0] == 0
+    assert read(plan, Plan).rounding == "gptq"
+    kl, ways = (
+        {},
+        ((), ("--rounding", "tuned"), ("--rounding", "nearest"), ("--heal",), ("--rounding", "awq", "--heal")),
+    )
+    for way in ways:
+        code, out, _ = run(
+            "apply", plan, *way, "--text", text, *LITTLE, "--save", tmp_path / "_".join(("s", *way)), "--json"
+        )
+        assert code == 0
+        data = json.loads(out)
+        assert data["resident_bytes"] == data["planned_bytes"] == read(plan, Plan).bytes
+        kl[data["rounding"]] = data["kl"]
+    assert list(kl) == ["gptq", "tuned", "nearest", "gptq, healed", "awq, healed"]
+    assert kl["nearest"] > kl["gptq"] and len(set(kl.values())) > 3
+    saved = read(tmp_path / "s_--rounding_awq_--heal" / "plan.json", Plan)
+    assert (saved.rounding, saved.measured) == ("awq, healed", None)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "s_--rounding_awq_--heal")
+    assert sum(p.nbytes for p in again.parameters()) == saved.bytes
+    assert read(plan, Plan).rounding == "gptq"  # the file that was read is as it was
+
+
+def test_a_plan_is_made_with_a_rounding_and_healing(run, checkpoint, text, tmp_path, quick):
+    """From a profile that another rounding scored; `apply` then finds the codes that the plan was measured with."""
+    model, profile = checkpoint("llama", torch.bfloat16), tmp_path / "profile.json"
+    assert run("audit", model, "--text", text, *LITTLE, "--formats", "int4-g32,int3-g32", "-o", profile)[0] == 0
+    start = ("plan", model, "--profile", profile, "--bpw", "4.6", "--device", "cpu")
+    for rounding, heal in (("tuned", ()), ("awq", ("--heal",))):
+        plan = tmp_path / f"{rounding}.json"
+        code, _, err = run(*start, "--trials", "2", "--rounding", rounding, *heal, "-o", plan)
+        assert code == 0, err
+        made = read(plan, Plan)
+        assert made.rounding == rounding + (", healed" if heal else "") and made.healed == bool(heal)
+        assert made.uniform is not None and made.uniform.rounding == rounding
+        code, out, _ = run("apply", plan, "--text", text, *LITTLE, "--json")
+        assert code == 0
+        assert json.loads(out)["kl"] == pytest.approx(made.measured.kl, rel=1e-6)
+        code, out, _ = run("apply", plan, "--no-heal", "--device", "cpu", "--json")
+        assert json.loads(out)["rounding"] == rounding
+    assert json.loads(run(*start, "--trials", "0", "--heal", "--json")[1])["healed"] is True
+
+
+def test_a_rounding_that_loses_more_than_the_one_that_scored_is_no_fault_of_the_model(run, checkpoint, tmp_path):
+    model, profile = checkpoint("llama", torch.bfloat16), tmp_path / "profile.json"
+    assert run("audit", model, *LITTLE, "--formats", "int3-g32,int2-g32", "-o", profile)[0] == 0
+    start = ("plan", model, "--profile", profile, "--bpw", "3", "--device", "cpu", "--trials", "1")
+    code, _, err = run(*start, "--rounding", "nearest", "-o", tmp_path / "plan.json")
+    assert code == 0, err
+
+
+def test_compare_with_a_rounding_and_healing(run, checkpoint, quick):
+    some = ("compare", checkpoint("llama"), *LITTLE, "--formats", "bf16,nf4,int3-g32", "--json")
+    code, out, _ = run(*some, "--rounding", "awq", "--heal")
+    assert code == 0
+    rows = {row["name"]: row for row in json.loads(out)["rows"]}
+    assert rows.keys() == {"bf16", "nf4", "uniform int3-g32/awq, healed"}
+    assert "nf4 cannot be rounded by 'awq', only by nearest" in rows["nf4"]["note"]
+    assert rows["uniform int3-g32/awq, healed"]["kl"] > 0
+
+
 def test_compare(run, checkpoint, tmp_path):
     model, plan = checkpoint("llama", torch.bfloat16), tmp_path / "p.json"
     assert run("plan", model, "--bpw", "6", *LITTLE, *MENU, "--trials", "2", "-o", plan)[0] == 0
@@ -200,6 +271,31 @@ class TestBadInput:
         refused(2, "names none", "audit", checkpoint("llama"), "--formats", ",")
         refused(2, "unknown rounding 'magic'", "audit", checkpoint("llama"), "--rounding", "magic")
         refused(2, "matches no unit", "audit", checkpoint("llama"), *LITTLE, "--keep", "*.nothing")
+
+    def test_roundings_and_layouts(self, refused, run, checkpoint, tmp_path):
+        model, plan = checkpoint("llama"), tmp_path / "plan.json"
+        wanted = ("--formats", "nf4,fp8", "--rounding", "tuned")
+        refused(2, "nf4, fp8 cannot be rounded by 'tuned', only by nearest", "plan", model, "--bpw", "9", *wanted)
+        refused(2, "nf4, fp8 cannot be rounded by 'tuned', only by nearest", "audit", model, *wanted)
+        refused(2, "there are nearest, gptq, awq, tuned", "plan", model, "--bpw", "4", "--rounding", "magic")
+        refused(2, "unrecognized arguments: --heal", "audit", model, "--heal")
+        floats = ("--formats", "nf4", "--trials", "0")
+        assert run("plan", model, *LITTLE, *floats, "--bpw", "6", "-o", plan)[0] == 0
+        refused(2, "unknown rounding 'magic'", "apply", plan, "--rounding", "magic")
+        refused(2, "cannot be rounded by 'awq', only by nearest", "apply", plan, "--rounding", "awq")
+        refused(2, "invalid choice: 'onnx'", "apply", plan, "--layout", "onnx")
+        refused(2, "--layout gptq says how to write a checkpoint: give --save DIR", "apply", plan, "--layout", "gptq")
+        refused(1, "nf4", "apply", plan, "--layout", "gptq", "--save", tmp_path / "saved")
+
+    @pytest.mark.parametrize(
+        "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")]
+    )
+    def test_out_of_memory(self, refused, checkpoint, monkeypatch, error):
+        def raising(*_, **__):
+            raise error
+
+        monkeypatch.setattr("sensitivity.source.load_model", raising)
+        refused(1, "out of memory: give a smaller --block, fewer --formats", "audit", checkpoint("llama"), *LITTLE)
 
     def test_models(self, refused, tmp_path, checkpoint):
         empty = tmp_path / "empty"

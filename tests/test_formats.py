@@ -4,14 +4,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from formats.base import as_bits
+from formats.base import as_bits, as_floats
 from formats.errors import UnknownFormat, UsageError
-from formats.integers import IntegerFormat
-from formats.rounding import ROUNDINGS, Hessian, rounding_for, rounding_named
+from formats.integers import SHRINK, SIGN_FACTORS, IntegerFormat
+from formats.rounding import ROUNDINGS, Hessian, refuse_misfit, rounding_alone, rounding_for, rounding_named
 from formats.table import FORMATS, MENU, format_named
 
 SHAPES = [(8, 64), (5, 172), (3, 33), (2, 256)]
-CASES = [(f, r) for f in FORMATS.values() for r in ROUNDINGS.values() if r.fits(f)]
+CASES = [(f, r) for f in FORMATS.values() for r in ROUNDINGS.values() if r.alone and r.fits(f)]
+INTEGERS = [f for f in FORMATS.values() if isinstance(f, IntegerFormat)]
 NAMES = [f"{f.name}-{r.name}" for f, r in CASES]
 
 
@@ -28,7 +29,7 @@ def hessian(columns: int) -> Hessian:
 @pytest.mark.parametrize("shape", SHAPES)
 class TestEveryFormat:
     def test_tensors_are_as_specified_and_integers(self, format, rounding, shape):
-        tensors = rounding.round(weights(*shape), format, [hessian(shape[1])])
+        tensors = rounding.alone(weights(*shape), format, [hessian(shape[1])])
         assert {s: (tuple(t.shape), t.dtype) for s, t in tensors.items()} == format.specs(*shape)
         assert sum(t.nbytes for t in tensors.values()) == format.nbytes(*shape)
         assert not any(t.is_floating_point() for t in tensors.values())
@@ -36,13 +37,13 @@ class TestEveryFormat:
         assert tensors[""].shape != shape  # read as a plain weight it must fail on shapes
 
     def test_rows_are_taken_as_they_are_dequantized(self, format, rounding, shape):
-        tensors = rounding.round(weights(*shape), format, [hessian(shape[1])])
+        tensors = rounding.alone(weights(*shape), format, [hessian(shape[1])])
         whole = format.dequantize(tensors, shape[1], torch.float32)
         ids = torch.tensor([[0, shape[0] - 1], [1, 0]])
         assert torch.equal(format.take_rows(tensors, ids, shape[1], torch.float32), whole[ids])
 
     def test_product_is_the_dequantized_layers(self, format, rounding, shape):
-        tensors = rounding.round(weights(*shape), format, [hessian(shape[1])])
+        tensors = rounding.alone(weights(*shape), format, [hessian(shape[1])])
         whole = format.dequantize(tensors, shape[1], torch.float32)
         x, bias = weights(7, shape[1], 4).view(7, 1, -1), weights(1, shape[0], 5)[0]
         expected = torch.nn.functional.linear(x, whole, bias)
@@ -51,7 +52,7 @@ class TestEveryFormat:
         assert_close(format.linear(x, tensors, shape[1], bias), expected, **tolerance)
 
 
-@pytest.mark.parametrize("format", [f for f in FORMATS.values() if isinstance(f, IntegerFormat)], ids=lambda f: f.name)
+@pytest.mark.parametrize("format", INTEGERS, ids=lambda f: f.name)
 def test_nearest_is_the_nearest_of_the_grid(format):
     weight = weights(3, 80)
     tensors = format.quantize(weight)
@@ -63,6 +64,77 @@ def test_nearest_is_the_nearest_of_the_grid(format):
         levels = (codes - grid.zero) * grid.scale  # [rows, levels]
         best = (weight[:, part, None] - levels[:, None, :]).abs().amin(-1)
         assert_close((value[:, part] - weight[:, part]).abs(), best, rtol=1e-4, atol=1e-7)
+
+
+def spread(format: IntegerFormat, values: torch.Tensor, columns: int) -> torch.Tensor:
+    """A value per group, for each column."""
+    return values[:, torch.arange(columns) // (format.group or columns)]
+
+
+@pytest.mark.parametrize("format", INTEGERS, ids=lambda f: f.name)
+def test_fitted_grids_lose_the_least_of_all_clipped_ones(format):
+    weight, importance = weights(5, 172), weights(1, 172, 9)[0].square() * 1000
+    weight[:, ::50] *= 6  # some to be clipped
+
+    def loss(scale, zero):
+        wide, middle = spread(format, scale, 172), spread(format, zero, 172)
+        codes = (weight / wide + middle).round().clamp(0, format.top)
+        errors = ((codes - middle) * wide - weight).square() * importance
+        return torch.stack([part.sum(-1) for part in errors.split(format.group or 172, -1)], -1)
+
+    found = format.fitted_grids(weight, importance)
+    losses = []
+    for factor in SIGN_FACTORS if format.zero_point == "half" else SHRINK:
+        # Clip every group's range by the factor, and span what is left.
+        grids = []
+        for part in weight.split(format.group or 172, -1):
+            if format.zero_point == "integer":
+                low, high = part.amin(-1, True).clamp(max=0) * factor, part.amax(-1, True).clamp(min=0) * factor
+                whole = format.grid(part).scale
+                assert_close(whole, ((high - low) / factor / format.top).half().float())
+                scale = (whole * factor).half().float()
+                grids.append((scale, (-low / scale).round().clamp(0, format.top)))
+            elif format.zero_point == "float":  # the zero point may lie anywhere: shrunken about the middle
+                whole = format.grid(part)
+                width, middle = whole.scale * format.top, (format.top / 2 - whole.zero) * whole.scale
+                scale = (whole.scale * factor).half().float()
+                grids.append((scale, ((factor * width / 2 - middle) / scale).half().float()))
+            else:
+                whole = format.grid(part)
+                grids.append(((whole.scale * factor).half().float(), whole.zero))
+        losses.append(loss(*(torch.cat(parts, -1) for parts in zip(*grids, strict=True))))
+    # Where zeros are halves too, they round otherwise when they are computed in another order.
+    tolerance = 0.02 if format.zero_point == "float" else 1e-4
+    assert_close(loss(found.scale, found.zero), torch.stack(losses).amin(0), rtol=tolerance, atol=1e-9)
+    assert torch.equal(found.scale, found.scale.half().float())
+    if format.zero_point == "integer":
+        assert torch.equal(found.zero, found.zero.round().clamp(0, format.top))
+    whole = [format.grid(part) for part in weight.split(format.group or 172, -1)]
+    spanning = loss(torch.cat([grid.scale for grid in whole], -1), torch.cat([grid.zero for grid in whole], -1))
+    assert (loss(found.scale, found.zero) <= spanning * 1.0001).all()
+    if format.bits <= 3:
+        assert (loss(found.scale, found.zero) < spanning).any()
+
+
+@pytest.mark.parametrize("format", [f for f in FORMATS.values() if f.floats], ids=lambda f: f.name)
+def test_scales_may_be_floats_and_are_differentiable(format):
+    """What healing trains: the stored bits as floats give the same weight, and gradients reach them."""
+    weight, ids = weights(4, 96), torch.tensor([[2, 0]])
+    tensors = format.quantize(weight)
+    scales = {s: as_floats(tensors[s], dtype).float().requires_grad_() for s, dtype in format.floats.items()}
+    value = format.dequantize(tensors | scales, 96, torch.float32)
+    assert torch.equal(value, format.dequantize(tensors, 96, torch.float32))
+    assert torch.equal(format.take_rows(tensors | scales, ids, 96, torch.float32), value[ids])
+    x = weights(3, 96, 1).requires_grad_()
+    expected = torch.autograd.grad(torch.nn.functional.linear(x, value).square().sum(), list(scales.values()))
+    for asks in (x, x.detach()):  # bitsandbytes' kernels would hand the scales no gradient
+        found = torch.autograd.grad(format.linear(asks, tensors | scales, 96, None).square().sum(), scales.values())
+        assert all((gradient != 0).any() for gradient in found)
+        assert_close(found, expected)
+    # A row's values grow as its scale does: the gradient by differences.
+    scale, step = scales["_scale"], 1e-2
+    grown = format.dequantize(tensors | {"_scale": scale.detach() * (1 + step)}, 96, torch.float32)
+    assert_close(grown, value.detach() * (1 + step), rtol=1e-4, atol=1e-7)
 
 
 @given(st.integers(0, 1000), st.sampled_from([n for n in MENU if n != "int8"]))
@@ -88,8 +160,9 @@ def test_more_bits_and_smaller_groups_lose_less():
     assert error("int6-g32") > error("int8") > error("bf16") > error("fp16") > error("fp32") == 0
 
 
-def test_constant_and_zero_groups_survive():
-    weight = torch.cat((torch.zeros(2, 64), torch.full((2, 64), 0.25)), 1)
+@pytest.mark.parametrize("constant", [0.0, 0.25, -0.25])
+def test_constant_and_zero_groups_survive(constant):
+    weight = torch.full((2, 128), constant)
     for format in FORMATS.values():
         value = format.dequantize(format.quantize(weight), 128, torch.float32)
         assert value.isfinite().all()
@@ -150,10 +223,27 @@ def test_names():
     assert format_named("binary") is FORMATS["binary-g64"]
     with pytest.raises(UnknownFormat, match="int4-g64"):
         format_named("int4-g46")
-    with pytest.raises(UsageError, match="nearest, gptq"):
+    with pytest.raises(UsageError, match="nearest, gptq, awq, tuned"):
         rounding_named("best")
-    assert rounding_for(FORMATS["fp8"], "gptq") == "nearest"
-    assert rounding_for(FORMATS["int4-g64"]) == "gptq"
+
+
+def test_roundings_of_a_format():
+    assert rounding_for(FORMATS["fp8"], "gptq") == rounding_for(FORMATS["nf4"], "tuned") == "nearest"
+    assert rounding_for(FORMATS["int4-g64"]) == rounding_alone(FORMATS["int4-g64"]) == "gptq"
+    assert rounding_for(FORMATS["int8"]) == rounding_alone(FORMATS["int8"]) == "nearest"
+    # Those that need a block are scored on a unit alone as gptq is.
+    for name in ("awq", "tuned"):
+        assert rounding_for(FORMATS["int8"], name) == name
+        assert rounding_alone(FORMATS["int8"], name) == "gptq"
+        assert rounding_alone(FORMATS["nf4"], name) == "nearest"
+    for name, row in ROUNDINGS.items():
+        assert row.needs_text == (name != "nearest")
+    refuse_misfit(None, [FORMATS["nf4"]])
+    refuse_misfit("tuned", [FORMATS["nf4"], FORMATS["int8"]])
+    with pytest.raises(UsageError, match="fp8, nf4 cannot be rounded by 'awq', only by nearest: change --rounding"):
+        refuse_misfit("awq", [FORMATS["fp8"], FORMATS["nf4"]])
+    with pytest.raises(UsageError, match="unknown rounding 'best'"):
+        refuse_misfit("best", [FORMATS["int8"]])
 
 
 def test_padding_is_said():

@@ -133,6 +133,23 @@ def test_nan_is_refused(example, tmp_path):
         Plan.model_validate(example | {"bits_per_weight": float("nan")})
 
 
+@pytest.mark.parametrize(("format", "rounding"), [("int4-g64", "best"), ("nf4", "gptq"), ("fp8", "awq")])
+def test_a_rounding_fits_its_format(example, format, rounding):
+    unit = example["units"][0]
+    size = FORMATS[format].nbytes(unit["rows"], unit["columns"])
+    content = changed(example, "bytes", example["bytes"] - unit["bytes"] + size)
+    content["units"][0] |= {"format": format, "bytes": size}
+    assert Plan.model_validate(content).units[0].format == format
+    content["units"][0]["rounding"] = rounding
+    with pytest.raises(ValidationError, match=f"{format} has no rounding '{rounding}'"):
+        Plan.model_validate(content)
+
+
+def test_an_older_plan_without_healing_is_read(example):
+    assert example.pop("healed") is False
+    assert not Plan.model_validate(example).healed
+
+
 def test_groups_agree(example):
     content = changed(example, "units.1.group", example["units"][0]["name"])
     with pytest.raises(ValidationError, match="but its group"):

@@ -3,6 +3,7 @@
 import copy
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -21,6 +22,7 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
 )
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
 VOCABULARY = 258
 COMMON = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -73,3 +75,27 @@ def saved(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     build(name, dtype).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+def reading_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama's blocks are given the embedded text beside the hidden states, and add it."""
+    forward, of_block = LlamaModel.forward, LlamaDecoderLayer.forward
+
+    def giving(self, input_ids=None, **kwargs):
+        return forward(self, input_ids=input_ids, told=self.embed_tokens(input_ids), **kwargs)
+
+    def reading(self, hidden_states, *args, told=None, **kwargs):
+        return of_block(self, hidden_states + 0.5 * told, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", giving)
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", reading)
+
+
+def unchained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two of Llama's blocks, the hidden states are changed."""
+    call = LlamaDecoderLayer.__call__
+
+    def doubling(self, hidden_states, *args, **kwargs):
+        return call(self, 2 * hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "__call__", doubling)

@@ -26,7 +26,8 @@ class Hessian:
     formats. `cross` is E[x0 x^T], with x0 what the full-precision model feeds the unit where x is what it gets."""
 
     def __init__(self, matrix: Tensor, cross: Tensor | None = None):
-        self.matrix = matrix
+        # An expert that no token reached: every column counts alike, or all would be rounded as zeros.
+        self.matrix = torch.eye(len(matrix)).to(matrix) if bool((matrix.diagonal() <= 0).all()) else matrix
         self.cross = cross
 
     @cached_property

@@ -1,8 +1,11 @@
-"""Learned rounding: offsets and clip ranges by signed gradients (Cheng et al. 2023, SignRound), from GPTQ's codes.
+"""Learned rounding of a whole block: offsets and clip ranges by gradients, from GPTQ's codes.
 
 A unit's value is (clamp(round(W/s + z + V), 0, top) - z) * s, with W the weights that GPTQ rounded to nearest, V the
-learned offsets, and s, z the grid of its clip range times two learned factors a group. Gradients pass rounding as if
-it were not there. May import: formats.base, formats.integers.
+learned offsets, and s, z the grid of its clip range times two learned factors a group; gradients pass rounding as if
+it were not there (SignRound: Cheng et al. 2023). Two things differ from it, for GPTQ's codes are good already and
+early steps easily lose them: W starts half way to the middle of its codes' cells, so that only what the gradient asks
+for again and again flips a code; and steps are Adam's, whose size falls where the sign of the gradient is unsure.
+May import: formats.base, formats.integers.
 """
 
 from collections.abc import Callable
@@ -15,6 +18,8 @@ from formats.base import Tensors
 from formats.integers import Grid, IntegerFormat
 
 STEPS = 200
+OFFSET_RATE, CLIP_RATE = 1e-2, 2e-3
+BETAS = (0.9, 0.99)
 OFFSET = 1.0
 """How far an offset may move a weight, in steps of the grid."""
 CLIP = (0.3, 1.5)
@@ -47,7 +52,10 @@ class Learned:
     """One unit's offsets and clip factors. `aimed` float32 [rows, columns], `grid` [rows, groups]: GPTQ's."""
 
     def __init__(self, format: IntegerFormat, aimed: Tensor, grid: Grid):
-        self.format, self.aimed, self.start = format, aimed, grid
+        self.format, self.start = format, grid
+        wide = self._wide(grid, aimed.shape[1])
+        middle = format.decode(format.encode(aimed, wide), wide)
+        self.aimed = (middle + (aimed - middle).clamp(-wide.scale / 2, wide.scale / 2) / 2).contiguous()
         self.offset = torch.zeros_like(aimed, requires_grad=True)
         self.low = torch.ones_like(grid.scale, requires_grad=True)
         self.high = torch.ones_like(grid.scale, requires_grad=True)
@@ -58,16 +66,19 @@ class Learned:
 
     def grid(self) -> Grid:
         scale, zero, top = self.start.scale, self.start.zero, self.format.top
-        if self.format.zero_point != "integer":
+        if self.format.zero_point in ("middle", "half"):
             return Grid(_as_half(scale * self.high), zero)
         low, high = zero * scale * self.low, (top - zero) * scale * self.high
         scale = _as_half((low + high) / top)
-        return Grid(scale, _round(low / scale.clamp(min=1e-9)).clamp(0, top))
+        zero = low / scale.clamp(min=1e-9)
+        return Grid(scale, _as_half(zero) if self.format.zero_point == "float" else _round(zero).clamp(0, top))
+
+    def _wide(self, grid: Grid, columns: int) -> Grid:
+        return Grid(self.format.over_columns(grid.scale, columns), self.format.over_columns(grid.zero, columns))
 
     def codes(self) -> tuple[Tensor, Grid]:
         """Codes [rows, columns], differentiable, and the grid spread over the columns."""
-        grid, columns = self.grid(), self.aimed.shape[1]
-        wide = Grid(self.format.over_columns(grid.scale, columns), self.format.over_columns(grid.zero, columns))
+        wide = self._wide(self.grid(), self.aimed.shape[1])
         place = self.aimed / wide.scale.clamp(min=1e-9) + wide.zero + self.offset
         return _round(place).clamp(0, self.format.top), wide
 
@@ -82,25 +93,27 @@ class Learned:
         return self.format.store(self.codes()[0], self.grid())
 
     @torch.no_grad()
-    def step(self, size: float) -> None:
-        """Against the sign of the gradient, within the limits."""
-        for parameter in self.parameters:
-            if parameter.grad is not None:
-                parameter -= size * parameter.grad.sign()
-                parameter.grad = None
+    def limit(self) -> None:
         self.offset.clamp_(-OFFSET, OFFSET)
         self.low.clamp_(*CLIP)
         self.high.clamp_(*CLIP)
 
 
 def tune(learned: list[Learned], loss: Callable[[int], Tensor], whole: Callable[[], float], steps: int) -> None:
-    """Lessen `loss(step)`, a minibatch's, over `steps` steps whose size falls from 1/steps to 0; what is kept is
-    where `whole()`, the loss on all of the text, was least, the start included."""
+    """Lessen `loss(step)`, a minibatch's, over `steps` steps whose size falls to 0; what is kept is where `whole()`,
+    the loss on all of the text, was least, the start included."""
+    offsets = {"params": [one.offset for one in learned], "rate": OFFSET_RATE}
+    clips = {"params": [parameter for one in learned for parameter in (one.low, one.high)], "rate": CLIP_RATE}
+    optimizer = torch.optim.Adam([offsets, clips], lr=0.0, betas=BETAS, eps=1e-12)
     best, least = [[p.detach().clone() for p in one.parameters] for one in learned], whole()
     for step in range(steps):
         loss(step).backward()  # type: ignore[no-untyped-call]
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * (1 - step / steps)
+        optimizer.step()
+        optimizer.zero_grad()
         for one in learned:
-            one.step((1 - step / steps) / steps)
+            one.limit()
         if (step + 1) % CHECKED == 0 or step + 1 == steps:
             found = whole()
             if found < least:

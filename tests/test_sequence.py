@@ -1,0 +1,461 @@
+"""Codes chosen block by block: what lies on disk, what it was chosen from, and how it resumes."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from formats.errors import RoundingFailed
+from formats.modules import Packed, canonical, is_transposed
+from formats.rounding import Hessian, rounding_for
+from formats.rounding.gptq import gptq_codes
+from formats.table import FORMATS, format_named
+from planner import sequence
+from planner.heal import round_missing
+from planner.materialize import load, make_codes, materialize, resident_bytes
+from planner.plan import Plan
+from planner.pretrained import codes_folder, kept_path, missing_codes, unit_path
+from planner.sequence import Segment, Sequence
+from planner.session import Session, open_session, read_texts
+from planner.uniform import uniform_plan
+from sensitivity import source as sources
+from sensitivity.bank import from_file, unit_bytes
+from sensitivity.loss import Reference
+from sensitivity.store import load_tensors
+from tests import tiny
+
+ARCHITECTURES = ["llama", "gpt2", "opt", "mixtral", "qwen3-moe", "gemma2"]
+IDS = torch.arange(3, 43).unsqueeze(0)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    """An empty cache for each test, and learning that takes no time."""
+    monkeypatch.setattr(sequence, "STEPS", 3)
+    monkeypatch.setenv("BITPLAN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def reopened(session: Session, whole: bool = True) -> Session:
+    """The same model and text, opened anew, with a bank that lies in the cache of now."""
+    return open_session(session.source, session.texts, device="cpu", whole=whole)
+
+
+def planned(session: Session, choices: dict[str, str]) -> Plan:
+    """A plan by unit name: "format" or "format/rounding"; "*" is for all others. Groups must agree."""
+    plan = uniform_plan(session, "int8", "nearest")
+    units = []
+    for unit, own in zip(plan.units, session.graph.units, strict=True):
+        name, _, rounding = choices.get(unit.name, choices["*"]).partition("/")
+        name = own.native if name == "native" else name
+        rounding = "nearest" if name == own.native else rounding_for(FORMATS[name], rounding or "nearest")
+        units.append(unit.model_copy(update={"format": name, "rounding": rounding, "bytes": unit_bytes(own, name)}))
+    total = sum(unit.bytes for unit in units) + sum(entry.bytes for entry in plan.kept)
+    return Plan.model_validate(plan.model_dump() | {"units": [u.model_dump() for u in units], "bytes": total})
+
+
+def weight_on_disk(plan: Plan, name: str) -> torch.Tensor:
+    unit = next(unit for unit in plan.units if unit.name == name)
+    tensors = load_tensors(unit_path(codes_folder(plan), name))
+    assert tensors is not None
+    return format_named(unit.format).dequantize(from_file(tensors), unit.columns, torch.float32)
+
+
+def exchange(model: PreTrainedModel, parameter: str, weight: torch.Tensor) -> None:
+    """Put a weight [experts * rows, columns] in the place of a plain model's."""
+    held, owner = model.get_parameter(parameter), model.get_submodule(parameter.rpartition(".")[0])
+    weight = weight.unflatten(0, (held.shape[0], -1)) if held.ndim == 3 else weight
+    held.data = (weight.mT if is_transposed(owner) else weight).contiguous().to(held.dtype)
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    return model(input_ids=IDS).logits
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "awq", "tuned"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_loaded_model_has_the_codes_and_vectors_on_disk(name, rounding, session_of, tmp_path):
+    session = session_of(name)
+    plan = uniform_plan(session, "int3-g32", rounding)
+    assert len(missing_codes(plan)) == len(plan.units)
+    round_missing(plan, session)
+    assert not missing_codes(plan)
+    model = materialize(plan, session.source, "cpu")
+    assert resident_bytes(model) == plan.bytes
+    plain = AutoModelForCausalLM.from_pretrained(session.source.folder)
+    for unit in plan.units:
+        path, _, parameter = unit.parameter.rpartition(".")
+        module, expected = model.get_submodule(path), weight_on_disk(plan, unit.name)
+        assert isinstance(module, Packed)
+        assert torch.equal(canonical(module.dequantized(parameter), is_transposed(module)), expected)
+        exchange(plain, unit.parameter, expected)
+    changed = []
+    for entry in plan.kept:
+        original = plain.get_parameter(entry.name)
+        kept = load_tensors(kept_path(codes_folder(plan), entry.name))
+        if kept is not None:
+            assert kept["tensor"].dtype == original.dtype
+            changed.append(not torch.equal(kept["tensor"], original))  # ones may be the best scale of some
+            original.data = kept["tensor"]
+        assert torch.equal(model.get_parameter(entry.name), original)
+    assert any(changed) == (rounding == "awq")
+    expected = logits(plain)
+    assert_close(logits(model), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), logits(model))
+
+
+@torch.no_grad()
+def inputs_of(model: PreTrainedModel, path: str, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What a module is given, [blocks, tokens, columns], and to which experts each token goes, where it says so."""
+    seen: list[tuple] = []
+    handle = model.get_submodule(path).register_forward_pre_hook(lambda _, args: seen.append(args))
+    for row in ids.split(1):
+        model(input_ids=row, use_cache=False)
+    handle.remove()
+    x = torch.cat([args[0].flatten(0, -2) for args in seen])
+    return x, torch.cat([args[1] for args in seen]) if len(seen[0]) > 1 else None
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("llama", "model.layers.0.self_attn.q_proj"),
+        ("llama", "model.layers.0.self_attn.v_proj"),
+        ("llama", "model.layers.0.mlp.down_proj"),
+        ("llama", "model.layers.1.self_attn.o_proj"),
+        ("llama", "lm_head"),
+        ("gpt2", "transformer.h.0.attn.c_attn"),
+        ("opt", "model.decoder.layers.1.fc2"),
+        ("gemma2", "model.layers.1.mlp.up_proj"),
+        ("mixtral", "model.layers.1.mlp.experts.gate_up_proj"),
+    ],
+)
+def test_gptq_gets_the_inputs_of_the_rounded_model_and_aims_at_the_full_ones(name, target, session_of):
+    """Oracle: a plain model that holds the codes of all that runs before, its inputs taken by hooks."""
+    session = session_of(name)
+    plan = uniform_plan(session, "int3-g32", "gptq")
+    round_missing(plan, session)
+    graph = {unit.name: unit for unit in session.graph.units}
+    unit = graph[target]
+    step = graph[session.graph.readers.get(target, target)].order
+    full, rounded = (AutoModelForCausalLM.from_pretrained(session.source.folder) for _ in range(2))
+    for other in graph.values():
+        if graph[session.graph.readers.get(other.name, other.name)].order < step:
+            exchange(rounded, other.parameter, weight_on_disk(plan, other.name))
+    ids, path = session.texts.calibration.ids, unit.parameter.rpartition(".")[0]
+    (x0, _), (x, routes) = inputs_of(full, path, ids), inputs_of(rounded, path, ids)
+    if unit.experts == 1:
+        hessians = [Hessian(x.T @ x / len(x), x0.T @ x / len(x))]
+        assert not torch.equal(x, x0)
+    else:
+        parts = [x[(routes == expert).any(-1)] for expert in range(unit.experts)]
+        hessians = [Hessian(part.T @ part / len(part)) for part in parts]
+    format = format_named("int3-g32")
+    weight = session.bench.weight(unit)
+    codes, grid, _ = gptq_codes(weight, format, hessians)
+    expected = format.dequantize(format.store(codes, grid), unit.columns, torch.float32)
+    found = weight_on_disk(plan, target)
+    # Sums run in another order, so that a code on an edge may fall otherwise, and what follows it in its row.
+    assert torch.isclose(found, expected, rtol=1e-3, atol=1e-6).float().mean() > 0.95
+    alone = gptq_codes(weight, format, [Hessian(torch.eye(unit.columns))] * unit.experts)
+    nearest = format.dequantize(format.store(*alone[:2]), unit.columns, torch.float32)
+    assert torch.isclose(found, nearest, rtol=1e-3, atol=1e-6).float().mean() < 0.9
+
+
+class TestQuality:
+    """KL of the whole model on the calibration text."""
+
+    @staticmethod
+    def losses(session: Session, format: str, *roundings: str) -> list[float]:
+        reference = Reference(session.model, session.texts.calibration)
+        found = []
+        for rounding in roundings:
+            plan = uniform_plan(session, format, rounding)
+            round_missing(plan, session)
+            found.append(reference.judge(materialize(plan, session.source, "cpu")).kl)
+        return found
+
+    @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+    def test_gptq_and_awq_lose_less_than_nearest(self, name, session_of):
+        nearest, awq, gptq = self.losses(session_of(name), "int2-g32", "nearest", "awq", "gptq")
+        assert gptq < 0.6 * nearest
+        assert awq < nearest
+
+    @pytest.mark.parametrize("name", ["llama", "gpt2"])
+    def test_tuned_leaves_a_block_no_farther_than_gptq(self, name, session_of, monkeypatch):
+        """The first block's output on the same inputs, beside the full-precision block's."""
+        monkeypatch.setattr(sequence, "STEPS", 20)
+        session, errors = session_of(name), {}
+        choices = {unit.name: "int8/nearest" for unit in session.graph.units if unit.kind in ("embedding", "tied")}
+        for rounding in ("nearest", "gptq", "tuned"):
+            steps = Sequence(planned(session, choices | {"*": f"int2-g32/{rounding}"}), session)
+            true, got = steps._segment(0, None, None)
+            expected, found = steps._segment(1, true, got)
+            errors[rounding] = float((expected - found).square().mean())
+        assert errors["tuned"] <= errors["gptq"] < 0.5 * errors["nearest"]
+
+    def test_a_tied_pair_is_rounded_once_for_both(self, session_of):
+        session = session_of("llama-tied")
+        nearest, tuned = self.losses(session, "int2-g32", "nearest", "tuned")
+        assert tuned < 0.6 * nearest
+        plan = uniform_plan(session, "int2-g32", "tuned")
+        model = materialize(plan, session.source, "cpu")
+        tied = next(unit for unit in plan.units if unit.kind == "tied")
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert torch.equal(model.lm_head.dequantized(), weight_on_disk(plan, tied.name))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "unfolded"),
+    [
+        ("llama", ["input_layernorm.weight", "post_attention_layernorm.weight"], ["self_attn.o_proj"]),
+        ("gemma2", ["input_layernorm.weight", "pre_feedforward_layernorm.weight"], ["self_attn.o_proj"]),
+        ("gpt2", ["ln_1.bias", "ln_1.weight", "ln_2.bias", "ln_2.weight"], ["attn.c_proj", "mlp.c_proj"]),
+        (
+            "opt",  # relu and values that no heads share let scales through, into biases too
+            [f"{norm}.{part}" for norm in ("final_layer_norm", "self_attn_layer_norm") for part in ("bias", "weight")],
+            [],
+        ),
+        ("mixtral", ["input_layernorm.weight"], ["self_attn.o_proj"]),
+    ],
+)
+def test_awqs_scales_change_nothing_before_rounding(name, changes, unfolded, session_of):
+    session = session_of(name)
+    steps = Sequence(uniform_plan(session, "int3-g32", "awq"), session)
+    first = Segment(steps, 0, None, None).outputs(None, {})
+    work = Segment(steps, 1, first, first)
+    before = work.outputs(first, {})
+    work._scale(work.units)
+    prefix = steps.chain.paths[0] + "."
+    assert {name for name in work.changed if "norm" in name or "ln_" in name} == {prefix + name for name in changes}
+    assert all(
+        (name in work.changed) == (not unfolded) for name in (f"{prefix}fc1.bias", f"{prefix}self_attn.v_proj.bias")
+    )
+    assert sorted(steps.unfolded) == [prefix + path for path in unfolded]
+    assert any(not torch.equal(work.now[parameter], weight) for parameter, weight in work.originals.items())
+    assert_close(work.outputs(first, work.now), before, rtol=1e-4, atol=1e-5 * float(before.abs().max()))
+
+
+def test_awqs_scales_change_nothing_where_one_activation_is_massive(checkpoint, tmp_path):
+    """As in trained models, one column of the residual stream is thousands of times the others."""
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint("llama"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][:, 7] = 0
+    tensors["model.embed_tokens.weight"][ord(" "), 7] = 5000.0
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    source = sources.find(folder)
+    session = open_session(source, read_texts(source, tokens=1024, length=64), device="cpu")
+    steps = Sequence(uniform_plan(session, "int3-g32", "awq"), session)
+    first = Segment(steps, 0, None, None).outputs(None, {})
+    work = Segment(steps, 1, first, first)
+    before = work.outputs(first, {}) - first
+    work._scale(work.units)
+    after = work.outputs(first, work.now) - first
+    others = [column for column in range(64) if column != 7]
+    scale = float(before[..., others].abs().max())
+    assert_close(after[..., others], before[..., others], rtol=0, atol=0.01 * scale)
+
+
+def test_many_formats_in_one_plan(session_of, tmp_path):
+    session = session_of("llama", torch.bfloat16)
+    layer = "model.layers.{}.{}".format
+    choices = {layer(0, f"self_attn.{part}_proj"): "int4-g64/tuned" for part in "qkv"}
+    choices |= {layer(0, "self_attn.o_proj"): "nf4", layer(0, "mlp.down_proj"): "fp8"}
+    choices |= {layer(0, f"mlp.{part}_proj"): "int3-g32/awq" for part in ("gate", "up")}
+    choices |= {layer(1, f"self_attn.{part}_proj"): "int8-bnb" for part in "qkv"}
+    choices |= {layer(1, "self_attn.o_proj"): "native", layer(1, "mlp.down_proj"): "int4-g32/gptq"}
+    choices |= {layer(1, f"mlp.{part}_proj"): "int8/nearest" for part in ("gate", "up")}
+    plan = planned(session, choices | {"model.embed_tokens": "int4-g64/gptq", "*": "native"})
+    assert plan.rounding == "gptq and tuned and nearest and awq"
+    round_missing(plan, session)
+    native = {unit.name for unit in plan.units if unit.is_native}
+    assert native == {layer(1, "self_attn.o_proj"), "lm_head"}
+    model = materialize(plan, session.source, "cpu")
+    plain = AutoModelForCausalLM.from_pretrained(session.source.folder, dtype=torch.float32)
+    for unit in plan.packed:
+        exchange(plain, unit.parameter, weight_on_disk(plan, unit.name))
+    scaled = {layer(0, "post_attention_layernorm.weight")}
+    assert {path.stem for path in (codes_folder(plan) / "kept").iterdir()} == scaled
+    for name in scaled:
+        plain.get_parameter(name).data = load_tensors(kept_path(codes_folder(plan), name))["tensor"].float()
+    expected = logits(plain)
+    assert (logits(model).float() - expected).norm() < 0.05 * expected.norm()
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(again), logits(model)) and resident_bytes(again) == plan.bytes
+
+
+class TestResuming:
+    @pytest.fixture(params=["awq", "tuned"])
+    def rounding(self, request):
+        return request.param
+
+    def made(self, session: Session, rounding: str) -> dict[str, bytes]:
+        plan = uniform_plan(session, "int3-g32", rounding)
+        round_missing(plan, session)
+        return files(codes_folder(plan))
+
+    def test_interrupted_before_any_block_it_goes_on_from_there(
+        self, rounding, session_of, cache, tmp_path, monkeypatch
+    ):
+        session = reopened(session_of("llama"))
+        expected = self.made(session, rounding)
+        plan = uniform_plan(session, "int3-g32", rounding)
+        rounds, began = Segment.round, []
+        for cut in (1, 3):
+            shutil.rmtree(cache)
+            began.clear()
+
+            def interrupted(self, units, cut=cut):
+                began.append(self.index)
+                if len(began) == cut + 1:
+                    raise KeyboardInterrupt
+                return rounds(self, units)
+
+            monkeypatch.setattr(Segment, "round", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                round_missing(plan, session)
+            finished = files(codes_folder(plan))
+            assert finished.items() <= expected.items()
+            assert len(began) == cut + 1
+            monkeypatch.setattr(Segment, "round", lambda self, units: began.append(self.index) or rounds(self, units))
+            round_missing(plan, session)
+            assert began == [*range(cut), cut, *range(cut, 4)]  # each but the one that was cut, once
+            assert files(codes_folder(plan)) == expected
+
+    def test_interrupted_between_two_files_it_makes_the_same(self, rounding, session_of, cache, monkeypatch):
+        session = reopened(session_of("llama"))
+        expected = self.made(session, rounding)
+        plan = uniform_plan(session, "int3-g32", rounding)
+        shutil.rmtree(cache)
+        saved, calls = sequence.save_tensors, []
+
+        def interrupted(path, tensors):
+            calls.append(path)
+            if len(calls) == 6:
+                raise KeyboardInterrupt
+            saved(path, tensors)
+
+        monkeypatch.setattr(sequence, "save_tensors", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            round_missing(plan, session)
+        assert 1 < len(files(codes_folder(plan))) < len(expected)
+        monkeypatch.setattr(sequence, "save_tensors", saved)
+        round_missing(plan, session)
+        assert files(codes_folder(plan)) == expected
+
+    def test_what_is_finished_is_not_made_again(self, session_of, monkeypatch):
+        session = session_of("gpt2")
+        plan = uniform_plan(session, "int3-g32", "gptq")
+        round_missing(plan, session)
+        monkeypatch.setattr(Sequence, "run", lambda self: pytest.fail("rounded again"))
+        round_missing(plan, session)
+
+    @pytest.mark.parametrize(("name", "rounding"), [("llama-tied", "tuned"), ("gemma2", "awq"), ("mixtral", "gptq")])
+    def test_another_cache_and_a_model_left_on_the_disk_give_the_same_bytes(
+        self, name, rounding, session_of, tmp_path, monkeypatch
+    ):
+        """`plan` holds the model in float32, `apply` as the checkpoint has it: the codes are the same."""
+        session = session_of(name, torch.bfloat16)
+        made = []
+        for whole in (True, False):
+            monkeypatch.setenv("BITPLAN_CACHE", str(tmp_path / str(whole)))
+            made.append(self.made(reopened(session, whole), rounding))
+        assert made[0] == made[1] and made[0]
+
+    def test_plans_of_other_roundings_share_no_codes(self, session_of):
+        session = session_of("llama")
+        plans = [uniform_plan(session, "int4-g64", rounding) for rounding in ("nearest", "gptq", "awq", "tuned")]
+        plans += [plan.model_copy(update={"healed": True}) for plan in plans]
+        assert len({codes_folder(plan) for plan in plans}) == len(plans)
+        assert [plan.needs_text for plan in plans] == [False] + [True] * 7
+        floats = uniform_plan(session, "fp32")
+        assert not floats.needs_text and floats.rounding == "none"
+        assert not floats.model_copy(update={"healed": True}).needs_text
+
+
+class TestNan:
+    @pytest.fixture
+    def broken(self, checkpoint, tmp_path) -> Session:
+        """One NaN in the last block."""
+        folder = tmp_path / "model"
+        shutil.copytree(checkpoint("llama"), folder)
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        source = sources.find(folder)
+        return open_session(source, read_texts(source, tokens=1024, length=64), device="cpu", whole=False)
+
+    def test_is_said_before_any_rounding_where_statistics_are_needed(self, broken):
+        with pytest.raises(RoundingFailed, match=r"model\.layers\.1\.mlp\.up_proj.* holds? NaN"):
+            round_missing(uniform_plan(broken, "int4-g64", "gptq"), broken)
+
+    def test_is_said_with_block_and_unit_and_what_came_before_is_kept(self, broken):
+        plan = planned(broken, {"model.embed_tokens": "int8/nearest", "*": "int4-g64/gptq"})
+        with pytest.raises(RoundingFailed, match=r"model\.layers\.1.*up_proj.* holds? NaN"):
+            round_missing(plan, broken)
+        left = {unit.name for unit in missing_codes(plan)}
+        assert {unit.name for unit in plan.units} - left == {
+            unit.name for unit in plan.units if "layers.0." in unit.name or "embed" in unit.name
+        }
+
+    def test_in_hidden_states_is_said(self, session_of, monkeypatch):
+        session = session_of("llama")
+        plan = uniform_plan(session, "int4-g64", "gptq")
+        put = Segment.put
+
+        def spoiled(self, unit, tensors):
+            put(self, unit, tensors)
+            if unit.name == "model.layers.0.mlp.down_proj":
+                self.now[unit.parameter][0, 0] = float("inf")
+
+        monkeypatch.setattr(Segment, "put", spoiled)
+        with pytest.raises(RoundingFailed, match=r"model\.layers\.0: its output holds NaN or infinity"):
+            round_missing(plan, session)
+
+
+class TestOneBlock:
+    """Models whose blocks cannot run alone."""
+
+    @pytest.mark.parametrize("way", [tiny.reading_text, tiny.unchained], ids=lambda way: way.__name__)
+    @pytest.mark.parametrize("rounding", ["gptq", "awq", "tuned"])
+    def test_are_rounded_as_one(self, way, rounding, checkpoint, monkeypatch, capsys):
+        way(monkeypatch)
+        source = sources.find(checkpoint("llama"))
+        session = open_session(source, read_texts(source, tokens=1024, length=64), device="cpu")
+        plan = uniform_plan(session, "int3-g32", rounding)
+        round_missing(plan, session)
+        said = capsys.readouterr().err
+        assert "the model is rounded as one block" in said
+        # Nowhere in one block of everything is it known what a scale may be folded into.
+        assert ("only clipped" in said) == (rounding == "awq")
+        reference = Reference(session.model, session.texts.calibration)
+        model = materialize(plan, source, "cpu")
+        for unit in plan.units:
+            module = model.get_submodule(unit.parameter.rpartition(".")[0])
+            assert torch.equal(module.dequantized(), weight_on_disk(plan, unit.name))
+        nearest = materialize(uniform_plan(session, "int3-g32", "nearest"), source, "cpu")
+        assert reference.judge(model).kl < (1 if rounding == "awq" else 0.5) * reference.judge(nearest).kl
+
+
+def test_units_kept_on_request_stay_out_of_it_on_another_machine(session_of, checkpoint):
+    """The plan of a model with kept units is applied by a session that was opened without them."""
+    source = session_of("llama").source
+    session = open_session(source, session_of("llama").texts, ("*mlp*",), "cpu")
+    plan = uniform_plan(session, "int4-g64", "gptq")
+    assert sum(entry.reason == "kept on request" for entry in plan.kept) == 6
+    make_codes(plan, source, device="cpu")
+    model = load(plan, source.folder, device="cpu")
+    assert resident_bytes(model) == plan.bytes
+    assert not isinstance(model.model.layers[0].mlp.up_proj, Packed)
