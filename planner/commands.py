@@ -58,6 +58,11 @@ def _read_texts(arguments: Namespace, source: Source) -> Texts:
     parts = {name: getattr(texts, name).ids.shape for name in ("calibration", "search", "heldout")}
     sizes = ", ".join(f"{name} {count} × {length} tokens" for name, (count, length) in parts.items())
     _say(f"text: {texts.source}: {sizes}")
+    found, length = texts.calibration.ids.numel(), texts.calibration.ids.shape[1]
+    if found < arguments.tokens // length * length:
+        _say(
+            f"the text gives {found:,} calibration tokens, fewer than the {arguments.tokens:,} asked for"
+        )
     return texts
 
 
