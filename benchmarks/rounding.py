@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,20 @@ def shown(result: dict[str, Any]) -> list[str]:
     return [*figures, f"{result['seconds']:.0f}", f"{peak:.0f}"]
 
 
+def means(found: dict[tuple[str, int], list[dict[str, Any]]], chosen: list[int]) -> list[tuple[str, ...]]:
+    """Mean nats of each method at each bit-width, and its mean seconds."""
+    rows = []
+    for method in dict.fromkeys(method for method, _ in found):
+        cells, seconds = [], []
+        for bits in chosen:
+            results = found[method, bits]
+            whole = not any(result.get("failed") for result in results)
+            cells.append(f"{sum(r['nats'] for r in results) / len(results):.4f}" if whole else "–")
+            seconds += [result["seconds"] for result in results] if whole else []
+        rows.append((method, *cells, f"{sum(seconds) / len(seconds):.0f}" if seconds else "–"))
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--also", nargs=3, action="append", default=[], metavar=("MODEL", "TEXT", "HELDOUT"))
@@ -159,11 +174,14 @@ def main() -> None:
     cases = [Case(str(MODEL), str(CALIBRATION), str(HELDOUT)), *(Case(*files) for files in arguments.also)]
     redo = arguments.redo.split(",")
     rows, whole, notes = [], [], {}
-    for bits in map(int, arguments.bits.split(",")):
+    found: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    chosen = [int(bits) for bits in arguments.bits.split(",")]
+    for bits in chosen:
         for case in cases:
             for method in methods:
                 result = cell(case, method, bits, arguments.tokens, False, method in redo)
                 rows.append((str(bits), case.name, method, *shown(result)))
+                found[method, bits].append(result)
                 if result["note"]:
                     notes[f"{method}, {case.name}, {bits} bits"] = result["note"]
             for method in WHOLE:
@@ -174,6 +192,8 @@ def main() -> None:
                     whole.append(("", "", "  ends kept", f"{kept['bytes']:,}", *shown(kept)[:3]))
     head = ("bits", "model", "method", "nats above full precision", "± se", "KL", "seconds", "peak MiB")
     print(table(head, rows, left=3))
+    print("\nMeans over the models, for methods that can do them all:\n")
+    print(table(("nats above full precision", *(f"{bits} bits" for bits in chosen), "seconds"), means(found, chosen)))
     print("\nEverything planned, embeddings and head too:\n")
     print(table(("bits", "model", "method", "bytes", *head[3:6]), whole, left=3))
     print("\n" + "\n".join(f"{where}: {note}" for where, note in notes.items()))

@@ -60,9 +60,7 @@ def _read_texts(arguments: Namespace, source: Source) -> Texts:
     _say(f"text: {texts.source}: {sizes}")
     found, length = texts.calibration.ids.numel(), texts.calibration.ids.shape[1]
     if found < arguments.tokens // length * length:
-        _say(
-            f"the text gives {found:,} calibration tokens, fewer than the {arguments.tokens:,} asked for"
-        )
+        _say(f"the text gives {found:,} calibration tokens, fewer than the {arguments.tokens:,} asked for")
     return texts
 
 

@@ -28,7 +28,7 @@ from formats.errors import FormatUnavailable
 from formats.integers import IntegerFormat
 from formats.modules import Packed, is_experts
 from formats.packed import pack, unpack
-from formats.table import FORMATS
+from formats.table import FORMATS, MENU
 from planner.card import write_papers, written_beside
 from planner.plan import Plan, PlannedUnit
 from sensitivity.source import Source
@@ -115,7 +115,7 @@ def _unsayable(unit: PlannedUnit) -> tuple[str, str] | None:
         return "outside of the model's blocks", ""
     format = FORMATS[unit.format]
     if not is_sayable(format):
-        return f"in {unit.format}", f"--formats {','.join(name for name, row in FORMATS.items() if is_sayable(row))}"
+        return f"in {unit.format}", f"--formats {','.join(name for name in MENU if is_sayable(FORMATS[name]))}"
     if unit.rows % RUN or unit.columns % RUN:
         return f"of {unit.rows} × {unit.columns} weights, no multiples of {RUN}", ""
     _, group = settings(unit)
