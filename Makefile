@@ -48,7 +48,7 @@ plans: setup
 bench-rounding: setup
 	$(BIN)/python -m benchmarks.rounding $(ALSO)
 
-# Whether a model below 2 bits per weight beats a bigram of its calibration text (about 10 minutes).
+# Whether a model below 2 bits per weight beats a bigram of its calibration text (about 2 minutes).
 bench-one-bit: setup
 	$(BIN)/python -m benchmarks.one_bit
 

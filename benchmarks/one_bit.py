@@ -1,7 +1,6 @@
-"""Is a model of 1 bit per weight still a model? `python -m benchmarks.one_bit`, some ten minutes.
+"""Is a model of 1 bit per weight still a model? `make bench-one-bit`.
 
-The embedded model, every unit (embedding and head too) in a format below 2 bits, rounded by `tuned` and healed, against
-a bigram of the calibration text, interpolated with its unigram and with the uniform distribution at the weights that
+The embedded model, every unit (embedding and head too) in a format below 2 bits, rounded by `gptq`, against a bigram of the calibration text, interpolated with its unigram and with the uniform distribution at the weights that
 suit the held-out text best, which favours the bigram. Research stage. May import: everything.
 """
 
@@ -49,7 +48,7 @@ def main() -> None:
     nats = bigram_nats(texts.calibration.ids, texts.heldout.ids, vocabulary)
     rows = [("bigram", "", f"{torch.tensor(nats).exp():.1f}", f"{nats:.4f}")]
     for name in names:
-        plan = uniform_plan(session, name, "tuned", healed=True)
+        plan = uniform_plan(session, name, "gptq")
         round_missing(plan, session)
         model = materialize(plan, source, "cpu")
         judgement = reference.judge(model)
