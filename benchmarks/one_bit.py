@@ -1,7 +1,8 @@
 """Is a model of 1 bit per weight still a model? `make bench-one-bit`.
 
-The embedded model, every unit (embedding and head too) in a format below 2 bits, rounded by `gptq`, against a bigram of the calibration text, interpolated with its unigram and with the uniform distribution at the weights that
-suit the held-out text best, which favours the bigram. Research stage. May import: everything.
+The embedded model, every unit (embedding and head too) in a format below 2 bits, rounded by `gptq`, against a bigram of
+the calibration text, interpolated with its unigram and with the uniform distribution at the weights that suit the
+held-out text best, which favours the bigram. Research stage. May import: everything.
 """
 
 import sys
