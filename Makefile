@@ -16,7 +16,7 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	touch $@
 
 test: setup
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 lint: setup
 	$(BIN)/ruff format --check .
@@ -28,7 +28,7 @@ demo: setup
 
 # The tests on the lowest transformers, optuna and pydantic that pyproject.toml names.
 test-lowest: $(LOWEST)/.done
-	$(LOWEST)/bin/python -m pytest -n auto
+	$(LOWEST)/bin/python -m pytest -n auto --dist loadgroup
 
 $(LOWEST)/.done: pyproject.toml constraints.txt constraints-lowest.txt
 	$(PYTHON) -m venv $(LOWEST)

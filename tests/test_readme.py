@@ -23,6 +23,7 @@ def rehoused(text: str, place: Path) -> str:
     return text.replace("/tmp/bitplan-readme", str(place)).replace("/tmp/planned", str(place / "snippet"))
 
 
+@pytest.mark.xdist_group("demo plan")
 def test_commands(place):
     for line in COMMANDS:
         words = shlex.split(rehoused(line, place))
@@ -33,6 +34,7 @@ def test_commands(place):
         assert result.stdout
 
 
+@pytest.mark.xdist_group("demo plan")
 @pytest.mark.parametrize("snippet", SNIPPETS)
 def test_snippets(snippet, place):
     result = subprocess.run(
