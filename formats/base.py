@@ -6,11 +6,17 @@ instead of loading as noise. May import: torch only.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor
+
+TILE = {"cpu": 1 << 20}
+"""Weights dequantized at a time for a product, by the kind of device: on a CPU what its cache holds."""
+LARGE_TILE = 1 << 24
+"""The same elsewhere, where each operation costs its launch."""
 
 Specs = dict[str, tuple[tuple[int, ...], torch.dtype]]
 Tensors = dict[str, Tensor]
@@ -56,10 +62,34 @@ class Format(ABC):
     def take_rows(self, tensors: Tensors, ids: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
         """Rows `ids` (int64, any shape) of the weight: [*ids.shape, columns], no other row dequantized."""
 
+    def rows_of(self, tensors: Tensors, start: int, stop: int, columns: int) -> Tensors:
+        """The stored tensors of rows `start` to `stop` (views); `start` is a multiple of 32."""
+        return {suffix: tensor[start:stop] for suffix, tensor in tensors.items()}
+
     def linear(self, x: Tensor, tensors: Tensors, columns: int, bias: Tensor | None) -> Tensor:
-        """x @ weight.T + bias in x's dtype. Where no kernel is named: dequantize, then multiply."""
-        weight = self.dequantize(tensors, columns, x.dtype)
-        return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        """x @ weight.T + bias in x's dtype: dequantize, then multiply, a tile of the rows at a time."""
+        return self.by_tiles(x, tensors, columns, bias, lambda part: self.dequantize(part, columns, x.dtype))
+
+    def by_tiles(
+        self,
+        x: Tensor,
+        tensors: Tensors,
+        columns: int,
+        bias: Tensor | None,
+        dequantize: Callable[[Tensors], Tensor],
+    ) -> Tensor:
+        """The product in x's dtype, `dequantize` giving the weights of some rows. Whole where gradients are asked for,
+        which would keep every tile."""
+        rows, bias = tensors[""].shape[0], None if bias is None else bias.to(x.dtype)
+        step = max(TILE.get(x.device.type, LARGE_TILE) // columns // 32, 1) * 32
+        if rows <= step or needs_grad(x, tensors):
+            return torch.nn.functional.linear(x, dequantize(tensors), bias)
+        out = x.new_empty(*x.shape[:-1], rows)
+        for start in range(0, rows, step):
+            at = slice(start, min(start + step, rows))
+            weight = dequantize(self.rows_of(tensors, at.start, at.stop, columns))
+            out[..., at] = torch.nn.functional.linear(x, weight, None if bias is None else bias[at])
+        return out
 
     def unavailable(self) -> str | None:
         """Why this machine cannot run the format, or None."""
@@ -79,6 +109,10 @@ class Format(ABC):
             suffix: torch.zeros(shape, dtype=dtype, device=device)
             for suffix, (shape, dtype) in self.specs(rows, columns).items()
         }
+
+
+def needs_grad(x: Tensor, tensors: Tensors) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or any(tensor.requires_grad for tensor in tensors.values()))
 
 
 def as_floats(bits: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,11 +5,12 @@ bitsandbytes is imported when a weight is first rounded or run. May import: form
 
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from formats.base import Format, Specs, Tensors, as_bits, as_floats
+from formats.base import Format, Specs, Tensors, as_bits, as_floats, needs_grad
 
 BLOCK = 64
 
@@ -62,24 +63,37 @@ class Bnb4Format(Format):
         return self.dequantize({suffix: tensor[ids] for suffix, tensor in tensors.items()}, columns, dtype)
 
     def linear(self, x: Tensor, tensors: Tensors, columns: int, bias: Tensor | None) -> Tensor:
+        if needs_grad(x, tensors) or tensors["_scale"].is_floating_point():
+            return super().linear(x, tensors, columns, bias)
+        return self.by_tiles(x, tensors, columns, bias, lambda part: self._unpacked(part, columns, x.dtype))
+
+    def _unpacked(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> Tensor:
+        """What `dequantize` gives, by bitsandbytes."""
+        import bitsandbytes.functional as bnb
+
+        state = self._state(tensors, columns, dtype)
+        return bnb.dequantize_4bit(tensors[""].view(torch.uint8).view(-1, 1), state)[:, :columns]
+
+    def multiply(self, x: Tensor, tensors: Tensors, columns: int, bias: Tensor | None) -> Tensor:
+        """`linear` by bitsandbytes' own product, which on a GPU reads the codes as it multiplies."""
         import bitsandbytes as bnb
 
-        if (
-            x.requires_grad or tensors["_scale"].requires_grad
-        ):  # bitsandbytes reads a gradient's shape from the weight it was given
-            return super().linear(x, tensors, columns, bias)
-        rows = tensors[""].shape[0]
-        state = bnb.functional.QuantState(
-            absmax=as_floats(tensors["_scale"], torch.float32).flatten(),
-            shape=torch.Size((rows, columns + -columns % BLOCK)),
-            code=self._levels(x.device),
-            blocksize=BLOCK,
-            quant_type=self.name,
-            dtype=x.dtype,
-        )
         x = torch.nn.functional.pad(x, (0, -columns % BLOCK)) if columns % BLOCK else x
         codes = tensors[""].view(torch.uint8).view(-1, 1)
+        state = self._state(tensors, columns, x.dtype)
         return bnb.matmul_4bit(x, codes.t(), state, bias=None if bias is None else bias.to(x.dtype))
+
+    def _state(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> Any:
+        import bitsandbytes as bnb
+
+        return bnb.functional.QuantState(
+            absmax=as_floats(tensors["_scale"], torch.float32).flatten(),
+            shape=torch.Size((tensors[""].shape[0], columns + -columns % BLOCK)),
+            code=self._levels(tensors[""].device),
+            blocksize=BLOCK,
+            quant_type=self.name,
+            dtype=dtype,
+        )
 
     def _levels(self, device: torch.device) -> Tensor:
         import bitsandbytes.functional as bnb
@@ -91,7 +105,7 @@ class Bnb4Format(Format):
 class Int8BnbFormat(Format):
     """LLM.int8 (Dettmers et al. 2022): int8 codes with one float32 magnitude per row.
 
-    The product quantizes the inputs to int8 as well, apart from columns that hold a value over 6.
+    bitsandbytes' product, taken on a GPU, quantizes the inputs to int8 as well, apart from columns with a value over 6.
     """
 
     threshold: float = 6.0
@@ -122,11 +136,10 @@ class Int8BnbFormat(Format):
     def take_rows(self, tensors: Tensors, ids: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
         return self.dequantize({suffix: tensor[ids] for suffix, tensor in tensors.items()}, columns, dtype)
 
-    def linear(self, x: Tensor, tensors: Tensors, columns: int, bias: Tensor | None) -> Tensor:
+    def multiply(self, x: Tensor, tensors: Tensors, columns: int, bias: Tensor | None) -> Tensor:
+        """`linear` by bitsandbytes' own product, which rounds the inputs too."""
         import bitsandbytes as bnb
 
-        if x.requires_grad or tensors["_scale"].requires_grad:
-            return super().linear(x, tensors, columns, bias)
         codes = tensors[""].view(torch.int8)[..., :columns].contiguous()
         state = bnb.MatmulLtState()
         state.CB, state.SCB = codes, as_floats(tensors["_scale"], torch.float32).flatten()

@@ -182,6 +182,13 @@ class IntegerFormat(Format):
             zero = unpack(tensors["_zero"], scale.numel(), self.code_bits).view(scale.shape)
         return self._values(codes, scale, zero, columns, dtype)
 
+    def rows_of(self, tensors: Tensors, start: int, stop: int, columns: int) -> Tensors:
+        parts = {suffix: tensor[start:stop] for suffix, tensor in tensors.items() if tensor.ndim == 2}
+        if self.zero_point == "integer":  # one stream of all rows' codes, whole words to every 32 rows
+            zeros = self.groups(columns) * self.code_bits
+            parts["_zero"] = tensors["_zero"][start * zeros // 32 : words_per_row(stop * zeros, 1)]
+        return parts
+
     def take_rows(self, tensors: Tensors, ids: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
         codes = self._unpack(tensors[""][ids], columns)
         scale = as_floats(tensors["_scale"][ids], torch.float16)

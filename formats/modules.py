@@ -1,7 +1,7 @@
 """Modules that run packed weights: a module keeps its place, its bias and its attributes, and changes its class.
 
 `pack_parameter` turns a Linear, Conv1D, Embedding (or a subclass), or one 3-D parameter of an experts module, into
-its packed twin. A parameter p becomes integer parameters p, p_scale, p_zero. May import: formats.base, torch,
+its packed twin. A parameter p becomes integer parameters p, p_scale, p_zero. May import: formats.base/kernels, torch,
 transformers' Conv1D.
 """
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from formats.base import Format, Tensors
+from formats.kernels import linear
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class PackedLinear(Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         slot = self.slots["weight"]
-        return slot.format.linear(x, self.tensors(), slot.columns, self.bias)
+        return linear(slot.format, x, self.tensors(), slot.columns, self.bias)
 
 
 class PackedEmbedding(Packed, nn.Embedding):

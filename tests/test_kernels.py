@@ -1,0 +1,164 @@
+"""Every kernel against the dequantized layer, and which one is taken where."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from formats import base, kernels, numba_kernel
+from formats.base import as_floats
+from formats.integers import IntegerFormat
+from formats.kernels import Machine, choose, linear
+from formats.modules import pack_parameter
+from formats.table import FORMATS
+
+pytest.importorskip("numba")
+pytestmark = pytest.mark.xdist_group("numba")  # its kernels are compiled once a process
+CPU, HOPPER, AMPERE = Machine("cpu"), Machine("cuda", (9, 0)), Machine("cuda", (8, 0))
+GROUPED = [f"int{bits}-g64" for bits in (8, 7, 6, 5, 4, 3, 2)]
+OTHERS = ["int8", "int4-row", "int4-g32", "int3-g128", "int4-g64-z16", "int1-g32-z16", "binary-g64"]
+
+
+def layer(name: str, rows: int = 96, columns: int = 192, dtype: torch.dtype = torch.float32):
+    """A format, its tensors, and a batch's float64 product with the dequantized weight."""
+    format, made = FORMATS[name], torch.Generator().manual_seed(1)
+    tensors = format.quantize(torch.randn(rows, columns, generator=made))
+    return format, tensors, format.dequantize(tensors, columns, torch.float64)
+
+
+@pytest.mark.parametrize("batch", [1, numba_kernel.FEW, numba_kernel.FEW + 1, 40])
+@pytest.mark.parametrize("name", GROUPED + OTHERS)
+def test_product(name, batch, monkeypatch):
+    monkeypatch.setitem(base.TILE, "cpu", 64 * 192)  # two tiles, the last one shorter
+    monkeypatch.setattr(numba_kernel, "ALONE", 0)
+    format, tensors, whole = layer(name)
+    assert choose(format, 192, torch.float32, CPU).name == "numba"
+    x, bias = torch.randn(batch, 1, 192), torch.randn(96)
+    found = linear(format, x, tensors, 192, bias)
+    assert found.shape == (batch, 1, 96)
+    assert_close(found.double(), x.double() @ whole.T + bias, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", GROUPED + OTHERS)
+def test_dequantized_is_the_formats_own_to_the_bit(name):
+    format, tensors, _ = layer(name)
+    assert torch.equal(numba_kernel.dequantized(format, tensors, 192), format.dequantize(tensors, 192, torch.float32))
+
+
+@pytest.mark.parametrize("name", ["int4-g128", "int8-g128", "int3-g128"])
+def test_a_last_group_that_is_shorter(name):
+    format, tensors, whole = layer(name)  # 192 columns: a group and a half
+    for batch in (1, 9):
+        x = torch.randn(batch, 192)
+        assert_close(linear(format, x, tensors, 192, None).double(), x.double() @ whole.T, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_are_multiplied_in_float32_and_rounded_once(dtype):
+    format, tensors, whole = layer("int4-g64")
+    for batch in (1, 9):
+        x = torch.randn(batch, 192).to(dtype)
+        found = linear(format, x, tensors, 192, None)
+        assert found.dtype == dtype
+        assert_close(found, (x.double() @ whole.T).to(dtype), rtol=0.01, atol=0.01)
+
+
+def test_threads_share_the_rows(monkeypatch):
+    monkeypatch.setattr(numba_kernel, "ALONE", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)  # 96 rows do not divide
+    format, tensors, whole = layer("int3-g64")
+    x = torch.randn(2, 192)
+    assert_close(linear(format, x, tensors, 192, None).double(), x.double() @ whole.T, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["int4-g64", "int8", "int4-g64-z16"])
+def test_ops_are_torchs(name):
+    format, tensors, _ = layer(name)
+    stored = (tensors[""], *numba_kernel._grid(format, tensors))
+    fields = (format.code_bits, format.group or 192)
+    torch.library.opcheck(numba_kernel._cpu_product, (torch.randn(2, 192), *stored, *fields))
+    torch.library.opcheck(numba_kernel._cpu_dequantized, (*stored, 192, *fields))
+
+
+class TestTiles:
+    @pytest.mark.parametrize("name", ["ternary-g64", "fp8", "nf4", "int4-g64", "bf16"])
+    def test_are_the_rows_of_the_whole(self, name):
+        format, tensors, whole = layer(name)
+        for start, stop in ((0, 32), (32, 96), (64, 77)):
+            part = format.rows_of(tensors, start, stop, 192)
+            assert torch.equal(format.dequantize(part, 192, torch.float64), whole[start:stop])
+
+    @pytest.mark.parametrize("name", ["ternary-g64", "fp8", "int2-g64", "fp32"])
+    def test_a_tile_at_a_time_is_the_same_product(self, name, monkeypatch):
+        format, tensors, _ = layer(name)
+        x, bias = torch.randn(3, 192), torch.randn(96)
+        whole = format.linear(x, tensors, 192, bias)
+        seen = []
+        dequantize = type(format).dequantize
+        monkeypatch.setattr(
+            type(format), "dequantize", lambda *args: (seen.append(len(args[1][""])), dequantize(*args))[1]
+        )
+        monkeypatch.setitem(base.TILE, "cpu", 32 * 192)
+        assert_close(format.linear(x, tensors, 192, bias), whole, rtol=1e-5, atol=1e-5)
+        assert seen == [32, 32, 32]
+
+
+def test_trained_scales_are_dequantized_and_get_their_gradients():
+    format, tensors, _ = layer("int4-g64")
+    scale = as_floats(tensors["_scale"], torch.float16).float().requires_grad_()
+    linear(format, torch.randn(2, 192), tensors | {"_scale": scale}, 192, None).sum().backward()
+    assert scale.grad is not None and scale.grad.abs().sum() > 0
+
+
+class TestChoice:
+    @pytest.mark.parametrize("name", list(FORMATS))
+    @pytest.mark.parametrize("on", [CPU, AMPERE, HOPPER], ids=str)
+    def test_every_format_has_a_kernel_and_a_reason(self, name, on):
+        kernel = choose(FORMATS[name], 4096, torch.bfloat16, on)
+        assert kernel.name and kernel.why
+
+    def test_what_a_kernel_cannot_take_is_dequantized_and_says_why(self):
+        assert choose(FORMATS["int4-g64"], 200, torch.float32, CPU) == kernels.Kernel(
+            "dequantize", "200 columns do not fill whole runs of 16 codes"
+        )
+        assert choose(FORMATS["ternary-g64"], 192, torch.float32, CPU).name == "dequantize"
+        assert choose(IntegerFormat("", 4, group=64), 192, torch.float32, CPU).name == "numba"
+
+    def test_without_numba(self, monkeypatch):
+        monkeypatch.setattr(numba_kernel, "find_spec", lambda name: None)
+        choose.cache_clear()
+        assert "pip install" in choose(FORMATS["int4-g64"], 192, torch.float32, CPU).why
+        choose.cache_clear()
+
+    def test_meta_tensors_go_the_way_of_the_machine_that_is_assumed(self):
+        format, tensors, _ = layer("int4-g64")
+        absent = {suffix: tensor.to("meta") for suffix, tensor in tensors.items()}
+        with kernels.as_if_on(CPU):
+            out = linear(format, torch.empty(2, 192, device="meta"), absent, 192, None)
+        assert out.shape == (2, 96) and out.device.type == "meta"
+
+
+def test_fp8_products_are_within_the_inputs_rounding():
+    _, tensors, whole = layer("fp8")
+    x = torch.randn(2, 20, 192)
+    found = kernels._scaled_mm(x, tensors, torch.ones(96))
+    expected = x.double() @ whole.T + 1
+    assert found.shape == (2, 20, 96)
+    # e4m3 has 3 bits of mantissa: half a step is 2^-4 of an input, and the errors of 192 inputs add as noise.
+    assert float((found - expected).std() / expected.std()) < 2**-4
+
+
+@pytest.mark.parametrize("name", ["int4-g64", "int8", "ternary-g64", "fp8", "nf4"])
+def test_a_packed_layer_compiles_without_a_break(name):
+    torch._dynamo.reset()
+    layers = nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 32)).requires_grad_(False)
+    for module in (layers[0], layers[2]):
+        tensors = FORMATS[name].quantize(module.weight)
+        pack_parameter(module, "weight", FORMATS[name])
+        for suffix, tensor in tensors.items():
+            module._parameters["weight" + suffix].data = tensor
+    compiled = torch.compile(layers, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for batch in (1, 20):
+            x = torch.randn(batch, 128)
+            assert_close(compiled(x), layers(x))
