@@ -1,22 +1,26 @@
 """The transformers plug-in: `from_pretrained(model, quantization_config=PlanConfig(plan))`, and its reading back.
 
-planner.register puts the two classes into transformers' tables. May import: formats, sensitivity, planner.plan.
+planner.register puts the two classes into transformers' tables.
+May import: formats, sensitivity, planner.plan/register/streaming.
 """
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.core_model_loading import ConversionOps
+from transformers.integrations.accelerate import get_device
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from formats.errors import BitplanError, CodesMissing, FormatUnavailable, PlanMismatch
+from formats.kv_cache import use_kv_format
 from formats.modules import canonical, is_transposed, pack_parameter
 from formats.table import format_named
 from planner.plan import Plan, PlannedUnit
 from planner.register import METHOD
+from planner.streaming import RoundOnLoad, read_in_turn, refuse_disk, rounded
 from sensitivity.bank import from_file, workspace
 from sensitivity.profile import read
 from sensitivity.source import weights_fingerprint
@@ -107,38 +111,6 @@ def holders(unit: PlannedUnit) -> list[str]:
     return [unit.parameter, *(f"{path}.{name}" for path in unit.tied)]
 
 
-class RoundOnLoad(ConversionOps):
-    """A float weight, as the checkpoint gives it → the packed tensors that the plan says."""
-
-    def __init__(self, quantizer: "PlanQuantizer"):
-        self.quantizer = quantizer
-
-    def convert(self, input_dict: dict[str, Any], *args: Any, model: Any = None, **kwargs: Any) -> dict[str, Any]:
-        made: dict[str, torch.Tensor] = {}
-        for name, values in input_dict.items():
-            value = values[0] if isinstance(values, list) else values
-            unit = self.quantizer.packed.get(name)
-            if name in self.quantizer.changed:
-                kept = load_tensors(kept_path(codes_folder(self.quantizer.plan), name))
-                assert kept is not None, name
-                made[name] = kept["tensor"].to(value)
-            elif unit is None:
-                made[name] = value
-            else:
-                module = model.get_submodule(name.rpartition(".")[0])
-                for suffix, tensor in self._tensors(unit, value, is_transposed(module)).items():
-                    made[name + suffix] = tensor.to(value.device)
-        return made
-
-    def _tensors(self, unit: PlannedUnit, value: torch.Tensor, transposed: bool) -> dict[str, torch.Tensor]:
-        if not self.quantizer.plan.needs_text:
-            return format_named(unit.format).quantize(canonical(value, transposed).float())
-        kept = load_tensors(unit_path(codes_folder(self.quantizer.plan), unit.name))
-        if kept is None:
-            raise CodesMissing(f"{unit.name}: its codes have gone from the cache")
-        return from_file(kept)
-
-
 class PlanQuantizer(HfQuantizer):
     """Swaps modules before loading, rounds while loading (unless the checkpoint is packed), checks the bytes after."""
 
@@ -150,9 +122,15 @@ class PlanQuantizer(HfQuantizer):
         self.packed = {name: unit for unit in self.plan.packed for name in holders(unit)}
         self.changed: set[str] = set()
         """Kept tensors that are not the checkpoint's: rounding folded a scale into them, or healing trained them."""
+        self.device_map: Any = None
+        self._in_turn: Callable[[], object] | None = None
+        """Ends what `read_in_turn` began."""
 
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """transformers calls it with the device map that is asked for, and with the one that it makes of "auto"."""
         refuse_unavailable(self.plan)
+        self.device_map = device_map
+        refuse_disk(device_map, rounding=not self.pre_quantized)
 
     def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
         planned: torch.dtype = getattr(torch, self.plan.provenance.model.dtype)
@@ -183,9 +161,13 @@ class PlanQuantizer(HfQuantizer):
             format = format_named(unit.format)
             for module in modules:
                 pack_parameter(module, name, format, placeholder=not self.pre_quantized)
+                for suffix in format.specs(1, 1):  # for those on disk, which no loader sets and marks
+                    module._parameters[name + suffix]._is_hf_initialized = True  # type: ignore[union-attr]
             for path in unit.tied:
                 for suffix in format.specs(1, 1):
                     model.all_tied_weights_keys[f"{path}.{name}{suffix}"] = unit.parameter + suffix
+        if not self.pre_quantized:
+            self._in_turn = read_in_turn(self)
 
     def _check_checkpoint(self, files: list[str] | None) -> None:
         expected = self.plan.provenance.model
@@ -201,7 +183,17 @@ class PlanQuantizer(HfQuantizer):
             self.changed = {kept.name for kept in self.plan.kept if is_whole(kept_path(folder, kept.name))}
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        if self._in_turn:
+            self._in_turn()  # the loader has settled how it reads before it asks this
         return not self.pre_quantized and (param_name in self.packed or param_name in self.changed)
+
+    def update_weight_conversions(self, weight_conversions: list, model: Any) -> list:
+        """Weights that are put together from several (experts) are so on the CPU, where that takes them twice."""
+        conversions: list = super().update_weight_conversions(weight_conversions, model)
+        for conversion in conversions:
+            if hasattr(conversion, "force_cpu") and not self.pre_quantized:  # transformers from 5.16 on
+                conversion.force_cpu = True
+        return conversions
 
     def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
         """Bytes per element of a float placeholder, so that device maps see what will lie on the device."""
@@ -211,8 +203,36 @@ class PlanQuantizer(HfQuantizer):
         shape, dtype = format_named(unit.format).specs(unit.experts * unit.rows, unit.columns)[""]
         return torch.Size(shape).numel() * dtype.itemsize / param.numel()
 
+    def adjust_max_memory(self, max_memory: dict[str, Any]) -> dict[str, Any]:
+        """Leaves room on each device for the one unit that lies there in full precision while it is rounded."""
+        units = [] if self.pre_quantized else self.plan.packed
+        weights = max((unit.experts * unit.rows * unit.columns for unit in units), default=0)
+        room = weights * getattr(torch, self.plan.provenance.model.dtype).itemsize
+        return {device: size - (0 if device in ("cpu", "disk") else room) for device, size in max_memory.items()}
+
     def get_quantize_ops(self) -> RoundOnLoad:
-        return RoundOnLoad(self)
+        return RoundOnLoad(self._on_load)
+
+    def _on_load(self, name: str, value: torch.Tensor, model: Any) -> dict[str, torch.Tensor]:
+        """A float weight, as the checkpoint gives it → the packed tensors that the plan says, on their device."""
+        device: Any = get_device(self.device_map, name, valid_torch_device=True)
+        unit = self.packed.get(name)
+        if name in self.changed:
+            return {name: self._cached(kept_path, name)["tensor"].to(device, value.dtype)}
+        if unit is None:
+            return {name: value}
+        if self.plan.needs_text:
+            tensors = from_file(self._cached(unit_path, unit.name))
+        else:
+            weight = canonical(value, is_transposed(model.get_submodule(name.rpartition(".")[0])))
+            tensors = rounded(format_named(unit.format), weight, device)
+        return {name + suffix: tensor.to(device) for suffix, tensor in tensors.items()}
+
+    def _cached(self, path: Callable[[Path, str], Path], name: str) -> dict[str, torch.Tensor]:
+        tensors = load_tensors(path(codes_folder(self.plan), name))
+        if tensors is None:
+            raise CodesMissing(f"{name}: its codes have gone from the cache; load again to make them")
+        return tensors
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for unit in self.packed.values():
@@ -225,6 +245,9 @@ class PlanQuantizer(HfQuantizer):
             _answer_dtype(model, getattr(torch, self.plan.provenance.model.dtype))
         # Saved under the model's own names: reversing a checkpoint's conversions would tear packed tensors apart.
         model._weight_conversions = []
+        use_kv_format(model, self.plan.kv_cache.format)
+        if self.plan.kv_cache.chunk:
+            model.generation_config.prefill_chunk_size = self.plan.kv_cache.chunk
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

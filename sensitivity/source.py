@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from formats.errors import BitplanError, ModelUnreadable
@@ -123,7 +124,7 @@ def load_model(source: Source, device: str = "cpu", **kwargs: Any) -> PreTrained
             output_loading_info=True,
             **kwargs,
         )
-    except BitplanError:
+    except (BitplanError, torch.OutOfMemoryError):
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -1,0 +1,116 @@
+"""What keeps the memory of a load bounded: weights read one at a time, and rounded in runs of rows.
+
+A safetensors file is mapped, so on the CPU a tensor that is only read takes no memory of its own; what is bounded here
+is what rounding makes of it, and what lies on another device. May import: formats.
+"""
+
+import os
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from torch import Tensor
+from transformers.core_model_loading import ConversionOps
+
+from formats.base import Format, Tensors
+from formats.errors import UsageError
+
+RUN = {"cpu": 1 << 20}
+"""Weights rounded at once. Rounding holds some 16 bytes a weight: in a CPU's cache that is also the fastest."""
+LONG_RUN = 1 << 24
+"""The same elsewhere, where each operation costs its launch."""
+SYNC = "HF_DEACTIVATE_ASYNC_LOAD"
+
+
+def rounded(format: Format, weight: Tensor, device: torch.device | str) -> Tensors:
+    """`format.quantize(weight)` on `device`, of a weight [rows, columns] on any, taking little memory beside both."""
+    rows, columns = weight.shape
+    tensors = format.zeros(rows, columns, device)
+    filled = dict.fromkeys(tensors, 0)
+    run = RUN.get(torch.device(device).type, LONG_RUN)
+    # Of 32 rows, whatever their bits, the zero points fill whole words.
+    for part in weight.split(max(32, run // columns // 32 * 32)):
+        for suffix, made in format.quantize(part.to(device).float()).items():
+            start = filled[suffix]
+            filled[suffix] += len(made)
+            tensors[suffix][start : filled[suffix]] = made
+    return tensors
+
+
+class RoundOnLoad(ConversionOps):
+    """What transformers puts between a checkpoint's tensors and the model: `make(name, value, model)` for each."""
+
+    def __init__(self, make: Callable[[str, Tensor, Any], Tensors]):
+        self.make = make
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, model: Any = None, **kwargs: Any) -> Any:
+        values = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
+        return Later(self.make, values, model)
+
+
+class Later(Mapping[str, Tensor]):
+    """Tensors by name that are made when first looked at.
+
+    transformers logs an error inside of `convert`, goes on with the other weights, allocates and initialises in full
+    precision those that then are missing, and raises an error of its own. One that arises where it takes the result
+    of `convert` ends the load at once, as it was raised; so there is where they are made.
+    """
+
+    def __init__(self, *making: Any):
+        self._making = making
+        self._made: Tensors | None = None
+
+    def _tensors(self) -> Tensors:
+        if self._made is None:
+            make, values, model = self._making
+            self._making = ()  # the values go when what is made of them is there
+            self._made = {k: tensor for name in values for k, tensor in make(name, values[name], model).items()}
+        return self._made
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors())
+
+    def __len__(self) -> int:
+        return len(self._tensors())
+
+
+def read_in_turn(owner: object) -> Callable[[], object] | None:
+    """Have transformers read each tensor when its turn comes, until what is returned is called or `owner` is gone.
+
+    From 5.4 on it does so wherever weights are rounded; before, threads read on, to the target device, and
+    full-precision weights pile up there while others are rounded.
+    """
+    if Version(transformers.__version__) >= Version("5.4"):
+        return None
+    restore = weakref.finalize(owner, _set, os.environ.get(SYNC))
+    _set("1")
+    return restore
+
+
+def _set(value: str | None) -> None:
+    if value is None:
+        os.environ.pop(SYNC, None)
+    else:
+        os.environ[SYNC] = value
+
+
+def refuse_disk(device_map: Any, rounding: bool) -> None:
+    """Raises UsageError for a device map that leaves weights on disk where they would be read in another type."""
+    if not isinstance(device_map, dict) or "disk" not in device_map.values():
+        return
+    if rounding:  # the map's weights are read from the original checkpoint, whatever was made of them
+        raise UsageError(
+            "a part of the model is to stay on disk, where weights are not rounded: load it with parts on the CPU at"
+            " most, save_pretrained(), and load the saved folder with this device_map"
+        )
+    if Version(transformers.__version__) < Version("5.13"):
+        raise UsageError(
+            f"a part of the model is to stay on disk, from where transformers {transformers.__version__} reads all as"
+            f" floats, which packed weights do not survive: install transformers>=5.13, or keep it on the CPU"
+        )
