@@ -33,14 +33,21 @@ def parse_size(text: str) -> int:
     return size
 
 
+def refuse_unclear(given: dict[str, object]) -> list[str]:
+    """The one way in which the budget was said. Raises UsageError for none, or more than one."""
+    said = [name for name, value in given.items() if value is not None]
+    if len(said) != 1:
+        *names, last = given
+        raise UsageError(f"say the budget once, by {', '.join(names)} or {last}; given: {', '.join(said) or 'none'}")
+    return said
+
+
 def budget_bytes(size: str | None, bpw: float | None, fraction: float | None, parameters: int) -> tuple[int, str]:
     """The budget in bytes and how it was said; exactly one of the three must be given.
 
     `bpw` is bits per weight over all parameters, `fraction` a part of 2 bytes per parameter. Raises UsageError.
     """
-    said = [name for name, value in (("--budget", size), ("--bpw", bpw), ("--fraction", fraction)) if value is not None]
-    if len(said) != 1:
-        raise UsageError(f"say the budget once, by --budget, --bpw or --fraction; given: {', '.join(said) or 'none'}")
+    said = refuse_unclear({"--budget": size, "--bpw": bpw, "--fraction": fraction})
     if size is not None:
         return parse_size(size), size
     value = bpw if bpw is not None else fraction

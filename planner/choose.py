@@ -11,7 +11,7 @@ from formats.table import FORMATS
 from planner.budget import human
 from planner.heal import round_missing
 from planner.materialize import materialize
-from planner.plan import DTYPES, Budget, Measured, Plan, PlannedUnit, Predicted, Search, Uniform
+from planner.plan import DTYPES, NATIVE_KV, Budget, KVCache, Measured, Plan, PlannedUnit, Predicted, Search, Uniform
 from planner.session import Session
 from search import knapsack
 from search.knapsack import Option, Problem, Solution
@@ -77,7 +77,7 @@ def refuse_infeasible(menu: Menu, budget: Budget) -> None:
     """Raises BudgetInfeasible, which says what was asked, what is the least, and what to change."""
     kept = menu.profile.kept_bytes
     least = knapsack.floor(menu.problem) + kept
-    if budget.bytes >= least:
+    if budget.weights >= least:
         return
     parameters = menu.profile.provenance.model.parameters
     names = {option.choice.format for options in menu.problem.values() for option in options}
@@ -87,7 +87,8 @@ def refuse_infeasible(menu: Menu, budget: Budget) -> None:
     ways += [f"add a smaller format to --formats ({', '.join(smaller)})"] if smaller else []
     ways += ["drop --keep"] if any(entry.reason == "kept on request" for entry in menu.profile.kept) else []
     raise BudgetInfeasible(
-        f"{budget.asked} is {budget.bytes:,} bytes, and the least that the formats {', '.join(sorted(names))} allow is"
+        f"{budget.asked} is {budget.weights:,} bytes{' for weights' if budget.device else ''}, and the least that the"
+        f" formats {', '.join(sorted(names))} allow is"
         f" {least:,} bytes ({human(least)}, {least * 8 / parameters:.3f} bits per weight), of which {kept:,} bytes are"
         f" {len(menu.profile.kept)} tensors kept as they are: {', or '.join(ways)}"
     )
@@ -156,26 +157,34 @@ def assemble(
     )
 
 
-def quick_plan(menu: Menu, budget: Budget, finish: Finish) -> Plan:
+def quick_plan(menu: Menu, budget: Budget, finish: Finish, kv_cache: KVCache = NATIVE_KV) -> Plan:
     """The knapsack's solution, unmeasured: seconds, and no model. Raises BudgetInfeasible."""
     refuse_infeasible(menu, budget)
-    solution = knapsack.solve(menu.problem, budget.bytes - menu.profile.kept_bytes)
-    fitting = menu.uniform(budget.bytes)
+    solution = knapsack.solve(menu.problem, budget.weights - menu.profile.kept_bytes)
+    fitting = menu.uniform(budget.weights)
     uniform = _uniform(menu, *fitting[0], finish) if fitting else None
-    return assemble(menu, solution.choices, budget, solution, finish, uniform=uniform)
+    return assemble(menu, solution.choices, budget, solution, finish, uniform=uniform, kv_cache=kv_cache)
 
 
 def make_plan(
-    menu: Menu, budget: Budget, session: Session, finish: Finish, *, trials: int, device: str = "auto"
+    menu: Menu,
+    budget: Budget,
+    session: Session,
+    finish: Finish,
+    *,
+    trials: int,
+    device: str = "auto",
+    kv_cache: KVCache = NATIVE_KV,
 ) -> Plan:
     """Search, materialise the winner and the best uniform plan that fits, judge both on held-out text, keep the better.
+    A KV cache of another format is judged too, alone and then with both.
 
     Candidates are judged with each unit's codes chosen alone; the two at the end have theirs made as `finish` says.
     Raises BudgetInfeasible before anything runs.
     """
     refuse_infeasible(menu, budget)
     session.gather()
-    room = budget.bytes - menu.profile.kept_bytes
+    room = budget.weights - menu.profile.kept_bytes
     on_search = Reference(session.model, session.texts.search)
 
     def judge(allocation: Allocation) -> float:
@@ -191,8 +200,11 @@ def make_plan(
     problem_key = sha256(repr(menu.problem), str(room), session.texts.search.fingerprint)[:24]
     journal = session.bank.folder / "studies" / f"{problem_key}.log"
     best, exact = search(menu.problem, room, judge, trials=trials, journal=journal, name=problem_key)
-    candidates = [(judge(alike), choice, alike) for choice, alike in menu.uniform(budget.bytes)[:JUDGED_UNIFORM]]
+    candidates = [(judge(alike), choice, alike) for choice, alike in menu.uniform(budget.weights)[:JUDGED_UNIFORM]]
     on_heldout = Reference(session.model, session.texts.heldout)
+    if kv_cache.format != "native":
+        alone = on_heldout.judge(session.model, kv_cache.format)
+        kv_cache = kv_cache.model_copy(update={"kl": alone.kl, "kl_se": alone.kl_se})
 
     def measure(plan: Plan, expected: float) -> Measured:
         """Judge the loaded model; on the way, that it computes what its weights say (`expected` KL on the search text,
@@ -205,15 +217,15 @@ def make_plan(
                 f"the loaded model is {loaded:.4f} nats from full precision, its weights alone make {expected:.4f}:"
                 f" {type(model).__name__} uses weights in a way that packed ones do not serve; keep some with --keep"
             )
-        return measured(on_heldout.judge(model))
+        return measured(on_heldout.judge(model, kv_cache.format))
 
     facts = Search(trials=best.trials, best_trial=best.trial, kl=best.kl, first_kl=best.first_kl)
-    plan = assemble(menu, best.allocation, budget, exact, finish, search=facts)
+    plan = assemble(menu, best.allocation, budget, exact, finish, search=facts, kv_cache=kv_cache)
     plan = plan.model_copy(update={"measured": measure(plan, best.kl)})
     if not candidates:
         return plan
     kl, choice, alike = min(candidates, key=lambda candidate: candidate[0])
-    uniform_plan = assemble(menu, alike, budget, exact, finish, shipped="uniform", search=facts)
+    uniform_plan = assemble(menu, alike, budget, exact, finish, shipped="uniform", search=facts, kv_cache=kv_cache)
     uniform = _uniform(menu, choice, alike, finish, measure(uniform_plan, kl))
     assert plan.measured is not None and uniform.measured is not None
     if uniform.measured.kl < plan.measured.kl:

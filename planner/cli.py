@@ -43,6 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
     budget.add_argument("--budget", metavar="SIZE", help="3MiB, 6GB, 1234567B")
     budget.add_argument("--bpw", type=float, metavar="BITS", help="bits per weight, over all parameters")
     budget.add_argument("--fraction", type=float, metavar="PART", help="part of the bf16 size")
+    budget.add_argument("--gpu", metavar="SIZE", help="24GiB, or auto: what is free; weights get what the rest leaves")
+    _use(budget)
+    budget.add_argument("--reserve", metavar="SIZE", help="leave so much of the device alone (2%% of it)")
     plan.add_argument(
         "--profile", type=Path, metavar="FILE", help="a profile from `bitplan audit`; without, audit first"
     )
@@ -77,8 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--plan", type=Path, nargs="+", default=[], metavar="FILE", help="plans of the same model")
 
-    show = command("show", "Print a plan, layers folded.")
+    show = command("show", "Print a plan, layers folded; with --device, what runs it there.")
     show.add_argument("plan", type=Path, help="a plan file")
+    show.add_argument("--device", metavar="NAME", help="cpu, cuda, or cuda:8.0 for a GPU of that compute capability")
 
     demo = command("demo", "Audit, plan and compare the embedded model.")
     demo.add_argument("--trials", type=int, default=20, help="whole plans to judge (20)")
@@ -106,6 +110,13 @@ def _text(parser: argparse.ArgumentParser) -> None:
         "--tokens", type=int, default=32768, help="calibration tokens (32768); search a quarter, held-out half"
     )
     group.add_argument("--block", type=int, default=512, help="tokens per block (512, or what the model takes)")
+
+
+def _use(group: Any) -> None:
+    group.add_argument("--context", type=int, metavar="N", help="tokens a sequence may have (4096 with --gpu)")
+    group.add_argument("--batch", type=int, default=1, metavar="B", help="sequences at once (1)")
+    group.add_argument("--kv-dtype", default="native", metavar="NAME", help="of the KV cache: native, fp8, int8, int4")
+    group.add_argument("--prefill-chunk", type=int, default=512, metavar="C", help="prompt tokens read at a time (512)")
 
 
 def _menu(parser: argparse.ArgumentParser) -> None:

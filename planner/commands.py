@@ -8,27 +8,32 @@ import sys
 from argparse import Namespace
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import planner.audit
 import planner.compare
 import planner.demo
-from formats.errors import FormatUnavailable, PlanMismatch, UsageError
+from formats.errors import BudgetInfeasible, FormatUnavailable, PlanMismatch, UsageError
+from formats.kernels import named_machine
+from formats.kv_cache import kv_format_named, new_cache
 from formats.rounding import refuse_misfit
 from formats.table import FORMATS, MENU
-from planner.budget import budget_bytes, human
+from planner.budget import budget_bytes, human, parse_size, refuse_unclear
 from planner.card import refuse_folder, save
 from planner.choose import Finish, make_plan, menu_of, quick_plan, refinished, refuse_infeasible
+from planner.device import RESERVE, Device, Room, alike, find_device, most_needs, setting_of, what_fits
 from planner.gptq_layout import refuse_unsayable, save_gptq
 from planner.materialize import check_plan_fits, find_for, make_codes, materialize, resident_bytes
-from planner.plan import Budget, Plan
+from planner.plan import Budget, KVCache, Plan
 from planner.pretrained import refuse_missing
 from planner.session import load_reference, open_session, read_texts, recall_texts
-from planner.show import compare_text, plan_text, profile_text, table
+from planner.show import compare_text, kernel_rows, kernels_text, plan_text, profile_text, room_text, table
 from planner.uniform import COMPARED, parse_formats
+from search.knapsack import floor
 from sensitivity import source as sources
 from sensitivity.loss import Reference
-from sensitivity.profile import Profile, Provenance, read, write
+from sensitivity.profile import Profile, read, write
+from sensitivity.progress import progress
 from sensitivity.source import Source
 from sensitivity.store import refuse_overwrite
 from sensitivity.text import Texts
@@ -92,39 +97,90 @@ def plan(arguments: Namespace) -> None:
     if arguments.trials < 0:
         raise UsageError(f"--trials {arguments.trials}: it must be 0 or more")
 
-    def budget(facts: Provenance) -> Budget:
-        size, asked = budget_bytes(arguments.budget, arguments.bpw, arguments.fraction, facts.model.parameters)
-        return Budget(asked=asked, bytes=size)
-
-    budget_bytes(arguments.budget, arguments.bpw, arguments.fraction, 1)  # its words, before any work
+    refuse_unclear({f"--{name}": getattr(arguments, name) for name in ("budget", "bpw", "fraction", "gpu")})
+    found = find_device(arguments.gpu, arguments.device) if arguments.gpu else None
+    if found is None:
+        budget_bytes(arguments.budget, arguments.bpw, arguments.fraction, 1)  # its words, before any work
     formats = _menu_formats(arguments)
     source = sources.find(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    kv_cache = _kv_cache(arguments, source)
     if arguments.profile:
         if arguments.keep:
             raise UsageError("--keep is settled by the profile: give it to `bitplan audit`")
         profile, session = read(arguments.profile, Profile), None
         _check_profile(profile, source, formats if arguments.formats else ())
-        refuse_infeasible(menu_of(profile, formats if arguments.formats else None), budget(profile.provenance))
+        budget = _budget(arguments, source, profile, formats if arguments.formats else None, found, kv_cache)
         if arguments.trials:
             session = open_session(source, _profile_texts(arguments, profile, source), _kept(profile), arguments.device)
     else:
         session = open_session(source, _read_texts(arguments, source), tuple(arguments.keep), arguments.device)
-        refuse_infeasible(
-            menu_of(planner.audit.sizes(session, formats, arguments.rounding)), budget(session.provenance)
-        )
+        sizes = planner.audit.sizes(session, formats, arguments.rounding)
+        budget = _budget(arguments, source, sizes, None, found, kv_cache)
         profile = planner.audit.audit(session, formats, arguments.rounding)
     menu = menu_of(profile, formats if arguments.formats else None)
     finish = Finish(arguments.rounding, bool(arguments.heal))
     if arguments.trials and session is not None:
         made = make_plan(
-            menu, budget(profile.provenance), session, finish, trials=arguments.trials, device=arguments.device
+            menu, budget, session, finish, trials=arguments.trials, device=arguments.device, kv_cache=kv_cache
         )
     else:
-        made = quick_plan(menu, budget(profile.provenance), finish)
+        made = quick_plan(menu, budget, finish, kv_cache)
     if arguments.output:
         write(arguments.output, made)
         _say(f"plan written to {arguments.output}")
     _put(arguments, made.model_dump(mode="json"), plan_text(made))
+
+
+def _kv_cache(arguments: Namespace, source: Source) -> KVCache:
+    """The cache as the command says it. Raises UsageError, FormatUnavailable."""
+    context = arguments.context or (4096 if arguments.gpu else None)
+    for name in ("context", "batch", "prefill_chunk"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: it must be 1 or more")
+    if context is not None and (longest := sources.block_length(source, context)) < context:
+        if arguments.context:
+            raise UsageError(f"--context {context}: {source.model} takes at most {longest} tokens")
+        context = longest
+    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
+    if kv_format_named(arguments.kv_dtype) is not None:
+        new_cache(config, arguments.kv_dtype, 1, 8)
+    if context is None:
+        return KVCache(format=arguments.kv_dtype)
+    return KVCache(
+        format=arguments.kv_dtype, context=context, batch=arguments.batch, chunk=min(arguments.prefill_chunk, context)
+    )
+
+
+def _budget(
+    arguments: Namespace,
+    source: Source,
+    profile: Profile,
+    formats: tuple[str, ...] | None,
+    found: Device | None,
+    kv_cache: KVCache,
+) -> Budget:
+    """The budget in bytes. Raises BudgetInfeasible where the profile's formats cannot meet it."""
+    menu, facts = menu_of(profile, formats), profile.provenance.model
+    if found is None:
+        size, asked = budget_bytes(arguments.budget, arguments.bpw, arguments.fraction, facts.parameters)
+        budget = Budget(asked=asked, weights=size)
+        refuse_infeasible(menu, budget)
+        return budget
+    setting = setting_of(kv_cache)
+    assert setting is not None
+    names = sorted({option.choice.format for options in menu.problem.values() for option in options})
+    models = alike(source, facts.dtype, profile.units, names)
+    reserve = int(RESERVE * found.memory) if arguments.reserve is None else parse_size(arguments.reserve)
+    room = Room(found, reserve, setting, most_needs(progress(models, desc="memory", unit="format"), setting, found.on))
+    _say(room_text(room))
+    try:
+        budget = room.budget()
+        refuse_infeasible(menu, budget)
+    except BudgetInfeasible as error:
+        least = floor(menu.problem) + profile.kept_bytes
+        raise BudgetInfeasible(f"{error}; {what_fits(room, least, models)}") from None
+    return budget
 
 
 def _check_profile(profile: Profile, source: Source, formats: tuple[str, ...]) -> None:
@@ -188,7 +244,7 @@ def apply(arguments: Namespace) -> None:
         data["research"] = plan.research
         text.append(f"research stage: {', '.join(plan.research)}")
     if reference is not None:
-        judgement = reference.judge(model)
+        judgement = reference.judge(model, plan.kv_cache.format)
         data |= {"nll": judgement.nll, "ppl": judgement.ppl, "kl": judgement.kl, "kl_se": judgement.kl_se}
         data |= {"delta_nll": judgement.delta_nll, "delta_nll_se": judgement.delta_nll_se, "tokens": judgement.tokens}
         text.append(
@@ -245,7 +301,12 @@ def compare(arguments: Namespace) -> None:
 
 def show(arguments: Namespace) -> None:
     plan = read(arguments.plan, Plan)
-    _put(arguments, plan.model_dump(mode="json"), plan_text(plan))
+    data, text = plan.model_dump(mode="json"), plan_text(plan)
+    if arguments.device:
+        rows = kernel_rows(plan, named_machine(arguments.device))
+        data["kernels"] = [dict(zip(("unit", "count", "format", "kernel", "why"), row, strict=True)) for row in rows]
+        text = f"{text}\n\n{kernels_text(rows, arguments.device)}"
+    _put(arguments, data, text)
 
 
 def demo(arguments: Namespace) -> None:

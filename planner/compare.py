@@ -79,7 +79,7 @@ def compare(
             model = load_float(source, row, device) if isinstance(row, str) else materialize(row, source, device)
             seconds = time.perf_counter() - began
             size = resident_bytes(model)
-            judgement = reference.judge(model)
+            judgement = reference.judge(model, row.kv_cache.format if isinstance(row, Plan) else "native")
         except BitplanError as error:
             yield Line(name, note=str(error))
             continue

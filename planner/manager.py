@@ -65,7 +65,7 @@ class QuantizationManager:
         menu = menu_of(audit(session, MENU))
         size, asked = budget_bytes(f"{budget}B" if isinstance(budget, int) else budget, None, None, 0)
         self.plan = make_plan(
-            menu, Budget(asked=asked, bytes=size), session, Finish(rounding, heal), trials=trials, device=self.device
+            menu, Budget(asked=asked, weights=size), session, Finish(rounding, heal), trials=trials, device=self.device
         )
         session.give_up_model()
         self._loaded = ("mixed", materialize(self.plan, self.source, self.device))

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from formats.errors import ModelUnreadable, PlanMismatch
+from planner.device import refuse_full
 from planner.heal import round_missing
 from planner.plan import Plan
 from planner.pretrained import PlanConfig, missing_codes, refuse_unavailable
@@ -70,14 +71,18 @@ def find_for(plan: Plan, model: str | Path | None, trust_remote_code: bool = Fal
 
 def make_codes(plan: Plan, source: Source, files: list[Path] | None = None, device: str = "auto") -> None:
     """Where the cache lacks codes of the plan and its text is to be had, round. Raises PlanMismatch, RoundingFailed."""
+    refuse_full(plan, source, pick_device(device))
     needed = ("calibration", "search") if plan.healed else ("calibration",)
     if missing_codes(plan) and (found := recall_texts(plan.provenance.text, source, files, needed=needed)):
         round_missing(plan, open_session(source, found, device=device, whole=False))
 
 
 def materialize(plan: Plan, source: Source, device: str = "auto") -> PreTrainedModel:
-    """Load a checked plan's model. Raises CodesMissing; PlanMismatch where the loaded bytes are not the planned."""
-    model = sources.load_model(source, pick_device(device), quantization_config=PlanConfig(plan))
+    """Load a checked plan's model. Raises CodesMissing; BitplanError where the device has too little memory;
+    PlanMismatch where the loaded bytes are not the planned."""
+    device = pick_device(device)
+    refuse_full(plan, source, device)
+    model = sources.load_model(source, device, quantization_config=PlanConfig(plan))
     resident = resident_bytes(model)
     if resident != plan.bytes:
         raise PlanMismatch(f"the loaded model has {resident:,} bytes, the plan says {plan.bytes:,}")

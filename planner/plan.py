@@ -5,6 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from formats.kv_cache import KV_FORMATS
 from formats.rounding import ROUNDINGS
 from formats.table import FORMATS, NATIVE
 from sensitivity.profile import Bytes, KeptEntry, Name, Provenance, Strict, UnitEntry
@@ -25,8 +26,30 @@ class PlannedUnit(UnitEntry):
 
 
 class Budget(Strict):
+    """Bytes for the weights; where a device's memory was asked for, the terms that they are what is left of."""
+
     asked: str
-    bytes: Bytes
+    weights: Bytes
+    device: Bytes | None = None
+    kv_cache: Bytes | None = None
+    workspace: Bytes | None = None
+    reserve: Bytes | None = None
+
+
+class KVCache(Strict):
+    """The KV cache's format, and how long a context, of how many sequences, it is budgeted for."""
+
+    format: str
+    context: int | None = Field(default=None, ge=1)
+    batch: int = Field(default=1, ge=1)
+    chunk: int | None = Field(default=None, ge=1)
+    """Tokens of a prompt that are read at a time."""
+    kl: float | None = None
+    """Of this cache with full-precision weights, on the held-out text."""
+    kl_se: float | None = None
+
+
+NATIVE_KV = KVCache(format="native")
 
 
 class Predicted(Strict):
@@ -69,7 +92,7 @@ class Search(Strict):
 
 
 class Plan(Strict):
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     budget: Budget
     bytes: Bytes
     bits_per_weight: float
@@ -79,6 +102,7 @@ class Plan(Strict):
     kept: tuple[KeptEntry, ...]
     healed: bool = False
     """Scales and kept vectors are trained by KL to the full-precision model once the codes are chosen."""
+    kv_cache: KVCache = NATIVE_KV
     predicted: Predicted | None = None
     search: Search | None = None
     measured: Measured | None = None
@@ -90,6 +114,8 @@ class Plan(Strict):
         repeated = [name for name, count in Counter(unit.name for unit in self.units).items() if count > 1]
         if repeated:
             raise ValueError(f"unit {repeated[0]} is planned more than once")
+        if self.kv_cache.format not in KV_FORMATS:
+            raise ValueError(f"the KV cache has an unknown format {self.kv_cache.format!r}")
         formats: dict[Name, str] = {}
         for unit in self.units:
             if unit.format not in FORMATS:

@@ -1,13 +1,17 @@
-"""Tables for people. May import: formats.table, planner.plan/budget/compare, sensitivity.profile."""
+"""Tables for people. May import: formats, planner.plan/budget/compare/device, sensitivity.profile."""
 
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
+import torch
+
+from formats.kernels import Kernel, Machine, choose
 from formats.table import FORMATS
 from planner.budget import human
 from planner.compare import Line
-from planner.plan import Plan, PlannedUnit
+from planner.device import Room
+from planner.plan import KVCache, Plan, PlannedUnit
 from sensitivity.profile import Profile
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -36,11 +40,11 @@ def folded(plan: Plan) -> list[tuple[str, int, str, int]]:
 
 def plan_text(plan: Plan) -> str:
     """What `bitplan show` prints."""
-    model = plan.provenance.model
+    model, of_weights = plan.provenance.model, " for weights" if plan.budget.device else ""
     lines = [
         f"{model.id}: {model.parameters:,} parameters in {model.dtype}, weights {model.weights_sha256[:12]}",
-        f"budget {plan.budget.asked} = {plan.budget.bytes:,} bytes; plan {plan.bytes:,} bytes ({human(plan.bytes)}),"
-        f" {plan.bits_per_weight:.3f} bits per weight",
+        f"budget {plan.budget.asked} = {plan.budget.weights:,} bytes{of_weights};"
+        f" plan {plan.bytes:,} bytes ({human(plan.bytes)}), {plan.bits_per_weight:.3f} bits per weight",
         "",
         table(
             ("unit", "", "format", "bytes"),
@@ -72,8 +76,9 @@ def _padding(unit: PlannedUnit) -> str | None:
 
 
 def _figures(plan: Plan) -> list[str]:
-    lines = []
-    lines.append(f"rounding: {plan.rounding}")
+    lines = [f"rounding: {plan.rounding}"]
+    if plan.kv_cache.format != "native" or plan.kv_cache.context:
+        lines.append(_kv_text(plan.kv_cache))
     if plan.research:
         lines.append(f"research stage: {', '.join(plan.research)}")
     if plan.predicted:
@@ -102,6 +107,52 @@ def _figures(plan: Plan) -> list[str]:
             f"best uniform by prediction: {plan.uniform.format}, {plan.uniform.predicted_nll:.4f} nats; not measured"
         )
     return lines
+
+
+def _kv_text(kv: KVCache) -> str:
+    told = f"KV cache: {kv.format}"
+    if kv.context:
+        told += f", budgeted for {kv.context:,} tokens × {kv.batch}, prompts read {kv.chunk} tokens at a time"
+    return told if kv.kl is None else f"{told}; alone it costs KL {kv.kl:.5f} ± {kv.kl_se:.5f}"
+
+
+def kernel_rows(plan: Plan, on: Machine) -> list[tuple[str, int, str, str, str]]:
+    """What runs each unit on a machine: name with layer numbers starred, how many, format, kernel, why."""
+    dtype = getattr(torch, plan.provenance.model.dtype)
+    found: dict[tuple[str, str, str, str], int] = defaultdict(int)
+    for unit in plan.units:
+        kernel = _kernel(unit, dtype, on)
+        found[NUMBER.sub("*", unit.name), unit.format, kernel.name, kernel.why] += 1
+    return [(name, count, format, kernel, why) for (name, format, kernel, why), count in found.items()]
+
+
+def _kernel(unit: PlannedUnit, dtype: torch.dtype, on: Machine) -> Kernel:
+    if unit.is_native:
+        return Kernel("torch", "as the checkpoint has it")
+    if unit.kind == "embedding":
+        return Kernel("dequantize", "only the rows looked up")
+    if unit.kind == "experts":
+        return Kernel("dequantize", "its own forward asks for whole weights")
+    return choose(FORMATS[unit.format], unit.columns, dtype, on)
+
+
+def kernels_text(rows: Sequence[tuple[str, int, str, str, str]], device: str) -> str:
+    cells = [(name, f"×{count}" if count > 1 else "", *rest) for name, count, *rest in rows]
+    return table((f"on {device}", "", "format", "kernel", "because"), cells, left=5)
+
+
+def room_text(room: Room) -> str:
+    """The arithmetic from a device's memory to bytes for weights."""
+    terms = [
+        (room.described, room.device.memory),
+        ("KV cache", -room.needs.kv_cache),
+        ("workspace: activations, logits, dequantized tiles", -room.needs.workspace),
+        ("workspace: CUDA context", -room.device.taken),
+        ("reserve", -room.reserve),
+        ("left for weights", room.weights),
+    ]
+    rows = [(name, f"{size:,}", f"{'-' if size < 0 else ''}{human(abs(size))}") for name, size in terms if size]
+    return table(("", "bytes", ""), rows)
 
 
 def profile_text(profile: Profile) -> str:

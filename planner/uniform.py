@@ -30,7 +30,7 @@ def uniform_plan(session: Session, format: str, rounding: str | None = None, hea
     kept = tuple(kept_entry(tensor) for tensor in session.graph.kept)
     total = sum(unit.bytes for unit in units) + sum(entry.bytes for entry in kept)
     return Plan(
-        budget=Budget(asked=f"uniform {choice}{', healed' if healed else ''}", bytes=total),
+        budget=Budget(asked=f"uniform {choice}{', healed' if healed else ''}", weights=total),
         bytes=total,
         bits_per_weight=total * 8 / session.provenance.model.parameters,
         shipped="uniform",

@@ -1,15 +1,17 @@
-"""Paired loss against the full-precision model, on identical tokens. May import: sensitivity.store/text.
+"""Paired loss against the full-precision model, on identical tokens.
 
 Both nats above full precision and KL are means per predicted token; standard errors are over blocks, whose tokens
-are not independent.
+are not independent. May import: formats.kv_cache, sensitivity.store/text.
 """
 
 from dataclasses import dataclass
 from math import exp
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from formats.kv_cache import new_cache
 from sensitivity.store import scratch
 from sensitivity.text import Blocks
 
@@ -31,9 +33,13 @@ class Judgement:
 
 
 @torch.no_grad()
-def log_probabilities(model: nn.Module, ids: Tensor) -> Tensor:
-    """log p of every next token: float32 [blocks, length - 1, vocabulary] for ids int64 [blocks, length]."""
-    logits = model(input_ids=ids.to(next(model.parameters()).device), use_cache=False).logits
+def log_probabilities(model: Any, ids: Tensor, kv_format: str = "native") -> Tensor:
+    """log p of every next token: float32 [blocks, length - 1, vocabulary] for ids int64 [blocks, length]; keys and
+    values go through a KV cache of another format, where one is named."""
+    cached = {}
+    if kv_format != "native":
+        cached["past_key_values"] = new_cache(model, kv_format, *ids.shape)
+    logits = model(input_ids=ids.to(next(model.parameters()).device), use_cache=bool(cached), **cached).logits
     return logits[:, :-1].float().log_softmax(-1)
 
 
@@ -60,11 +66,11 @@ class Reference:
         self.nll = taken(self.log_p, blocks.ids)
         """Full-precision nats of each token: float32 [blocks, length - 1]."""
 
-    def judge(self, model: nn.Module) -> Judgement:
+    def judge(self, model: nn.Module, kv_format: str = "native") -> Judgement:
         nll, kl = [], []
         for i in range(len(self.blocks.ids)):
             ids = self.blocks.ids[i : i + 1]
-            log_q = log_probabilities(model, ids)
+            log_q = log_probabilities(model, ids, kv_format)
             log_p = self.log_p[i : i + 1].to(log_q.device)
             nll.append(taken(log_q, ids).cpu()[0])
             kl.append((log_p.exp() * (log_p - log_q)).sum(-1).mean().cpu())

@@ -52,7 +52,7 @@ def test_audit_plan_apply_and_plain_transformers(run, checkpoint, text, tmp_path
     assert code == 0
     made = Plan.model_validate_json(out)
     assert made == read(plan, Plan)
-    assert made.bytes <= made.budget.bytes == int(4.6 * made.provenance.model.parameters / 8)
+    assert made.bytes <= made.budget.weights == int(4.6 * made.provenance.model.parameters / 8)
     assert made.measured is not None and made.uniform is not None and made.uniform.measured is not None
     assert made.measured.kl <= made.uniform.measured.kl
 

@@ -54,7 +54,7 @@ def plans(draw):
     total = sum(entry["bytes"] for entry in units + kept)
     return Plan.model_validate(
         {
-            "budget": {"asked": "x", "bytes": total},
+            "budget": {"asked": "x", "weights": total},
             "bytes": total,
             "bits_per_weight": total * 8 / 10_000,
             "shipped": "search",
@@ -112,7 +112,7 @@ def changed(example: dict, path: str, value: object) -> dict:
         ("units.0.parameter", "/tmp/x", "units.0.parameter: String should match pattern"),
         ("units.0.name", "model.layers.1.mlp.up_proj", "planned more than once"),
         ("units.0.format", "int9", "unknown format 'int9'"),
-        ("schema_version", 2, "schema_version: Input should be 1"),
+        ("schema_version", 3, "schema_version: Input should be 2"),
         ("provenance.model.weights_sha256", "abc", "weights_sha256: String should match pattern"),
     ],
 )
@@ -158,7 +158,7 @@ def test_groups_agree(example):
 
 @given(st.integers(0, 400))
 def test_a_truncated_file_is_said(cut):
-    text = json.dumps({"budget": {"asked": "x" * 400, "bytes": 3}})[:cut]
+    text = json.dumps({"budget": {"asked": "x" * 400, "weights": 3}})[:cut]
     folder = Path(os.environ["BITPLAN_CACHE"])
     (folder / "cut.json").write_text(text)
     with pytest.raises(FileInvalid):

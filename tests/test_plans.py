@@ -17,16 +17,16 @@ PLANS = sorted((ROOT / "plans").glob("*.json"))
 
 
 def test_there_are_three_budgets():
-    assert len({read(path, Plan).budget.bytes for path in PLANS}) == 3
+    assert len({read(path, Plan).budget.weights for path in PLANS}) == 3
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
 def test_a_plan_keeps_its_promises(path):
     plan = read(path, Plan)
-    assert plan.bytes <= plan.budget.bytes
+    assert plan.bytes <= plan.budget.weights
     assert plan.measured is not None and plan.uniform is not None and plan.uniform.measured is not None
     assert plan.measured.kl <= plan.uniform.measured.kl
-    assert plan.uniform.bytes <= plan.budget.bytes
+    assert plan.uniform.bytes <= plan.budget.weights
 
 
 @pytest.mark.xdist_group("demo plan")  # its codes take a minute, and the README's commands use them too

@@ -29,7 +29,7 @@ def run(trials: int, say: Callable[[str], None]) -> tuple[Plan, list[Line]]:
     size = uniform_plan(session, "int4-g64").bytes
     say(f"2/4 plan for {size:,} bytes, those of uniform int4-g64")
     plan = make_plan(
-        menu_of(profile), Budget(asked="the bytes of uniform int4-g64", bytes=size), session, Finish(), trials=trials
+        menu_of(profile), Budget(asked="the bytes of uniform int4-g64", weights=size), session, Finish(), trials=trials
     )
     say("3/4 apply and 4/4 compare, on held-out text")
     native = session.graph.units[0].native
