@@ -1,16 +1,18 @@
-"""Model and text → profile. May import: sensitivity, planner.session."""
+"""Model and text → profile. May import: formats, sensitivity, planner.session."""
 
 import math
 import sys
 from dataclasses import asdict
 from typing import Any
 
+from formats.errors import FormatUnavailable
+from formats.kv_cache import KV_FORMATS
 from planner.session import Session
 from sensitivity.bank import Choice, choices_for, unit_bytes
 from sensitivity.graph import Kept, Unit
 from sensitivity.loss import Reference
 from sensitivity.measured import measure
-from sensitivity.profile import KeptEntry, Profile, Row, UnitEntry
+from sensitivity.profile import CacheRow, KeptEntry, Profile, Row, UnitEntry
 from sensitivity.progress import progress
 
 Rows = dict[tuple[str, Choice], dict[str, Any]]
@@ -54,6 +56,20 @@ def audit(session: Session, menu: tuple[str, ...], rounding: str | None = None, 
                 "measured_kl": judgement.kl,
             }
     return _profile(session, rows, float(reference.nll.mean()))
+
+
+def audit_cache(session: Session) -> tuple[CacheRow, ...]:
+    """What each format of the KV cache costs by itself, where the model's cache can have it."""
+    reference, rows = Reference(session.model, session.texts.search), []
+    for name in progress([name for name in KV_FORMATS if name != "native"], desc="KV cache", unit="format"):
+        try:
+            found = reference.judge(session.model, name)
+        except FormatUnavailable as reason:
+            print(f"KV cache: {reason}", file=sys.stderr)
+            break
+        error = found.kl_se if math.isfinite(found.kl_se) else None
+        rows.append(CacheRow(format=name, kl=found.kl, kl_se=error, delta_nll=found.delta_nll))
+    return tuple(rows)
 
 
 def _profile(session: Session, rows: Rows, full_precision_nll: float | None = None) -> Profile:

@@ -75,6 +75,7 @@ def audit(arguments: Namespace) -> None:
     source = sources.find(arguments.model, trust_remote_code=arguments.trust_remote_code)
     session = open_session(source, _read_texts(arguments, source), tuple(arguments.keep), arguments.device)
     profile = planner.audit.audit(session, menu, arguments.rounding, arguments.measure)
+    profile = profile.model_copy(update={"kv_cache": planner.audit.audit_cache(session)})
     if arguments.output:
         write(arguments.output, profile)
         _say(f"profile written to {arguments.output}")

@@ -161,7 +161,11 @@ def profile_text(profile: Profile) -> str:
     cells = {(row.unit, row.format): f"{row.delta_nll:.5f}" for row in profile.rows}
     kept = f"{len(profile.kept)} tensors kept as they are, {profile.kept_bytes:,} bytes"
     rows = [(unit.name, *(cells.get((unit.name, name), "–") for name in formats)) for unit in profile.units]
-    return f"{table(('nats per token above full precision', *formats), rows)}\n{kept}"
+    lines = [table(("nats per token above full precision", *formats), rows), kept]
+    for row in profile.kv_cache:
+        error = "" if row.kl_se is None else f" ± {row.kl_se:.5f}"
+        lines.append(f"KV cache in {row.format}: KL {row.kl:.5f}{error}")
+    return "\n".join(lines)
 
 
 def compare_text(lines: Sequence[Line]) -> str:

@@ -96,6 +96,16 @@ class Row(Strict):
         return self.predicted_nll if self.measured_kl is None else max(0.0, self.measured_kl)
 
 
+class CacheRow(Strict):
+    """A KV cache in a format, with full-precision weights, on the search text. Nats per token; one block of text has
+    no standard error."""
+
+    format: str
+    kl: float
+    kl_se: float | None
+    delta_nll: float
+
+
 class Profile(Strict):
     schema_version: Literal[1] = 1
     provenance: Provenance
@@ -104,6 +114,7 @@ class Profile(Strict):
     units: tuple[UnitEntry, ...]
     kept: tuple[KeptEntry, ...]
     rows: tuple[Row, ...]
+    kv_cache: tuple[CacheRow, ...] = ()
 
     @property
     def kept_bytes(self) -> int:

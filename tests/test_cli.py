@@ -105,7 +105,7 @@ def test_another_budget_runs_no_model(run, checkpoint, tmp_path, monkeypatch):
     assert code == 0
     made = json.loads(out)
     assert made["measured"] is None
-    assert made["bytes"] <= made["budget"]["bytes"] == int(0.4 * 2 * made["provenance"]["model"]["parameters"])
+    assert made["bytes"] <= made["budget"]["weights"] == int(0.4 * 2 * made["provenance"]["model"]["parameters"])
 
 
 def test_an_interrupted_measurement_goes_on(run, checkpoint, tmp_path, monkeypatch):
@@ -116,12 +116,12 @@ def test_an_interrupted_measurement_goes_on(run, checkpoint, tmp_path, monkeypat
     arguments = ("audit", model, *LITTLE, "--formats", "int3-g64", "--measure", "--json")
     calls = 0
 
-    def interrupted(self, exchanged):
+    def interrupted(self, exchanged, *kv_format):
         nonlocal calls
         calls += 1
         if calls == 6:
             raise KeyboardInterrupt
-        return judged(self, exchanged)
+        return judged(self, exchanged, *kv_format)
 
     monkeypatch.setattr(Reference, "judge", interrupted)
     code, out, err = run(*arguments)
@@ -131,7 +131,7 @@ def test_an_interrupted_measurement_goes_on(run, checkpoint, tmp_path, monkeypat
     assert code == 0
     measured = [row for row in json.loads(out) if row["measured_nll"] is not None]
     assert len(measured) == 14
-    assert calls == 6 + 14 - 5
+    assert calls == 6 + 14 - 5 + 3  # and the KV cache in three formats
 
 
 @pytest.fixture
