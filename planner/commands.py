@@ -8,32 +8,30 @@ import sys
 from argparse import Namespace
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import planner.audit
 import planner.compare
 import planner.demo
-from formats.errors import BudgetInfeasible, FormatUnavailable, PlanMismatch, UsageError
+from formats.errors import FormatUnavailable, PlanMismatch, UsageError
 from formats.kernels import named_machine
-from formats.kv_cache import kv_format_named, new_cache
 from formats.rounding import refuse_misfit
 from formats.table import FORMATS, MENU
-from planner.budget import budget_bytes, human, parse_size, refuse_unclear
+from planner.budget import budget_bytes, human, refuse_unclear
 from planner.card import refuse_folder, save
 from planner.choose import Finish, make_plan, menu_of, quick_plan, refinished, refuse_infeasible
-from planner.device import RESERVE, Device, Room, alike, find_device, most_needs, setting_of, what_fits
+from planner.device import find_device
 from planner.gptq_layout import refuse_unsayable, save_gptq
 from planner.materialize import check_plan_fits, find_for, make_codes, materialize, resident_bytes
-from planner.plan import Budget, KVCache, Plan
+from planner.plan import Budget, Plan
 from planner.pretrained import refuse_missing
+from planner.room import CONTEXT, asked_cache, device_budget
 from planner.session import load_reference, open_session, read_texts, recall_texts
-from planner.show import compare_text, kernel_rows, kernels_text, plan_text, profile_text, room_text, table
+from planner.show import compare_text, kernel_rows, kernels_text, plan_text, profile_text, table
 from planner.uniform import COMPARED, parse_formats
-from search.knapsack import floor
 from sensitivity import source as sources
 from sensitivity.loss import Reference
 from sensitivity.profile import Profile, read, write
-from sensitivity.progress import progress
 from sensitivity.source import Source
 from sensitivity.store import refuse_overwrite
 from sensitivity.text import Texts
@@ -104,19 +102,37 @@ def plan(arguments: Namespace) -> None:
         budget_bytes(arguments.budget, arguments.bpw, arguments.fraction, 1)  # its words, before any work
     formats = _menu_formats(arguments)
     source = sources.find(arguments.model, trust_remote_code=arguments.trust_remote_code)
-    kv_cache = _kv_cache(arguments, source)
+    kv_cache = asked_cache(
+        source,
+        arguments.kv_dtype,
+        CONTEXT if found and arguments.context is None else arguments.context,
+        arguments.batch,
+        arguments.prefill_chunk,
+        exactly=arguments.context is not None,
+    )
+
+    def budget_of(profile: Profile, formats: tuple[str, ...] | None) -> Budget:
+        menu = menu_of(profile, formats)
+        if found is not None:
+            return device_budget(found, arguments.reserve, source, menu, kv_cache, _say)
+        size, asked = budget_bytes(
+            arguments.budget, arguments.bpw, arguments.fraction, profile.provenance.model.parameters
+        )
+        budget = Budget(asked=asked, weights=size)
+        refuse_infeasible(menu, budget)
+        return budget
+
     if arguments.profile:
         if arguments.keep:
             raise UsageError("--keep is settled by the profile: give it to `bitplan audit`")
         profile, session = read(arguments.profile, Profile), None
         _check_profile(profile, source, formats if arguments.formats else ())
-        budget = _budget(arguments, source, profile, formats if arguments.formats else None, found, kv_cache)
+        budget = budget_of(profile, formats if arguments.formats else None)
         if arguments.trials:
             session = open_session(source, _profile_texts(arguments, profile, source), _kept(profile), arguments.device)
     else:
         session = open_session(source, _read_texts(arguments, source), tuple(arguments.keep), arguments.device)
-        sizes = planner.audit.sizes(session, formats, arguments.rounding)
-        budget = _budget(arguments, source, sizes, None, found, kv_cache)
+        budget = budget_of(planner.audit.sizes(session, formats, arguments.rounding), None)
         profile = planner.audit.audit(session, formats, arguments.rounding)
     menu = menu_of(profile, formats if arguments.formats else None)
     finish = Finish(arguments.rounding, bool(arguments.heal))
@@ -130,58 +146,6 @@ def plan(arguments: Namespace) -> None:
         write(arguments.output, made)
         _say(f"plan written to {arguments.output}")
     _put(arguments, made.model_dump(mode="json"), plan_text(made))
-
-
-def _kv_cache(arguments: Namespace, source: Source) -> KVCache:
-    """The cache as the command says it. Raises UsageError, FormatUnavailable."""
-    context = arguments.context or (4096 if arguments.gpu else None)
-    for name in ("context", "batch", "prefill_chunk"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: it must be 1 or more")
-    if context is not None and (longest := sources.block_length(source, context)) < context:
-        if arguments.context:
-            raise UsageError(f"--context {context}: {source.model} takes at most {longest} tokens")
-        context = longest
-    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
-    if kv_format_named(arguments.kv_dtype) is not None:
-        new_cache(config, arguments.kv_dtype, 1, 8)
-    if context is None:
-        return KVCache(format=arguments.kv_dtype)
-    return KVCache(
-        format=arguments.kv_dtype, context=context, batch=arguments.batch, chunk=min(arguments.prefill_chunk, context)
-    )
-
-
-def _budget(
-    arguments: Namespace,
-    source: Source,
-    profile: Profile,
-    formats: tuple[str, ...] | None,
-    found: Device | None,
-    kv_cache: KVCache,
-) -> Budget:
-    """The budget in bytes. Raises BudgetInfeasible where the profile's formats cannot meet it."""
-    menu, facts = menu_of(profile, formats), profile.provenance.model
-    if found is None:
-        size, asked = budget_bytes(arguments.budget, arguments.bpw, arguments.fraction, facts.parameters)
-        budget = Budget(asked=asked, weights=size)
-        refuse_infeasible(menu, budget)
-        return budget
-    setting = setting_of(kv_cache)
-    assert setting is not None
-    names = sorted({option.choice.format for options in menu.problem.values() for option in options})
-    models = alike(source, facts.dtype, profile.units, names)
-    reserve = int(RESERVE * found.memory) if arguments.reserve is None else parse_size(arguments.reserve)
-    room = Room(found, reserve, setting, most_needs(progress(models, desc="memory", unit="format"), setting, found.on))
-    _say(room_text(room))
-    try:
-        budget = room.budget()
-        refuse_infeasible(menu, budget)
-    except BudgetInfeasible as error:
-        least = floor(menu.problem) + profile.kept_bytes
-        raise BudgetInfeasible(f"{error}; {what_fits(room, least, models)}") from None
-    return budget
 
 
 def _check_profile(profile: Profile, source: Source, formats: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Tables for people. May import: formats, planner.plan/budget/compare/device, sensitivity.profile."""
+"""Tables for people. May import: formats, planner.plan/budget/compare, sensitivity.profile."""
 
 import re
 from collections import defaultdict
@@ -10,7 +10,6 @@ from formats.kernels import Kernel, Machine, choose
 from formats.table import FORMATS
 from planner.budget import human
 from planner.compare import Line
-from planner.device import Room
 from planner.plan import KVCache, Plan, PlannedUnit
 from sensitivity.profile import Profile
 
@@ -139,20 +138,6 @@ def _kernel(unit: PlannedUnit, dtype: torch.dtype, on: Machine) -> Kernel:
 def kernels_text(rows: Sequence[tuple[str, int, str, str, str]], device: str) -> str:
     cells = [(name, f"×{count}" if count > 1 else "", *rest) for name, count, *rest in rows]
     return table((f"on {device}", "", "format", "kernel", "because"), cells, left=5)
-
-
-def room_text(room: Room) -> str:
-    """The arithmetic from a device's memory to bytes for weights."""
-    terms = [
-        (room.described, room.device.memory),
-        ("KV cache", -room.needs.kv_cache),
-        ("workspace: activations, logits, dequantized tiles", -room.needs.workspace),
-        ("workspace: CUDA context", -room.device.taken),
-        ("reserve", -room.reserve),
-        ("left for weights", room.weights),
-    ]
-    rows = [(name, f"{size:,}", f"{'-' if size < 0 else ''}{human(abs(size))}") for name, size in terms if size]
-    return table(("", "bytes", ""), rows)
 
 
 def profile_text(profile: Profile) -> str:

@@ -10,8 +10,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-COMMANDS = re.search(r"<!-- run -->\n```\n(.*?)```", README, re.S).group(1).strip().splitlines()
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
+PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+COMMANDS = {name: re.findall(r"<!-- run -->\n```\n(.*?)```", page, re.S) for name, page in PAGES.items()}
+SNIPPETS = [
+    pytest.param(snippet, id=f"{name}-{i}")
+    for name, page in PAGES.items()
+    for i, snippet in enumerate(re.findall(r"```python\n(.*?)```", page, re.S))
+]
 
 
 @pytest.fixture(scope="module")
@@ -20,12 +25,13 @@ def place(tmp_path_factory):
 
 
 def rehoused(text: str, place: Path) -> str:
-    return text.replace("/tmp/bitplan-readme", str(place)).replace("/tmp/planned", str(place / "snippet"))
+    return re.sub(r"/tmp/(bitplan-\w+|planned)", str(place) + r"/\1", text)
 
 
 @pytest.mark.xdist_group("demo plan")
-def test_commands(place):
-    for line in COMMANDS:
+@pytest.mark.parametrize("page", [name for name, blocks in COMMANDS.items() if blocks])
+def test_commands(page, place):
+    for line in "".join(COMMANDS[page]).strip().splitlines():
         words = shlex.split(rehoused(line, place))
         assert words[0] == "bitplan"
         command = [sys.executable, "-m", "planner.cli", *words[1:]]
