@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 
-.PHONY: setup test lint demo test-lowest plans bench-prediction bench-rounding bench-one-bit bench-layout
+.PHONY: setup test lint demo test-lowest plans bench-prediction bench-rounding bench-one-bit bench-layout bench-exports \
+	bench-memory bench-speed
 
 setup: $(VENV)/.done
 
@@ -55,6 +56,18 @@ bench-one-bit: setup
 # Whether gptqmodel and auto-gptq compute from our GPTQ layout what we compute (2 minutes, 10 GB of environments).
 bench-layout: setup
 	$(BIN)/python -m benchmarks.gptq_layout
+
+# Whether each export is read by its real reader as it was told (2 minutes; llama-quantize is built, 8 more).
+bench-exports: setup
+	$(BIN)/python -m benchmarks.exports
+
+# Whether a model takes the memory that was foretold: six plans, two contexts (6 minutes). ALSO="--8b --device cuda"
+bench-memory: setup
+	$(BIN)/python -m benchmarks.memory $(ALSO)
+
+# Tokens per second of every format, beside three other tools. ALSO="--8b --device cuda"
+bench-speed: setup
+	$(BIN)/python -m benchmarks.speed $(ALSO)
 
 # How well the predicted losses order units and formats, against measuring each alone (about 4 minutes).
 bench-prediction: setup

@@ -84,6 +84,25 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("plan", type=Path, help="a plan file")
     show.add_argument("--device", metavar="NAME", help="cpu, cuda, or cuda:8.0 for a GPU of that compute capability")
 
+    export = command("export", "Tell a plan to those who serve models.", _device)
+    export.add_argument("plan", type=Path, help="a plan file")
+    export.add_argument(
+        "--to", required=True, metavar="TARGET", help="compressed-tensors, gptqmodel, torchao, gguf or auto-round"
+    )
+    export.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="PATH", help="a file; compressed-tensors: a folder"
+    )
+    export.add_argument("--nearest", action="store_true", help="change what the target has no words for, and list it")
+    export.add_argument("--profile", type=Path, metavar="FILE", help="tells what those changes cost")
+    export.add_argument("--model", help="folder or hub id; by default the one that the plan names")
+    export.add_argument(
+        "--text", type=Path, nargs="+", metavar="FILE", help="the plan's text, where codes are to be made"
+    )
+    export.add_argument("--force", action="store_true", help="replace what exists")
+    export.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code that the model's repository brings"
+    )
+
     demo = command("demo", "Audit, plan and compare the embedded model.")
     demo.add_argument("--trials", type=int, default=20, help="whole plans to judge (20)")
     _output(demo, "plan.json")

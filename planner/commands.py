@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import planner.audit
 import planner.compare
 import planner.demo
+import planner.export
 from formats.errors import FormatUnavailable, PlanMismatch, UsageError
 from formats.kernels import named_machine
 from formats.rounding import refuse_misfit
@@ -21,6 +22,7 @@ from planner.budget import budget_bytes, human, refuse_unclear
 from planner.card import refuse_folder, save
 from planner.choose import Finish, make_plan, menu_of, quick_plan, refinished, refuse_infeasible
 from planner.device import find_device
+from planner.export import NEED_MODEL, TARGETS, export_text, write_export
 from planner.gptq_layout import refuse_unsayable, save_gptq
 from planner.materialize import check_plan_fits, find_for, make_codes, materialize, resident_bytes
 from planner.plan import Budget, Plan
@@ -272,6 +274,19 @@ def show(arguments: Namespace) -> None:
         data["kernels"] = [dict(zip(("unit", "count", "format", "kernel", "why"), row, strict=True)) for row in rows]
         text = f"{text}\n\n{kernels_text(rows, arguments.device)}"
     _put(arguments, data, text)
+
+
+def export(arguments: Namespace) -> None:
+    plan = read(arguments.plan, Plan)
+    refuse = refuse_folder if arguments.to in TARGETS and TARGETS[arguments.to].holds_codes else refuse_overwrite
+    refuse(arguments.output, arguments.force)
+    profile = read(arguments.profile, Profile) if arguments.profile else None
+    needs_model = arguments.to in NEED_MODEL
+    source = find_for(plan, arguments.model, arguments.trust_remote_code) if needs_model else None
+    exported = planner.export.export(plan, arguments.to, nearest=arguments.nearest, profile=profile, source=source)
+    write_export(exported, arguments.output, force=arguments.force, text=arguments.text, device=arguments.device)
+    _say(f"written to {arguments.output}")
+    _put(arguments, exported.as_dict(), export_text(exported))
 
 
 def demo(arguments: Namespace) -> None:

@@ -79,11 +79,11 @@ def settings(unit: PlannedUnit) -> tuple[int, int]:
 def refuse_unsayable(plan: Plan) -> None:
     """Raises FormatUnavailable where the layout has no words for some of a plan's units. Needs no model."""
     if experts := [unit.name for unit in plan.units if unit.kind == "experts"]:
-        raise _joined_experts(experts)
+        raise joined_experts(experts)
     reasons: dict[tuple[str, str], list[str]] = defaultdict(list)
     packed = [unit for unit in plan.units if not unit.is_native]
     for unit in packed:
-        if reason := _unsayable(unit):
+        if reason := unsayable(unit):
             reasons[reason].append(unit.name)
     if reasons:
         found = "; ".join(f"{_names(names)}, {what}" for (what, _), names in reasons.items())
@@ -97,7 +97,7 @@ def refuse_unsayable(plan: Plan) -> None:
         raise FormatUnavailable("GPTQ's layout is for integer formats and this plan has none: save without a layout")
 
 
-def _joined_experts(names: list[str]) -> FormatUnavailable:
+def joined_experts(names: list[str]) -> FormatUnavailable:
     return FormatUnavailable(
         f"GPTQ's layout has a tensor for each expert, and {_names(names)} hold many in one: save without a layout"
     )
@@ -107,7 +107,7 @@ def _names(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _unsayable(unit: PlannedUnit) -> tuple[str, str] | None:
+def unsayable(unit: PlannedUnit) -> tuple[str, str] | None:
     """What stands against a unit, and which change of the plan mends it ("": keep the unit in floats)."""
     if unit.kind not in ("linear", "conv1d"):
         return {"tied": "an embedding and the head", "embedding": "an embedding"}.get(unit.kind, unit.kind), ""
@@ -230,7 +230,7 @@ def save_gptq(model: PreTrainedModel, plan: Plan, source: Source, folder: Path, 
     """
     refuse_unsayable(plan)
     if experts := [name for name, module in model.named_modules() if is_experts(module)]:
-        raise _joined_experts(experts)
+        raise joined_experts(experts)
     quantization = quantization_config(model, plan)
     # auto-gptq knows one setting, ignores rules (what is kept would then load as noise), and looks for its settings in
     # this file alone: so it gets the file, and the head of a tied pair, which it reads as zeros where it is not

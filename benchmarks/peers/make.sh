@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# make.sh NAME: the virtual environment .venv-NAME of a peer (auto-round, gptqmodel, hqq or bitsandbytes), from NAME.txt.
+# make.sh NAME: the virtual environment .venv-NAME of a peer, from NAME.txt.
 # Does nothing when that is already complete. PYTHON picks the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")"
 
-name=${1:?usage: make.sh auto-round|gptqmodel|hqq|bitsandbytes}
+name=${1:?usage: make.sh NAME, of a NAME.txt beside it}
 [[ -f $name.txt ]] || { echo "no such peer: $name (there is no $name.txt)" >&2; exit 2; }
 venv=.venv-$name
 marker=$venv/.done

@@ -1,0 +1,159 @@
+"""A --tensor-type-file for llama.cpp's llama-quantize: a line `^name$=type` for each tensor.
+
+The first line whose pattern is found in a tensor's name counts, the file knows no comments, and it is looked at only
+where the type asked for on the command line is a quantized one, which is what tensors without a line get.
+May import: formats, sensitivity, planner.plan, planner.export.target; gguf, when names are asked for.
+"""
+
+import re
+from collections.abc import Callable
+from functools import cached_property
+from math import prod
+
+from formats.errors import FormatUnavailable, UsageError
+from formats.table import FORMATS
+from planner.export.target import Target
+from planner.plan import DTYPES, Plan, PlannedUnit
+from sensitivity.profile import KeptEntry
+
+SIZES = {
+    "f32": (1, 4),
+    "f16": (1, 2),
+    "bf16": (1, 2),
+    "q8_0": (32, 34),
+    "q6_k": (256, 210),
+    "q5_k": (256, 176),
+    "q5_1": (32, 24),
+    "q4_k": (256, 144),
+    "q4_1": (32, 20),
+    "iq4_nl": (32, 18),
+    "q3_k": (256, 110),
+    "q2_k": (256, 84),
+    "tq1_0": (256, 54),
+}
+"""Type → weights in a block, and the block's bytes; gguf.GGML_QUANT_SIZES, of which `python -m benchmarks.exports`
+compares each."""
+
+TYPES = {8: ("q8_0",), 6: ("q6_k",), 5: ("q5_k", "q5_1"), 4: ("q4_k", "q4_1"), 3: ("q3_k",), 2: ("q2_k",)}
+"""Bits → the types that have them, of which the first whose block divides the columns is taken."""
+OTHERS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "nf4": "iq4_nl"}
+LIKE = {"q8_0": "int8-g32", "q6_k": "int6-g32", "q5_k": "int5-g32", "q5_1": "int5-g32", "q4_k": "int4-g32"}
+LIKE |= {"q4_1": "int4-g32-z16", "q3_k": "int3-g32", "q2_k": "int2-g32"}
+"""Ours with as many bits and the groups nearest in size."""
+
+LEFT = ("position_embd", "token_types", "ffn_gate_inp", "attn_rel_b")
+"""Parts of the names of weights that llama-quantize does not touch; llama.cpp's converter makes them f32."""
+
+ARCHITECTURES = {
+    "mistral": "llama",
+    "mixtral": "llama",
+    "phi": "phi2",
+    "gptbigcode": "starcoder",
+    "cohere": "commandr",
+    "gemma3text": "gemma3",
+    "llama4text": "llama4",
+    "qwen35text": "qwen35",
+}
+"""A model_type of transformers → llama.cpp's name for it, where they differ by more than dashes."""
+
+
+class Gguf(Target):
+    """Types of as many bits: llama.cpp has its own groups and rounds itself, so what is told is the allocation."""
+
+    name = "gguf"
+    readers = "llama-quantize"
+    joins = False
+
+    @cached_property
+    def name_of(self) -> Callable[[str], str | None]:
+        """A tensor's name in a checkpoint → without its suffix in GGUF. Raises FormatUnavailable, UsageError."""
+        try:
+            import gguf
+        except ImportError:
+            raise FormatUnavailable("names of tensors in GGUF need the gguf package: pip install gguf") from None
+        if self.source is None:
+            raise UsageError("names of tensors in GGUF follow from the model's architecture: give the model")
+        config = self.source.config
+        kind = re.sub(r"[-_.]", "", str(config.get("model_type")))
+        wanted = ARCHITECTURES.get(kind, kind)
+        found = [arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if re.sub(r"[-_.]", "", name) == wanted]
+        if not found:
+            raise FormatUnavailable(
+                f"the gguf package knows no architecture {kind!r}, a newer one may: pip install -U gguf"
+            )
+        text = config.get("text_config") or config
+        layers = next((text[key] for key in ("num_hidden_layers", "n_layer", "num_layers") if key in text), 0)
+        names = gguf.get_tensor_name_map(found[0], layers)
+        return lambda name: names.get_name(name, try_suffixes=(".weight",))
+
+    def names(self, parameter: str) -> list[str]:
+        """A weight's names in GGUF; several for a joined one that llama.cpp's converter takes apart."""
+        parts = [parameter]
+        if parameter.endswith(".gate_up_proj") and self.name_of(parameter) is None:
+            parts = [parameter.replace("gate_up_proj", part) for part in ("gate_proj", "up_proj")]
+        found = [name.removesuffix(".weight") + ".weight" for part in parts if (name := self.name_of(part))]
+        return found if len(found) == len(parts) else []
+
+    def unsayable(self, unit: PlannedUnit) -> str | None:
+        names = self.names(unit.parameter)
+        if not names:
+            return "for which GGUF has no name"
+        if unit.is_native:
+            return None
+        if any(part in name for part in LEFT for name in names):
+            return "which llama-quantize leaves as it is"
+        if self._type(unit):
+            return None
+        types = " or ".join(_types(unit))
+        return f"whose {unit.columns} columns are no whole blocks of {types}" if types else f"in {unit.format}"
+
+    def _type(self, unit: PlannedUnit) -> str | None:
+        if unit.is_native and any(part in name for part in LEFT for name in self.names(unit.parameter)):
+            return "f32"
+        return next((name for name in _types(unit) if unit.columns % SIZES[name][0] == 0), None)
+
+    def word(self, unit: PlannedUnit) -> str:
+        return self._type(unit) or ""
+
+    def nbytes(self, unit: PlannedUnit) -> int:
+        block, size = SIZES[self.word(unit)]
+        return unit.experts * unit.rows * unit.columns // block * size
+
+    def kept_nbytes(self, entry: KeptEntry) -> int:
+        """llama.cpp's converter makes vectors f32."""
+        return prod(entry.shape) * SIZES[self._kept_type(entry)][1]
+
+    def _kept_type(self, entry: KeptEntry) -> str:
+        left = any(part in name for part in LEFT for name in self.names(entry.name))
+        return "f32" if len(entry.shape) < 2 or left else OTHERS.get(DTYPES.get(entry.dtype, ""), "f32")
+
+    def like(self, unit: PlannedUnit) -> str:
+        return LIKE.get(self.word(unit), unit.format)
+
+    def text(self, plan: Plan) -> str:
+        """Kept matrices have lines too, or they would get the type asked for on the command line."""
+        types = {unit.parameter: self.word(unit) for unit in plan.units}
+        types |= {entry.name: self._kept_type(entry) for entry in plan.kept if len(entry.shape) > 1}
+        lines = {name: type for parameter, type in types.items() for name in self.names(parameter)}
+        return "".join(f"^{re.escape(name)}$={type}\n" for name, type in lines.items())
+
+    def notes(self, plan: Plan) -> list[str]:
+        dtype = OTHERS.get(DTYPES.get(plan.provenance.model.dtype, ""), "f32")
+        lost = [entry.name for entry in plan.kept if len(entry.shape) > 1 and not self.names(entry.name)]
+        unnamed = [f"GGUF has no name for {', '.join(lost)}, kept: what they become gets the type Q8_0"] if lost else []
+        return [
+            *unnamed,
+            f"convert_hf_to_gguf.py MODEL --outtype {dtype} --outfile IN.gguf, then"
+            f" llama-quantize --tensor-type-file FILE IN.gguf OUT.gguf Q8_0",
+            "llama.cpp rounds the model itself: the plan's codes are not used, its allocation is",
+        ]
+
+
+def _types(unit: PlannedUnit) -> tuple[str, ...]:
+    """GGUF's types for a unit's format, best first."""
+    if unit.format in OTHERS:
+        return (OTHERS[unit.format],)
+    if unit.format.startswith("ternary"):
+        return ("tq1_0",)
+    format = FORMATS[unit.format]
+    return TYPES.get(int(format.bits), ()) if unit.format.startswith("int") else ()

@@ -1,0 +1,67 @@
+"""GPTQ's settings, with a rule in `dynamic` for each module that differs. May import: formats, sensitivity,
+planner.plan/gptq_layout, planner.export.target.
+"""
+
+import json
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from formats.errors import ModelUnreadable
+from formats.modules import is_experts
+from planner.export.target import Target, group_size, integer
+from planner.gptq_layout import joined_experts, quantization_config, refuse_unsayable, settings, unsayable
+from planner.plan import Plan, PlannedUnit
+from sensitivity.source import Source
+
+
+class GptqModel(Target):
+    """The quantization_config of a checkpoint in GPTQ's layout; `bitplan apply --layout gptq` writes the checkpoint."""
+
+    name = "gptqmodel"
+    readers = "gptqmodel, vLLM, SGLang"
+
+    def unsayable(self, unit: PlannedUnit) -> str | None:
+        reason = None if unit.is_native else unsayable(unit)
+        return reason[0] if reason else None
+
+    def word(self, unit: PlannedUnit) -> str:
+        if unit.is_native:
+            return "not quantized"
+        bits, group = settings(unit)
+        return f"{bits} bits, group_size {group}"
+
+    def nbytes(self, unit: PlannedUnit) -> int:
+        """qweight, qzeros (there even where the zero point is fixed), scales and g_idx."""
+        format = integer(unit)
+        if format is None:
+            return unit.bytes
+        groups = unit.columns // (group_size(unit) if group_size(unit) > 0 else unit.columns)
+        words = (unit.columns + groups) * unit.rows * format.code_bits // 32
+        return 4 * words + 2 * groups * unit.rows + 4 * unit.columns
+
+    def text(self, plan: Plan) -> str:
+        refuse_unsayable(plan)
+        assert self.source is not None
+        model = skeleton(self.source)
+        if experts := [name for name, module in model.named_modules() if is_experts(module)]:
+            raise joined_experts(experts)
+        return json.dumps(quantization_config(model, plan), indent=2) + "\n"
+
+    def notes(self, plan: Plan) -> list[str]:
+        return [
+            "these are the settings alone: `bitplan apply PLAN --layout gptq --save DIR` writes them with the weights",
+            "transformers' own GPTQ reader does not look at `dynamic`: load with gptqmodel, vLLM or SGLang",
+        ]
+
+
+def skeleton(source: Source) -> Any:
+    """The model's modules, without weights. Raises ModelUnreadable."""
+    try:
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelUnreadable(f"transformers cannot make {source.model} as a causal LM: {reason}") from error

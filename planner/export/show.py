@@ -1,0 +1,39 @@
+"""An export as a table for people. May import: planner.show, planner.export.target."""
+
+from collections import defaultdict
+
+from planner.export.target import Exported, Line
+from planner.show import NUMBER, table
+
+
+def export_text(exported: Exported) -> str:
+    """What `bitplan export` prints: every unit with both formats and bytes, layers folded; what was changed has →."""
+    folded: dict[tuple[str, str, str], list[Line]] = defaultdict(list)
+    for line in exported.lines:
+        ours = line.format if line.format == line.planned else f"{line.planned} → {line.format}"
+        folded[NUMBER.sub("*", line.unit), ours, line.word].append(line)
+    rows = [
+        (
+            name,
+            f"×{len(lines)}" if len(lines) > 1 else "",
+            ours,
+            word,
+            f"{sum(line.planned_bytes for line in lines):,}",
+            f"{sum(line.bytes for line in lines):,}",
+            _nats(lines),
+        )
+        for (name, ours, word), lines in folded.items()
+    ]
+    kept = exported.bytes - sum(line.bytes for line in exported.lines)
+    rows.append(("kept", "", "", "", f"{sum(entry.bytes for entry in exported.plan.kept):,}", f"{kept:,}", ""))
+    rows.append(("all", "", "", "", f"{exported.planned_bytes:,}", f"{exported.bytes:,}", _nats(exported.lines)))
+    target = exported.target
+    head = ("unit", "", "plan", target.name, "bytes planned", "bytes there", "Δ predicted nats")
+    return "\n".join([f"for {target.readers}", "", table(head, rows, left=4), "", *exported.notes])
+
+
+def _nats(lines: list[Line] | tuple[Line, ...]) -> str:
+    if any(line.nats is None for line in lines):
+        return "not known"
+    total = sum(line.nats or 0.0 for line in lines)
+    return f"{total:+.5f}" if total else "0"

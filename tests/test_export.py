@@ -1,0 +1,246 @@
+"""Exports: what each target is told, read by plain readings of our own. The real readers: benchmarks/exports.py."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from formats.errors import FormatUnavailable, PlanMismatch, UsageError
+from formats.table import FORMATS
+from planner.export import NEED_MODEL, TARGETS, export, export_text, write_export
+from planner.gptq_layout import save_gptq
+from planner.materialize import materialize
+from planner.plan import KVCache, PlannedUnit
+from planner.session import Session
+from planner.uniform import uniform_plan
+from sensitivity.profile import Profile, Row
+from tests.test_export_gguf import fake_gguf, resized
+from tests.test_gptq_layout import HEADS, opened, spread_plan
+
+THREE = ("int8", "int4-g32", "int3-g32")
+OF = {
+    "gptqmodel": (*THREE, "native"),
+    "compressed-tensors": (*THREE, "fp8", "native"),
+    "torchao": ("int8", "int4-g32", "fp8", "native"),
+    "gguf": (*THREE, "native"),
+    "auto-round": (*THREE, "native"),
+}
+
+
+@pytest.fixture
+def session(checkpoint, monkeypatch) -> Session:
+    fake_gguf(monkeypatch)
+    return opened(checkpoint, "llama-tied", torch.float32, HEADS["llama-tied"])
+
+
+Said = tuple[int, int, bool | None] | None
+"""Bits, group size (-1: the row; 0: not told) and symmetry (None: not told) of a module, or None where it is kept."""
+
+
+def said_gguf(text: str, name: str) -> Said:
+    there = name.replace("model.layers.", "blk.").replace("self_attn.", "attn_").replace("mlp.", "ffn_")
+    there = re.sub("attn_o_proj$", "attn_output", there).replace("_proj", "") + ".weight"
+    lines = [line.rpartition("=") for line in text.splitlines()]
+    found = next(type for pattern, _, type in lines if re.search(pattern, there))
+    return None if found in ("f32", "bf16") else (int(re.search(r"\d", found).group()), 0, None)
+
+
+def said_auto_round(text: str, name: str) -> Said:
+    entry = json.loads(text)[name]
+    return None if entry["bits"] == 16 else (entry["bits"], entry["group_size"], entry["sym"])
+
+
+def said_torchao(text: str, name: str) -> Said:
+    entry = json.loads(text)["quant_type"]["default"]["_data"]["fqn_to_config"][name]
+    kind, data = (entry["_type"], entry["_data"]) if entry else (None, {})
+    known = {"Int8WeightOnlyConfig": (8, -1, True), "Float8WeightOnlyConfig": (8, -1, None), None: None}
+    return known[kind] if kind in known else (4, data["group_size"], False)
+
+
+def said_gptqmodel(text: str, name: str) -> Said:
+    content = json.loads(text)
+    for rule, entry in content["dynamic"].items():
+        if re.match(rule[2:], name):
+            return (entry["bits"], entry["group_size"], None) if rule[0] == "+" else None
+    return content["bits"], content["group_size"], None
+
+
+def said_compressed(text: str, name: str) -> Said:
+    content = json.loads(text)
+    found = [group for group in content["config_groups"].values() if name in group["targets"]]
+    assert len(found) == (name not in content["ignore"])
+    if not found:
+        return None
+    weights, is_float = found[0]["weights"], found[0]["format"] == "float-quantized"
+    assert is_float == (weights["type"] == "float")
+    return weights["num_bits"], weights.get("group_size", -1), None if is_float else weights["symmetric"]
+
+
+SAID = {"gptqmodel": said_gptqmodel, "compressed-tensors": said_compressed, "torchao": said_torchao}
+SAID |= {"gguf": said_gguf, "auto-round": said_auto_round}
+
+
+def meant(target: str, unit: PlannedUnit) -> Said:
+    """What a target's file should say of a unit."""
+    if unit.is_native:
+        return None
+    format = FORMATS[unit.format]
+    group = getattr(format, "group", 0) or -1
+    symmetric = None if unit.format == "fp8" or target == "gptqmodel" else unit.format == "int8"
+    return (int(format.bits), 0, None) if target == "gguf" else (int(format.bits), group, symmetric)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_plan_of_several_formats_is_read_back_from_every_target(target, session):
+    plan = spread_plan(session, OF[target])
+    plan = resized(plan, 64, 256) if target == "gguf" else plan
+    exported = export(plan, target, source=session.source)
+    assert exported.plan is plan and exported.planned_bytes == plan.bytes
+    assert len({unit.format for unit in plan.units}) == len(OF[target])
+    for unit, line in zip(plan.units, exported.lines, strict=True):
+        assert SAID[target](exported.text, unit.name) == meant(target, unit), unit.name
+        assert (line.unit, line.planned, line.planned_bytes) == (unit.name, unit.format, unit.bytes)
+        assert line.format == line.planned
+    shown = export_text(exported)
+    assert f"{exported.bytes:,}" in shown and "model.layers.*.self_attn.q_proj" in shown
+    json.dumps(exported.as_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_a_target_cannot_say_is_refused_by_name_and_nearest_changes_it(target, session):
+    plan = spread_plan(session, ("int8", "binary-g64", "int4-g32"))
+    odd = [unit for unit in plan.units if unit.format == "binary-g64"]
+    if target == "gguf":
+        plan = resized(plan, 64, 256)
+    with pytest.raises(FormatUnavailable, match=f"{odd[0].name}.*in binary-g64.*--formats int8.*--nearest") as caught:
+        export(plan, target, source=session.source)
+    assert "\n" not in str(caught.value)
+    exported = export(plan, target, nearest=True, source=session.source)
+    changed = {line.unit: line for line in exported.lines if line.planned != line.format}
+    assert set(changed) == {unit.name for unit in odd}
+    assert set(changed) <= {line.unit for line in exported.changes}
+    for unit in odd:
+        assert SAID[target](exported.text, unit.name) is not None
+        assert changed[unit.name].nats is None
+    assert exported.plan.bytes == sum(u.bytes for u in exported.plan.units) + sum(k.bytes for k in plan.kept)
+    assert exported.plan.measured is exported.plan.uniform is exported.plan.predicted is None
+    assert [unit for unit in exported.plan.units if unit.name not in changed] == [
+        unit for unit in plan.units if unit.name not in changed
+    ]
+    assert "binary-g64 → " in export_text(exported)
+
+
+def test_nearest_is_nearest_in_bytes_and_costs_what_the_profile_says(session):
+    plan = spread_plan(session, ("int4-g32", "nf4"))
+    losses = {"nf4": 0.5, "int4-g32": 0.75}
+    rows = tuple(
+        Row(unit=unit.name, format=format, rounding="nearest", bytes=1, predicted_nll=loss)
+        for unit in plan.units
+        for format, loss in losses.items()
+    )
+    profile = Profile(provenance=plan.provenance, units=(), kept=plan.kept, rows=rows)
+    exported = export(plan, "auto-round", nearest=True, profile=profile)
+    changed = [line for line in exported.lines if line.planned == "nf4"]
+    # 64 columns: nf4 takes 36 bytes, int4-g32 37, int4-g64 34.5 and int5-g64 42.6; 96: 72 (two blocks) and 55.5 or 63.
+    assert {line.format for line in changed if "down_proj" not in line.unit} == {"int4-g32"}
+    assert all(line.nats == 0.25 for line in changed if line.format == "int4-g32")
+    assert all(line.nats == 0.0 for line in exported.lines if line.planned != "nf4")
+    total = sum(line.bytes for line in exported.lines) + sum(entry.bytes for entry in plan.kept)
+    assert exported.bytes == total
+    other = profile.model_copy(
+        update={
+            "provenance": plan.provenance.model_copy(
+                update={"model": plan.provenance.model.model_copy(update={"weights_sha256": "0" * 64})}
+            )
+        }
+    )
+    with pytest.raises(PlanMismatch, match="another model's"):
+        export(plan, "auto-round", nearest=True, profile=other)
+
+
+def test_embeddings_are_refused_but_by_gguf_and_kept_by_nearest(checkpoint, monkeypatch):
+    fake_gguf(monkeypatch)
+    session = opened(checkpoint, "llama-tied", torch.float32, ())
+    plan = uniform_plan(session, "int4-g32", "nearest")
+    for target in TARGETS:
+        if target == "gguf":
+            wide = resized(plan, 64, 256)
+            assert "^token_embd\\.weight$=q4_k\n" in export(wide, target, source=session.source).text
+            continue
+        with pytest.raises(FormatUnavailable, match=r"an embedding and the head.*--keep model.embed_tokens"):
+            export(plan, target, source=session.source)
+        exported = export(plan, target, nearest=True, source=session.source)
+        assert [line.format for line in exported.lines if line.unit == "model.embed_tokens"] == ["fp32"]
+        assert sum(line.planned != line.format for line in exported.lines) == 1
+
+
+def test_what_servers_join_agrees(checkpoint):
+    keep = (*HEADS["llama-tied"], "model.layers.0.self_attn.k_proj")
+    session = opened(checkpoint, "llama-tied", torch.float32, keep)
+    plan = uniform_plan(session, "int4-g32", "nearest")
+    with pytest.raises(FormatUnavailable, match=r"layers\.0\.self_attn\.q_proj.*join with k_proj as qkv_proj.*--keep"):
+        export(plan, "compressed-tensors", source=session.source)
+    exported = export(plan, "compressed-tensors", nearest=True, source=session.source)
+    native = {line.unit for line in exported.lines if line.format == "fp32"}
+    assert native == {f"model.layers.0.self_attn.{part}_proj" for part in "qv"}
+    config = json.loads(exported.text)
+    assert native | {"model.layers.0.self_attn.k_proj", "model.embed_tokens"} == set(config["ignore"])
+    assert export(plan, "auto-round", source=session.source).changes == []
+
+
+def test_the_bytes_told_for_gptq_are_those_of_the_checkpoint(session, tmp_path):
+    plan = spread_plan(session, OF["gptqmodel"])
+    exported = export(plan, "gptqmodel", source=session.source)
+    size = save_gptq(materialize(plan, session.source, "cpu"), plan, session.source, tmp_path / "out", force=False)
+    assert exported.bytes == size
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config == json.loads(exported.text)
+
+
+def test_conv1d_and_experts_are_told_apart(checkpoint):
+    gpt2 = opened(checkpoint, "gpt2", torch.float32, HEADS["gpt2"])
+    plan = uniform_plan(gpt2, "int8", "nearest")
+    assert json.loads(export(plan, "auto-round").text)["transformer.h.0.attn.c_attn"]["bits"] == 8
+    for target in ("torchao", "compressed-tensors"):
+        with pytest.raises(FormatUnavailable, match=r"c_attn.*a Conv1D.*--keep"):
+            export(plan, target, source=gpt2.source)
+    moe = opened(checkpoint, "qwen3-moe", torch.float32, HEADS["llama"])
+    plan = uniform_plan(moe, "int8", "nearest")
+    with pytest.raises(FormatUnavailable, match=r"mlp.experts.gate_up_proj.*the joined experts of a block"):
+        export(plan, "compressed-tensors", source=moe.source)
+    exported = export(plan, "torchao", nearest=True)
+    assert {line.format for line in exported.lines if "experts" in line.unit} == {"fp32"}
+
+
+def test_an_untied_head_is_told_to_torchao(checkpoint):
+    session = opened(checkpoint, "llama", torch.float32, ("model.embed_tokens",))
+    plan = uniform_plan(session, "int8", "nearest")
+    config = json.loads(export(plan, "torchao").text)
+    assert config["include_input_output_embeddings"] is True
+    assert "lm_head" in config["quant_type"]["default"]["_data"]["fqn_to_config"]
+    kept = opened(checkpoint, "llama", torch.float32, HEADS["llama"])
+    config = json.loads(export(uniform_plan(kept, "int8", "nearest"), "torchao").text)
+    assert config["include_input_output_embeddings"] is False
+    # A module with a bias goes by its weight: transformers would quantize the bias too.
+    names = config["quant_type"]["default"]["_data"]["fqn_to_config"]
+    assert "model.layers.0.self_attn.q_proj.weight" in names and "model.layers.0.mlp.up_proj" in names
+
+
+def test_bad_words(session):
+    plan = uniform_plan(session, "int8", "nearest")
+    with pytest.raises(UsageError, match="unknown target 'ggml': there are gptqmodel, compressed-tensors"):
+        export(plan, "ggml")
+    for target in NEED_MODEL:
+        with pytest.raises(UsageError, match="needs the plan's model"):
+            export(plan, target)
+    told = export(plan.model_copy(update={"kv_cache": KVCache(format="int8")}), "auto-round")
+    assert any("KV cache, int8" in note for note in told.notes)
+
+
+def test_a_file_is_written_whole(session, tmp_path):
+    exported = export(uniform_plan(session, "int8", "nearest"), "torchao")
+    assert write_export(exported, Path(tmp_path / "torchao.json")) == 0
+    assert (tmp_path / "torchao.json").read_text() == exported.text
+    assert [path.name for path in tmp_path.iterdir()] == ["torchao.json"]

@@ -1,0 +1,110 @@
+"""compressed-tensors' layouts, read back bit by bit in Python's integers. The real reader: benchmarks/exports.py."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from formats.errors import BitplanError
+from formats.integers import Grid, IntegerFormat
+from formats.modules import Packed
+from formats.table import FORMATS
+from planner.export import export, write_export
+from planner.export.compressed_tensors import to_compressed
+from planner.materialize import materialize
+from planner.plan import PlannedUnit
+from planner.uniform import uniform_plan
+from tests.test_gptq_layout import HEADS, opened, spread_plan, stream
+
+FORMATS_THERE = ("int8", "int4-g32", "int3-g32", "fp8", "native")
+
+
+@pytest.fixture
+def session(checkpoint):
+    return opened(checkpoint, "llama-tied", torch.float32, HEADS["llama-tied"])
+
+
+@given(
+    bits=st.sampled_from([2, 3, 4, 5, 8]),
+    zero_point=st.sampled_from(["integer", "middle"]),
+    group=st.sampled_from([0, 32, 64]),
+    rows=st.integers(1, 40),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_every_code_scale_and_zero_is_read_back_from_compressed_tensors(bits, zero_point, group, rows, seed):
+    generator = torch.Generator().manual_seed(seed)
+    format, columns = IntegerFormat("", bits, group, zero_point), 64
+    groups = format.groups(columns)
+    codes = torch.randint(0, 1 << bits, (rows, columns), generator=generator)
+    zero = torch.randint(0, 1 << bits, (rows, groups), generator=generator)
+    scale = torch.randn(rows, groups, generator=generator).abs().half()
+    tensors = format.store(codes, Grid(scale.float(), zero))
+    facts = {"name": "a", "kind": "linear", "parameter": "a.weight", "experts": 1, "dtype": "float32", "group": "a"}
+    unit = PlannedUnit(
+        **facts, rows=rows, columns=columns, format="x", rounding="nearest", bytes=format.nbytes(rows, columns)
+    )
+    FORMATS["x"] = format
+    try:
+        written = to_compressed(tensors, unit)
+    finally:
+        del FORMATS["x"]
+    assert written["weight_shape"].tolist() == [rows, columns] and written["weight_shape"].dtype == torch.int64
+    read = torch.tensor([stream(row, bits)[:columns] for row in written["weight_packed"].tolist()])
+    middle = torch.full((rows, groups), 1 << (bits - 1))
+    if zero_point == "integer":
+        assert written["weight_zero_point"].shape == (-(-rows * bits // 32), groups)
+        middle = torch.tensor([stream(column, bits)[:rows] for column in written["weight_zero_point"].T.tolist()]).T
+    else:
+        assert "weight_zero_point" not in written
+    step = columns // groups
+    value = (read - middle.repeat_interleave(step, 1)) * written["weight_scale"].float().repeat_interleave(step, 1)
+    assert torch.equal(value, format.dequantize(tensors, columns, torch.float32))
+
+
+def test_the_checkpoint_holds_the_plans_values_and_the_bytes_told(session, tmp_path):
+    plan = spread_plan(session, FORMATS_THERE)
+    exported = export(plan, "compressed-tensors", source=session.source)
+    size = write_export(exported, tmp_path / "out", device="cpu")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert size == exported.bytes == sum(tensor.nbytes for tensor in found.values())
+    model = materialize(plan, session.source, "cpu")
+    for unit in plan.units:
+        module = model.get_submodule(unit.name)
+        if unit.format == "fp8":
+            weight = found[f"{unit.name}.weight"].float() * found[f"{unit.name}.weight_scale"].float()
+            assert found[f"{unit.name}.weight"].dtype == torch.float8_e4m3fn
+            assert isinstance(module, Packed) and torch.equal(weight, module.dequantized())
+        elif unit.is_native:
+            assert torch.equal(found[f"{unit.name}.weight"], module.weight)
+        else:
+            assert f"{unit.name}.weight" not in found
+    assert "lm_head.weight" not in found and "model.embed_tokens.weight" in found
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"] == json.loads(exported.text)
+    assert config["quantization_config"]["format"] == "mixed-precision"
+    assert config["model_type"] == "llama"
+    assert {"README.md", "plan.json", "tokenizer.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_one_layout_is_no_mix_and_a_folder_in_the_way_stays(session, tmp_path):
+    plan = uniform_plan(session, "int4-g32", "nearest")
+    exported = export(plan, "compressed-tensors", source=session.source)
+    config = json.loads(exported.text)
+    assert config["format"] == "pack-quantized" and len(config["config_groups"]) == 1
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "other").write_text("")
+    with pytest.raises(BitplanError, match="cannot write"):
+        write_export(exported, tmp_path / "out", device="cpu")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["other"]
+
+
+def test_the_notes_tell_who_reads_what(session):
+    def notes(format: str) -> str:
+        plan = uniform_plan(session, format, "nearest")
+        return " ".join(export(plan, "compressed-tensors", source=session.source).notes)
+
+    assert "Humming" in notes("int3-g32") and "Humming" not in notes("int4-g32")
+    assert "0.18" in notes("int4-g32") and "0.18" not in notes("int8")
