@@ -74,8 +74,8 @@ def test_threads_share_the_rows(monkeypatch):
 @pytest.mark.parametrize("name", ["int4-g64", "int8", "int4-g64-z16"])
 def test_ops_are_torchs(name):
     format, tensors, _ = layer(name)
-    stored = (tensors[""], *numba_kernel._grid(format, tensors))
-    fields = (format.code_bits, format.group or 192)
+    stored = (tensors[""], tensors["_scale"], tensors.get("_zero"))
+    fields = (format.code_bits, format.group or 192, format.zero_point)
     torch.library.opcheck(numba_kernel._cpu_product, (torch.randn(2, 192), *stored, *fields))
     torch.library.opcheck(numba_kernel._cpu_dequantized, (*stored, 192, *fields))
 
