@@ -1,19 +1,13 @@
-"""The KV cache in a format of its own: what attention keeps of every token, as rows of bytes, in transformers' caches.
+"""The KV cache in a format of its own: transformers' caches, their layers told to hold rows of bytes.
 
-Each key and each value of one token and one KV head is a row of its own, rounded when it comes and never again: one
-scale per token, head and group of the head's values. So adding a token costs the same at any length, needs no full
-precision window beside it, and reads no other token. (KIVI, Liu et al. 2024, groups keys along tokens instead, which
-suits channels that stay large, and pays with such a window.) Masks, windows, positions and beams stay transformers':
-its own layers are told to hold bytes. May import: formats.base, formats.errors, formats.floats, formats.integers,
-transformers' caches, configurations and GenerationMode.
+Masks, windows, positions, beams and states stay transformers'; keys and values alone are rounded on their way in and
+read on their way out. May import: formats.errors, formats.kv_rows, transformers' caches, configurations and models.
 """
 
 from functools import cache
-from math import prod
 from types import MethodType
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import (
@@ -26,21 +20,10 @@ from transformers.cache_utils import (
 )
 from transformers.generation.configuration_utils import GenerationMode
 
-from formats.base import Format
-from formats.errors import FormatUnavailable, UnknownFormat, UsageError
-from formats.floats import Float8Format
-from formats.integers import IntegerFormat
+from formats.errors import FormatUnavailable, UsageError
+from formats.kv_rows import KV_FORMATS, KVFormat, kv_format_named
 
-KV_FORMATS: dict[str, Format | None] = {
-    "native": None,
-    "fp8": Float8Format("fp8", 8),
-    "int8": IntegerFormat("int8", 8, group=64, zero_point="middle"),
-    "int4": IntegerFormat("int4", 4, group=32, zero_point="float"),
-}
-"""Bits per value, all included, of heads of 64 and of 128: the model's dtype; 8.25, 8.125; 8.25, 8.25; 5, 5."""
-
-CHUNK = 1 << 16
-"""Rows rounded or read at a time: both go through float32, and that room does not grow with the context."""
+__all__ = ["KV_FORMATS", "KVCache", "kv_format_named", "new_cache", "use_kv_format"]
 
 READ_LENGTH = {"git", "gpt_neo"}
 """Models that compute something else with a cache longer than the text. Some hundred other types were compared."""
@@ -48,45 +31,8 @@ READ_LENGTH = {"git", "gpt_neo"}
 _KNOWN = {layer.update for layer in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)}
 
 
-def kv_format_named(name: str) -> Format | None:
-    """How rows are kept; None is the model's dtype. Raises UnknownFormat."""
-    if name not in KV_FORMATS:
-        raise UnknownFormat(f"unknown format {name!r} for the KV cache: there are {', '.join(KV_FORMATS)}")
-    return KV_FORMATS[name]
-
-
-def to_rows(format: Format, states: Tensor) -> Tensor:
-    """Float states [..., head size] → uint8 [..., format.nbytes(1, head size)]: codes, then scales, then zeros."""
-    layout = _layout(format, states.shape[-1])
-    rows = []
-    for part in states.detach().flatten(0, -2).split(CHUNK):
-        tensors = format.quantize(part)
-        pieces = [tensors[suffix].flatten().view(torch.uint8).view(len(part), width) for suffix, width, _ in layout]
-        rows.append(torch.cat(pieces, -1))
-    return torch.cat(rows).unflatten(0, states.shape[:-1])
-
-
-def from_rows(format: Format, rows: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """The inverse of `to_rows`: uint8 [..., bytes] → `dtype` [..., size]. Bytes never written are zeros, and so are
-    their values."""
-    layout = _layout(format, size)
-    flat = rows.flatten(0, -2)
-    states = torch.empty(len(flat), size, dtype=dtype, device=rows.device)
-    for part, into in zip(flat.split(CHUNK), states.split(CHUNK), strict=True):
-        tensors = {}
-        for (suffix, width, of), piece in zip(layout, part.split([width for _, width, _ in layout], -1), strict=True):
-            tensors[suffix] = piece.flatten().view(of).view(len(part), width // of.itemsize)
-        into.copy_(format.dequantize(tensors, size, dtype))
-    return states.unflatten(0, rows.shape[:-1])
-
-
-def _layout(format: Format, size: int) -> list[tuple[str, int, torch.dtype]]:
-    """Suffix, bytes and dtype of the stored tensors of one row, in order."""
-    return [(suffix, prod(shape) * of.itemsize, of) for suffix, (shape, of) in format.specs(1, size).items()]
-
-
 @cache
-def quantized_class(original: Any, format: Format) -> Any:
+def quantized_class(original: Any, format: KVFormat) -> Any:
     """One of transformers' cache layers, its `keys` and `values` uint8 [batch, heads, tokens, bytes]. What it does with
     tokens, it does with their bytes."""
 
@@ -95,18 +41,20 @@ def quantized_class(original: Any, format: Format) -> Any:
 
         def lazy_initialization(self, *states: Tensor, **kwargs: Any) -> None:
             # `early_initialization` gives floats, `update` rows; a hybrid layer's states come by keyword, as they are.
-            rows = [to_rows(format, state) if state.is_floating_point() else state for state in states]
-            super().lazy_initialization(*rows, **kwargs)
+            if states and states[0].is_floating_point():
+                states = (format.keys.encode(states[0]), format.values.encode(states[1]))
+            super().lazy_initialization(*states, **kwargs)
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             """Keep float states [batch, heads, new tokens, head size]; all that attention is to see, in their dtype.
 
             The new tokens come back rounded too, so that one pass over a text costs what decoding it would.
             """
-            keys, values = super().update(to_rows(format, key_states), to_rows(format, value_states), *args, **kwargs)
+            rows = format.keys.encode(key_states), format.values.encode(value_states)
+            keys, values = super().update(*rows, *args, **kwargs)
             return (
-                from_rows(format, keys, key_states.shape[-1], key_states.dtype),
-                from_rows(format, values, value_states.shape[-1], value_states.dtype),
+                format.keys.decode(keys, key_states.shape[-1], key_states.dtype),
+                format.values.decode(values, value_states.shape[-1], value_states.dtype),
             )
 
     Quantized.__name__ = Quantized.__qualname__ = "Quantized" + original.__name__
@@ -127,7 +75,7 @@ def keeps_tokens(layer: Any) -> bool:
     return True
 
 
-def _quantize_layers(held: Cache, format: Format) -> None:
+def _quantize_layers(held: Cache, format: KVFormat) -> None:
     """Change an empty cache in place, so that it holds bytes."""
     for layer in held.layers:
         if keeps_tokens(layer):

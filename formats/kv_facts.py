@@ -2,7 +2,7 @@
 
 Formulas over a config's fields are wrong for someone (latent attention, heads of several sizes, shared layers, states
 beside attention). So the model itself is asked: it is built without weights, and what its attention hands to the cache
-is read. A second for a large model. May import: formats.base, formats.errors, formats.kv_cache, transformers.
+is read. A second for a large model. May import: formats.errors, formats.kv_cache, formats.kv_rows, transformers.
 """
 
 import copy
@@ -15,9 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache
 
-from formats.base import Format
 from formats.errors import FormatUnavailable
-from formats.kv_cache import keeps_tokens, kv_format_named
+from formats.kv_cache import keeps_tokens
+from formats.kv_rows import KVFormat, kv_format_named
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class LayerFacts:
     state_bytes: int = 0
     """Convolution and recurrent states: the same at any length, never quantized."""
 
-    def nbytes(self, format: Format | None, context: int) -> int:
+    def nbytes(self, format: KVFormat | None, context: int) -> int:
         """Bytes for one sequence of `context` tokens; None is the model's dtype."""
         tokens = min(context, self.window or context)
         if format is None:
             row = (self.key_size + self.value_size) * self.itemsize
         else:
-            row = format.nbytes(1, self.key_size) + format.nbytes(1, self.value_size)
+            row = format.keys.nbytes(self.key_size) + format.values.nbytes(self.value_size)
         return self.heads * tokens * row + self.state_bytes
 
 

@@ -78,30 +78,14 @@ def build_parser() -> argparse.ArgumentParser:
     compare = command(
         "compare", "Judge formats and plans side by side on held-out text.", _model, _text, _menu, _device
     )
-    compare.add_argument("--plan", type=Path, nargs="+", default=[], metavar="FILE", help="plans of the same model")
+    _compared(compare)
 
     show = command("show", "Print a plan, layers folded; with --device, what runs it there.")
     show.add_argument("plan", type=Path, help="a plan file")
     show.add_argument("--device", metavar="NAME", help="cpu, cuda, or cuda:8.0 for a GPU of that compute capability")
 
     export = command("export", "Tell a plan to those who serve models.", _device)
-    export.add_argument("plan", type=Path, help="a plan file")
-    export.add_argument(
-        "--to", required=True, metavar="TARGET", help="compressed-tensors, gptqmodel, torchao, gguf or auto-round"
-    )
-    export.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="PATH", help="a file; compressed-tensors: a folder"
-    )
-    export.add_argument("--nearest", action="store_true", help="change what the target has no words for, and list it")
-    export.add_argument("--profile", type=Path, metavar="FILE", help="tells what those changes cost")
-    export.add_argument("--model", help="folder or hub id; by default the one that the plan names")
-    export.add_argument(
-        "--text", type=Path, nargs="+", metavar="FILE", help="the plan's text, where codes are to be made"
-    )
-    export.add_argument("--force", action="store_true", help="replace what exists")
-    export.add_argument(
-        "--trust-remote-code", action="store_true", help="run the code that the model's repository brings"
-    )
+    _exported(export)
 
     demo = command("demo", "Audit, plan and compare the embedded model.")
     demo.add_argument("--trials", type=int, default=20, help="whole plans to judge (20)")
@@ -134,7 +118,9 @@ def _text(parser: argparse.ArgumentParser) -> None:
 def _use(group: Any) -> None:
     group.add_argument("--context", type=int, metavar="N", help="tokens a sequence may have (4096 with --gpu)")
     group.add_argument("--batch", type=int, default=1, metavar="B", help="sequences at once (1)")
-    group.add_argument("--kv-dtype", default="native", metavar="NAME", help="of the KV cache: native, fp8, int8, int4")
+    group.add_argument(
+        "--kv-dtype", default="native", metavar="NAME", help="of the KV cache: native, fp8, int8, k8v4, int4"
+    )
     group.add_argument("--prefill-chunk", type=int, default=512, metavar="C", help="prompt tokens read at a time (512)")
 
 
@@ -155,6 +141,35 @@ def _finish(parser: argparse.ArgumentParser) -> None:
             action=argparse.BooleanOptionalAction,
             help="train scales and kept vectors against the full-precision model once the codes are chosen",
         )
+
+
+def _compared(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plan", type=Path, nargs="+", default=[], metavar="FILE", help="plans of the same model")
+    parser.add_argument("--task", nargs="+", default=[], metavar="NAME", help="a .jsonl file, or a task of lm-eval")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N items of each task")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with a picture of the frontier")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows as CSV")
+    parser.add_argument("--force", action="store_true", help="replace what exists")
+
+
+def _exported(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("plan", type=Path, help="a plan file")
+    parser.add_argument(
+        "--to", required=True, metavar="TARGET", help="compressed-tensors, gptqmodel, torchao, gguf or auto-round"
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="PATH", help="a file; compressed-tensors: a folder"
+    )
+    parser.add_argument("--nearest", action="store_true", help="change what the target has no words for, and list it")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="tells what those changes cost")
+    parser.add_argument("--model", help="folder or hub id; by default the one that the plan names")
+    parser.add_argument(
+        "--text", type=Path, nargs="+", metavar="FILE", help="the plan's text, where codes are to be made"
+    )
+    parser.add_argument("--force", action="store_true", help="replace what exists")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code that the model's repository brings"
+    )
 
 
 def _device(parser: argparse.ArgumentParser) -> None:
@@ -206,6 +221,7 @@ def _unforeseen(error: Exception) -> str:
 
 def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which counts memory
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", module="optuna")

@@ -27,15 +27,17 @@ from planner.gptq_layout import refuse_unsayable, save_gptq
 from planner.materialize import check_plan_fits, find_for, make_codes, materialize, resident_bytes
 from planner.plan import Budget, Plan
 from planner.pretrained import refuse_missing
+from planner.report import csv_text, html_text
 from planner.room import CONTEXT, asked_cache, device_budget
 from planner.session import load_reference, open_session, read_texts, recall_texts
-from planner.show import compare_text, kernel_rows, kernels_text, plan_text, profile_text, table
+from planner.show import compare_cells, compare_text, kernel_rows, kernels_text, plan_text, profile_text, table
 from planner.uniform import COMPARED, parse_formats
 from sensitivity import source as sources
 from sensitivity.loss import Reference
 from sensitivity.profile import Profile, read, write
 from sensitivity.source import Source
-from sensitivity.store import refuse_overwrite
+from sensitivity.store import refuse_overwrite, write_text
+from sensitivity.task import Task, read_task
 from sensitivity.text import Texts
 
 
@@ -247,6 +249,8 @@ def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt
 
 
 def compare(arguments: Namespace) -> None:
+    for path in (arguments.html, arguments.csv):
+        refuse_overwrite(path, arguments.force)
     formats = parse_formats(arguments.formats, COMPARED)
     plans = {path.name: read(path, Plan) for path in arguments.plan}
     source = sources.find(arguments.model, trust_remote_code=arguments.trust_remote_code)
@@ -256,14 +260,32 @@ def compare(arguments: Namespace) -> None:
             make_codes(plan, source, arguments.text, arguments.device)
         except PlanMismatch as error:  # its row will say that the codes are missing
             _say(f"{name}: {error}")
+    tasks = _tasks(arguments, source)
     session = open_session(source, _read_texts(arguments, source), device=arguments.device)
     lines = []
     for line in planner.compare.compare(
-        session, formats, plans, arguments.rounding, bool(arguments.heal), arguments.device
+        session, formats, plans, arguments.rounding, bool(arguments.heal), arguments.device, tasks
     ):
         lines.append(line)
         _say(f"{line.name}: {'measured' if line.judgement else line.note}")
+    if arguments.html:
+        write_text(arguments.html, html_text(lines, *compare_cells(lines), f"{source.model}: formats and plans"))
+    if arguments.csv:
+        write_text(arguments.csv, csv_text(lines))
     _put(arguments, {"rows": [line.as_dict() for line in lines]}, compare_text(lines))
+
+
+def _tasks(arguments: Namespace, source: Source) -> list[Task]:
+    if not arguments.task:
+        return []
+    if arguments.limit is not None and arguments.limit < 1:
+        raise UsageError(f"--limit {arguments.limit}: it must be 1 or more")
+    tokenizer, length = sources.load_tokenizer(source), sources.block_length(source, 1 << 20)
+    tasks = [read_task(name, tokenizer, length, arguments.limit) for name in arguments.task]
+    for task in tasks:
+        if task.note:
+            _say(task.note)
+    return tasks
 
 
 def show(arguments: Namespace) -> None:

@@ -1,24 +1,44 @@
-"""Formats and plans side by side on held-out text, one model in memory at a time.
+"""Formats and plans side by side on held-out text and on tasks, one model in memory at a time.
 
-May import: formats, sensitivity, planner.
+Finished rows lie in the cache, and are not run again. May import: formats, sensitivity, planner.
 """
 
+import json
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
+import planner
 from formats.errors import BitplanError
 from formats.table import FORMATS
 from planner.heal import round_missing
 from planner.materialize import materialize, resident_bytes
 from planner.plan import Plan
+from planner.running import Running, run
 from planner.session import Session, pick_device
 from planner.uniform import is_float, uniform_plan
 from sensitivity import source as sources
 from sensitivity.loss import Judgement, Reference
+from sensitivity.paired import Paired, paired
+from sensitivity.score import Scores, score
 from sensitivity.source import Source
+from sensitivity.store import sha256, write_text
+from sensitivity.task import Task
+
+
+@dataclass(frozen=True)
+class TaskLine:
+    """A task's figure, and its difference from full precision on the same items with an interval."""
+
+    task: str
+    measure: str
+    """accuracy, or nats per token."""
+    result: Paired
 
 
 @dataclass(frozen=True)
@@ -30,16 +50,30 @@ class Line:
     bits_per_weight: float | None = None
     times_smaller_than_fp32: float | None = None
     judgement: Judgement | None = None
+    tasks: tuple[TaskLine, ...] = ()
+    running: Running | None = None
     load_seconds: float | None = None
     research: bool = False
     """It has formats below 2 bits."""
     note: str | None = None
 
-    def as_dict(self) -> dict:
+    @property
+    def times_smaller_than_bf16(self) -> float | None:
+        return self.times_smaller_than_fp32 and self.times_smaller_than_fp32 / 2
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Weights, and the most that one sequence of the held-out text's length takes beside them."""
+        return self.resident_bytes + self.running.peak_bytes if self.resident_bytes and self.running else None
+
+    def as_dict(self) -> dict[str, Any]:
         facts = asdict(self)
-        judgement = facts.pop("judgement") or {}
+        judgement, running = facts.pop("judgement") or {}, facts.pop("running") or {}
+        running.pop("peak_bytes", None)
         ppl = {"ppl": self.judgement.ppl} if self.judgement else {}
-        return {**facts, **judgement, **ppl}
+        facts["tasks"] = [{"task": t.task, "measure": t.measure, **asdict(t.result)} for t in self.tasks]
+        derived = {"times_smaller_than_bf16": self.times_smaller_than_bf16, "peak_bytes": self.peak_bytes}
+        return {**facts, **derived, **judgement, **ppl, **running}
 
 
 def load_float(source: Source, format: str, device: str) -> PreTrainedModel:
@@ -54,6 +88,7 @@ def compare(
     rounding: str | None = None,
     healed: bool = False,
     device: str = "auto",
+    tasks: Sequence[Task] = (),
 ) -> Iterator[Line]:
     """Yield a line per format and plan (name → plan) as each is measured. The session's model is given up first; the
     plans' codes must be in the cache (`materialize.make_codes`).
@@ -64,25 +99,84 @@ def compare(
     for name in formats:
         try:
             row = name if is_float(name) else uniform_plan(session, name, rounding, healed)
-            if isinstance(row, Plan):
-                round_missing(row, session)
             wanted.append((row.budget.asked if isinstance(row, Plan) else name, row))
         except BitplanError as error:
             yield Line(name, note=str(error))
     wanted += plans.items()
-    source, parameters = session.source, session.provenance.model.parameters
+    rows = [(name, row, _journal(session, row, tasks, device)) for name, row in wanted]
+    if all(journal.exists() for _, _, journal in rows):
+        session.give_up_model()
+        yield from (_recalled(name, journal) for name, _, journal in rows)
+        return
+    refused = {}
+    for name, row, journal in rows:
+        if isinstance(row, Plan) and row not in plans.values() and not journal.exists():
+            try:
+                round_missing(row, session)
+            except BitplanError as error:
+                refused[name] = str(error)
     reference = Reference(session.model, session.texts.heldout)
+    scores = [score(session.model, task) for task in tasks]
     session.give_up_model()
-    for name, row in wanted:
-        began = time.perf_counter()
-        try:
-            model = load_float(source, row, device) if isinstance(row, str) else materialize(row, source, device)
-            seconds = time.perf_counter() - began
-            size = resident_bytes(model)
-            judgement = reference.judge(model, row.kv_cache.format if isinstance(row, Plan) else "native")
-        except BitplanError as error:
-            yield Line(name, note=str(error))
-            continue
-        research = isinstance(row, Plan) and bool(row.research)
-        yield Line(name, size, size * 8 / parameters, 4 * parameters / size, judgement, seconds, research)
-        del model
+    for name, row, journal in rows:
+        if journal.exists():
+            yield _recalled(name, journal)
+        elif name in refused:
+            yield Line(name, note=refused[name])
+        else:
+            line = _measured(name, row, session, device, reference, tasks, scores)
+            if line.note is None:
+                write_text(journal, json.dumps(asdict(line)))
+            yield line
+
+
+def _measured(
+    name: str,
+    row: Plan | str,
+    session: Session,
+    device: str,
+    reference: Reference,
+    tasks: Sequence[Task],
+    scores: Sequence[Scores],
+) -> Line:
+    source, parameters = session.source, session.provenance.model.parameters
+    kv_format = row.kv_cache.format if isinstance(row, Plan) else "native"
+    began = time.perf_counter()
+    try:
+        model = load_float(source, row, device) if isinstance(row, str) else materialize(row, source, device)
+        seconds, size = time.perf_counter() - began, resident_bytes(model)
+        judgement = reference.judge(model, kv_format)
+        lines = []
+        for task, base in zip(tasks, scores, strict=True):
+            found = score(model, task, kv_format)
+            measure = "nats per token" if task.kind == "text" else "accuracy"
+            lines.append(TaskLine(task.name, measure, paired(base.values, found.values)))
+        running = run(model, reference.blocks.ids[0], kv_format)
+    except BitplanError as error:
+        return Line(name, note=str(error))
+    research = isinstance(row, Plan) and bool(row.research)
+    times = 4 * parameters / size
+    return Line(name, size, size * 8 / parameters, times, judgement, tuple(lines), running, seconds, research)
+
+
+# Finished rows
+
+
+def _journal(session: Session, row: Plan | str, tasks: Sequence[Task], device: str) -> Path:
+    """Where a row's figures are kept: by all that they hang on but the machine's load."""
+    made = row
+    if isinstance(row, Plan):
+        made = repr([(unit.name, unit.format, unit.rounding) for unit in row.units]) + f"{row.healed} {row.kv_cache}"
+    facts, device = session.provenance, pick_device(device)
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"cpu {torch.get_num_threads()}"
+    texts = [facts.text.heldout.sha256, facts.text.calibration.sha256, *(task.fingerprint for task in tasks)]
+    key = sha256(str(made), name, planner.__version__, torch.__version__, *texts)[:24]
+    return session.compared / f"{key}.json"
+
+
+def _recalled(name: str, journal: Path) -> Line:
+    facts = json.loads(journal.read_text())
+    facts["judgement"] = Judgement(**facts["judgement"])
+    facts["running"] = Running(**facts["running"])
+    facts["tasks"] = tuple(TaskLine(t["task"], t["measure"], Paired(**t["result"])) for t in facts["tasks"])
+    return replace(Line(**facts), name=name)

@@ -14,9 +14,12 @@ from planner.compare import load_float
 from planner.heal import round_missing
 from planner.materialize import materialize, resident_bytes
 from planner.plan import Budget, Plan
-from planner.session import Session, open_session, read_texts
+from planner.session import Session, load_reference, open_session, read_texts
 from planner.uniform import is_float, uniform_plan
 from sensitivity import source as sources
+from sensitivity.paired import paired
+from sensitivity.score import Scores, score
+from sensitivity.task import read_task
 
 
 class QuantizationManager:
@@ -32,6 +35,8 @@ class QuantizationManager:
         self.device = device
         self.plan: Plan | None = None
         self._loaded: tuple[str, PreTrainedModel] | None = None
+        self._baselines: dict[str, Scores] = {}
+        """Full precision's scores, by the task's fingerprint."""
 
     def _open(self) -> Session:
         self._loaded = None
@@ -84,4 +89,29 @@ class QuantizationManager:
             "resident_bytes": size,
             "bits_per_weight": size * 8 / parameters,
             "times_smaller_than_fp32": 4 * parameters / size,
+        }
+
+    def benchmark_accuracy(self, task: str | Path, limit: int | None = None) -> dict[str, Any]:
+        """The loaded model on a task (a .jsonl file, or a name of lm-evaluation-harness) beside full precision on the
+        same items: both measured, the difference with its 95 % interval. Full precision is loaded beside it once.
+
+        Raises UsageError where nothing is loaded or the task cannot be read.
+        """
+        if self._loaded is None:
+            raise UsageError("no model is loaded: call load() or load_mixed_precision() first")
+        length = sources.block_length(self.source, 1 << 20)
+        read = read_task(task, sources.load_tokenizer(self.source), length, limit)
+        if read.fingerprint not in self._baselines:
+            self._baselines[read.fingerprint] = score(load_reference(self.source, self.device), read)
+        format, model = self._loaded
+        kv_format = self.plan.kv_cache.format if self.plan else "native"
+        found = paired(self._baselines[read.fingerprint].values, score(model, read, kv_format).values)
+        return {
+            "format": format,
+            "task": read.name,
+            "baseline": found.mean_base,
+            "quantized": found.mean_other,
+            "difference": found.difference,
+            "interval": (found.low, found.high),
+            "items": found.pairs,
         }

@@ -6,11 +6,13 @@ May import: formats, search, sensitivity, planner.budget/choose/device/plan/show
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from formats.errors import BudgetInfeasible, FormatUnavailable, UsageError
 from formats.kernels import Machine
 from formats.kv_cache import kv_format_named, new_cache
+from formats.kv_facts import kv_facts
 from planner.budget import human, parse_size
 from planner.choose import Menu, refuse_infeasible
 from planner.device import Device, changed, largest, setting_of
@@ -94,6 +96,19 @@ def room_text(room: Room) -> str:
     return table(("", "bytes", ""), rows)
 
 
+def _cache_text(source: Source, dtype: str) -> str:
+    """What the KV cache keeps, layer by layer."""
+    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
+    try:
+        facts = kv_facts(config, getattr(torch, dtype))
+    except FormatUnavailable as reason:
+        return f"KV cache: as a run of it tells; {reason}"
+    heads = "/".join(map(str, facts.kv_heads))
+    sizes = ", ".join(f"{key} + {value}" for key, value in facts.head_sizes)
+    told = f"KV cache: {facts.attention_layers} layers × {heads} KV heads × ({sizes}) values a token"
+    return "; ".join([told, *facts.notes])
+
+
 def what_fits(room: Room, least: int, models: list[PreTrainedModel]) -> str:
     """The way out, where a room has fewer bytes for weights than `least`: which term is too big, and what would fit."""
     terms = {
@@ -159,6 +174,7 @@ def device_budget(
     needs = most_needs(progress(models, desc="memory", unit="format"), setting, found.on)
     room = Room(found, left, setting, needs)
     say(room_text(room))
+    say(_cache_text(source, menu.profile.provenance.model.dtype))
     try:
         budget = room.budget()
         refuse_infeasible(menu, budget)

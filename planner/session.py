@@ -39,6 +39,8 @@ class Session:
     store: StatisticsStore
     provenance: Provenance
     device: str
+    folder: Path
+    """Where the cache keeps what is known of this model with this text."""
     whole: bool = True
     """The model is on the device as it runs; otherwise it stays where transformers loads it, on the CPU."""
 
@@ -47,6 +49,11 @@ class Session:
         if any(unit not in self.store for unit in self.graph.units):
             model = self.model if self.whole else load_reference(self.source, self.device)
             gather(model, self.graph, self.texts.calibration, self.store, SEED)
+
+    @property
+    def compared(self) -> Path:
+        """Where the cache keeps the finished rows of comparisons."""
+        return self.folder / "compared"
 
     def give_up_model(self) -> None:
         """Free the full-precision model; the session can do nothing with weights from here on."""
@@ -92,7 +99,7 @@ def open_session(
     bench = Workbench(model, graph.units)
     bank = Bank(folder, bench.weight, store)
     facts = _describe(source, session_texts, dtype, model.num_parameters(), device)
-    return Session(source, session_texts, model, graph, bench, bank, store, facts, device, whole)
+    return Session(source, session_texts, model, graph, bench, bank, store, facts, device, folder, whole)
 
 
 def load_reference(source: Source, device: str = "auto") -> PreTrainedModel:

@@ -2,14 +2,14 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from formats.kernels import Kernel, Machine, choose
 from formats.table import FORMATS
 from planner.budget import human
-from planner.compare import Line
+from planner.compare import Line, TaskLine
 from planner.plan import KVCache, Plan, PlannedUnit
 from sensitivity.profile import Profile
 
@@ -153,27 +153,48 @@ def profile_text(profile: Profile) -> str:
     return "\n".join(lines)
 
 
-def compare_text(lines: Sequence[Line]) -> str:
-    """What `bitplan compare` prints."""
+COLUMNS: dict[str, Callable[[Line], str]] = {
+    "bytes": lambda line: f"{line.resident_bytes:,}",
+    "bits/weight": lambda line: f"{line.bits_per_weight:.3f}",
+    "× smaller than fp32": lambda line: f"{line.times_smaller_than_fp32:.2f}",
+    "than bf16": lambda line: f"{line.times_smaller_than_bf16:.2f}",
+    "perplexity": lambda line: f"{line.judgement.ppl:.3f}",  # type: ignore[union-attr]
+    "KL": lambda line: f"{line.judgement.kl:.5f}",  # type: ignore[union-attr]
+    "± se": lambda line: f"{line.judgement.kl_se:.5f}",  # type: ignore[union-attr]
+    "prefill tok/s": lambda line: f"{line.running.prefill_tokens_per_s:,.0f}",  # type: ignore[union-attr]
+    "decode tok/s": lambda line: f"{line.running.decode_tokens_per_s:,.1f}",  # type: ignore[union-attr]
+    "peak bytes": lambda line: f"{line.peak_bytes:,}",
+    "load s": lambda line: f"{line.load_seconds:.1f}",
+}
+
+
+def compare_cells(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
+    """The head and the rows of a comparison's table; a task has a column of its own."""
+    tasks = list(dict.fromkeys(found.task for line in lines for found in line.tasks))
+    head = ["", *COLUMNS, *tasks]
     rows = []
     for line in lines:
-        j = line.judgement
-        if j is None or line.resident_bytes is None:
-            rows.append((line.name, *["–"] * 7))
+        if line.judgement is None:
+            rows.append([line.name, *["–"] * (len(head) - 1)])
             continue
-        rows.append(
-            (
-                line.name,
-                f"{line.resident_bytes:,}",
-                f"{line.bits_per_weight:.3f}",
-                f"{line.times_smaller_than_fp32:.2f}",
-                f"{j.ppl:.3f}",
-                f"{j.kl:.5f}",
-                f"{j.kl_se:.5f}",
-                f"{line.load_seconds:.1f}",
-            )
-        )
-    head = ("", "bytes", "bits/weight", "× smaller than fp32", "perplexity", "KL", "± se", "load s")
+        of = {found.task: found for found in line.tasks}
+        figures = [_task_cell(of[task]) if task in of else "–" for task in tasks]
+        rows.append([line.name, *(cell(line) for cell in COLUMNS.values()), *figures])
+    return head, rows
+
+
+def _task_cell(found: TaskLine) -> str:
+    """The figure, and its difference from full precision with its interval."""
+    r = found.result
+    if found.measure == "accuracy":
+        return f"{r.mean_other:.1%} ({100 * r.difference:+.1f}, {100 * r.low:+.1f} … {100 * r.high:+.1f})"
+    return f"{r.mean_other:.4f} ({r.difference:+.4f}, {r.low:+.4f} … {r.high:+.4f})"
+
+
+def compare_text(lines: Sequence[Line]) -> str:
+    """What `bitplan compare` prints."""
     notes = [f"{line.name}: {line.note}" for line in lines if line.note]
     notes += [f"{line.name}: research stage" for line in lines if line.research]
-    return "\n".join([table(head, rows), *notes])
+    if any(line.tasks for line in lines):
+        notes.append("tasks: the figure, and its difference from full precision on the same items, 95 % interval")
+    return "\n".join([table(*compare_cells(lines)), *notes])

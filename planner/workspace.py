@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from transformers.cache_utils import Cache
 from formats.errors import BitplanError
 from formats.kernels import Machine, as_if_on
 from formats.kv_cache import new_cache
+from formats.kv_facts import cache_bytes
 from formats.modules import pack_parameter
 from formats.table import format_named
 from sensitivity.profile import UnitEntry
@@ -89,7 +91,8 @@ class LiveBytes(TorchDispatchMode):
 
 
 class Attention(TorchFunctionMode):
-    """torch's fused attention as the machine runs it: on meta tensors torch would multiply it out."""
+    """torch's fused attention as the machine runs it: on meta tensors torch would multiply it out. And conditions on
+    data, which count as false."""
 
     def __init__(self, live: LiveBytes, on: Machine):
         super().__init__()
@@ -97,6 +100,8 @@ class Attention(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is Tensor.__bool__ and args[0].is_meta:
+            return False  # the cache is not empty, the mask cannot be left out
         if func is nn.functional.scaled_dot_product_attention:
             query, key, value, *rest = args
             if query.shape[-1] == value.shape[-1]:
@@ -137,7 +142,9 @@ def meta_model(source: Source, dtype: str, packed: Iterable[tuple[UnitEntry, str
 @contextmanager
 def counting(on: Machine) -> Iterator[LiveBytes]:
     live = LiveBytes(1 if on.kind == "cpu" else 512)
-    with torch.no_grad(), as_if_on(on), live, Attention(live, on):
+    # transformers 5.0 asks whether autocast is on for the device, which torch does not know of meta.
+    autocast = mock.patch.object(torch, "is_autocast_enabled", lambda device: False)
+    with torch.no_grad(), as_if_on(on), autocast, live, Attention(live, on):
         yield live
 
 
@@ -170,12 +177,13 @@ def _step(model: PreTrainedModel, ids: Tensor, cache: Cache) -> None:
 
 def _filled(model: PreTrainedModel, setting: Setting, chunk: int) -> Cache:
     """A cache that lacks one chunk and one token of the context."""
+    token = torch.empty(setting.batch, 1, dtype=torch.long, device="meta")
     if setting.kv_format != "native":  # its tensors have their full size from the first token on
-        return new_cache(model, setting.kv_format, setting.batch, setting.context)
+        empty = new_cache(model, setting.kv_format, setting.batch, setting.context)
+        model(input_ids=token, past_key_values=empty, use_cache=True)
+        return empty
     probe = DynamicCache(config=model.config)
-    model(
-        input_ids=torch.empty(setting.batch, 1, dtype=torch.long, device="meta"), past_key_values=probe, use_cache=True
-    )
+    model(input_ids=token, past_key_values=probe, use_cache=True)
     cache = DynamicCache(config=model.config)
     before = setting.context - chunk - 1
     for index, layer in enumerate(probe.layers):
@@ -184,13 +192,3 @@ def _filled(model: PreTrainedModel, setting: Setting, chunk: int) -> Cache:
             longer = [t.new_empty(*t.shape[:2], before, t.shape[-1]) for t in (keys, values)]
             cache.layers[index].update(*longer)  # type: ignore[union-attr]
     return cache
-
-
-def cache_bytes(cache: Cache) -> int:
-    """Bytes of the tensors that a cache holds, each storage once."""
-    found = {}
-    for layer in cache.layers:
-        for tensor in tree_iter([value for value in vars(layer).values()]):
-            if isinstance(tensor, Tensor):
-                found[id(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
-    return sum(found.values())

@@ -4,15 +4,16 @@ import copy
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from formats.errors import BitplanError
 from formats.kernels import Machine
 from formats.kv_cache import new_cache
+from formats.kv_facts import cache_bytes
 from formats.modules import pack_parameter
 from formats.table import FORMATS
-from planner.workspace import INSIDE, SMALL, Setting, cache_bytes, foresee
+from planner.running import Allocated
+from planner.workspace import INSIDE, SMALL, Setting, foresee
 from tests import tiny
 
 CPU = Machine("cpu")
@@ -23,18 +24,6 @@ def on_meta(name: str, dtype: torch.dtype):
     with torch.device("meta"):
         config = copy.deepcopy(tiny.CONFIGS[name])
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
-
-
-def allocated(run) -> int:
-    """The most bytes that torch's allocator held at once of what it gave out while `run` ran."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        run()
-    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
 
 
 @torch.no_grad()
@@ -55,7 +44,9 @@ def used(model, setting: Setting) -> tuple[int, int]:
             logits[:, -1, :].to(copy=True, dtype=torch.float32).argmax(-1)
         caches.append(cache)
 
-    most = allocated(run)
+    with Allocated(torch.device("cpu")) as allocated:
+        run()
+    most = allocated.bytes
     return cache_bytes(caches[0]), most - cache_bytes(caches[0])
 
 
@@ -117,5 +108,5 @@ def test_more_context_takes_more_and_a_window_caps_it():
 def test_a_forward_that_reads_its_data_is_refused():
     model = on_meta("llama", torch.float32)
     model.forward = lambda input_ids, **kwargs: input_ids.sum().item()
-    with pytest.raises(BitplanError, match="cannot be foretold.*--budget"):
+    with pytest.raises(BitplanError, match=r"cannot be foretold.*--budget"):
         foresee(model, Setting(8), CPU)
