@@ -80,6 +80,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _compared(compare)
 
+    recommend = command("recommend", "Which format for which purpose, with what was measured.", _model, _text, _device)
+    recommend.add_argument(
+        "--for", dest="purpose", required=True, metavar="PURPOSE", help="training, inference, cost or fit"
+    )
+    recommend.add_argument("--gpu", metavar="SIZE", help="for fit: the device, as `plan` takes it")
+
     show = command("show", "Print a plan, layers folded; with --device, what runs it there.")
     show.add_argument("plan", type=Path, help="a plan file")
     show.add_argument("--device", metavar="NAME", help="cpu, cuda, or cuda:8.0 for a GPU of that compute capability")

@@ -14,6 +14,7 @@ import planner.audit
 import planner.compare
 import planner.demo
 import planner.export
+import planner.recommend
 from formats.errors import FormatUnavailable, PlanMismatch, UsageError
 from formats.kernels import named_machine
 from formats.rounding import refuse_misfit
@@ -27,10 +28,20 @@ from planner.gptq_layout import refuse_unsayable, save_gptq
 from planner.materialize import check_plan_fits, find_for, make_codes, materialize, resident_bytes
 from planner.plan import Budget, Plan
 from planner.pretrained import refuse_missing
+from planner.recommend import PURPOSES
 from planner.report import csv_text, html_text
 from planner.room import CONTEXT, asked_cache, device_budget
 from planner.session import load_reference, open_session, read_texts, recall_texts
-from planner.show import compare_cells, compare_text, kernel_rows, kernels_text, plan_text, profile_text, table
+from planner.show import (
+    advice_text,
+    compare_cells,
+    compare_text,
+    kernel_rows,
+    kernels_text,
+    plan_text,
+    profile_text,
+    table,
+)
 from planner.uniform import COMPARED, parse_formats
 from sensitivity import source as sources
 from sensitivity.loss import Reference
@@ -286,6 +297,15 @@ def _tasks(arguments: Namespace, source: Source) -> list[Task]:
         if task.note:
             _say(task.note)
     return tasks
+
+
+def recommend(arguments: Namespace) -> None:
+    if arguments.purpose not in PURPOSES:
+        raise UsageError(f"--for {arguments.purpose!r}: there are {', '.join(PURPOSES)}")
+    source = sources.find(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    session = open_session(source, _read_texts(arguments, source), device=arguments.device)
+    advice = planner.recommend.recommend(session, arguments.purpose, arguments.device)
+    _put(arguments, advice.as_dict(), advice_text(advice, arguments.model, arguments.gpu))
 
 
 def show(arguments: Namespace) -> None:

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,14 @@ class Line:
         judgement, running = facts.pop("judgement") or {}, facts.pop("running") or {}
         running.pop("peak_bytes", None)
         ppl = {"ppl": self.judgement.ppl} if self.judgement else {}
-        facts["tasks"] = [{"task": t.task, "measure": t.measure, **asdict(t.result)} for t in self.tasks]
+        facts["tasks"] = [{"task": t.task, "measure": t.measure, **_finite(asdict(t.result))} for t in self.tasks]
         derived = {"times_smaller_than_bf16": self.times_smaller_than_bf16, "peak_bytes": self.peak_bytes}
         return {**facts, **derived, **judgement, **ppl, **running}
+
+
+def _finite(facts: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity: bounds of an interval that says nothing are null."""
+    return {name: None if isinstance(value, float) and not isfinite(value) else value for name, value in facts.items()}
 
 
 def load_float(source: Source, format: str, device: str) -> PreTrainedModel:
@@ -127,6 +133,8 @@ def compare(
             line = _measured(name, row, session, device, reference, tasks, scores)
             if line.note is None:
                 write_text(journal, json.dumps(asdict(line)))
+                if tasks:  # without them, for who asks for none
+                    write_text(_journal(session, row, (), device), json.dumps(asdict(replace(line, tasks=()))))
             yield line
 
 
@@ -172,6 +180,12 @@ def _journal(session: Session, row: Plan | str, tasks: Sequence[Task], device: s
     texts = [facts.text.heldout.sha256, facts.text.calibration.sha256, *(task.fingerprint for task in tasks)]
     key = sha256(str(made), name, planner.__version__, torch.__version__, *texts)[:24]
     return session.compared / f"{key}.json"
+
+
+def recalled(session: Session, name: str, row: Plan | str, device: str) -> Line | None:
+    """A row that was measured on the session's text, or None."""
+    journal = _journal(session, row, (), device)
+    return _recalled(name, journal) if journal.exists() else None
 
 
 def _recalled(name: str, journal: Path) -> Line:

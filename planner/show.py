@@ -1,4 +1,7 @@
-"""Tables for people. May import: formats, planner.plan/budget/compare, sensitivity.profile."""
+"""Tables for people.
+
+May import: formats, planner.plan/budget/compare/recommend, sensitivity.profile.
+"""
 
 import re
 from collections import defaultdict
@@ -11,6 +14,7 @@ from formats.table import FORMATS
 from planner.budget import human
 from planner.compare import Line, TaskLine
 from planner.plan import KVCache, Plan, PlannedUnit
+from planner.recommend import Advice
 from sensitivity.profile import Profile
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -198,3 +202,23 @@ def compare_text(lines: Sequence[Line]) -> str:
     if any(line.tasks for line in lines):
         notes.append("tasks: the figure, and its difference from full precision on the same items, 95 % interval")
     return "\n".join([table(*compare_cells(lines)), *notes])
+
+
+def advice_text(advice: Advice, model: str, gpu: str | None) -> str:
+    """What `bitplan recommend` prints."""
+    lines = [f"{advice.purpose}: {advice.format}. {advice.why}."]
+    if advice.activation:
+        seen = advice.activation
+        lines.append(
+            f"the largest activation on the held-out text is {seen.largest:,.1f}, put out by {seen.module}:"
+            f" {seen.of_fp16:.2%} of FP16's limit"
+        )
+    if advice.rows:
+        lines.append(compare_text(advice.rows))
+    if advice.missing:
+        lines.append(
+            f"not measured on this text: {', '.join(advice.missing)}; `bitplan compare {model} --formats …` measures"
+        )
+    if advice.purpose == "fit":
+        lines.append(f"plan it: bitplan plan {model} --gpu {gpu or 'SIZE'} -o plan.json")
+    return "\n".join(lines)
