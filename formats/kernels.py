@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from formats import numba_kernel
+from formats import numba_kernel, triton_kernel
 from formats.base import LARGE_TILE, TILE, Format, Tensors, needs_grad
 from formats.bnb import Bnb4Format, Int8BnbFormat
 from formats.errors import UsageError
@@ -100,8 +100,6 @@ def _on_cpu(format: Format, columns: int) -> Kernel:
 
 
 def _on_cuda(format: Format, columns: int, dtype: torch.dtype, on: Machine) -> Kernel:
-    from formats import triton_kernel
-
     if isinstance(format, Bnb4Format):
         return Kernel("bitsandbytes", "its own format")
     if isinstance(format, Int8BnbFormat):
@@ -135,8 +133,6 @@ def linear(format: Format, x: Tensor, tensors: Tensors, columns: int, bias: Tens
     rows = tensors[""].shape[0]
     if kernel == "scaled_mm" and few > FP8_ROWS and rows % 16 == 0:
         return _scaled_mm(x, tensors, bias)
-    from formats import triton_kernel
-
     return triton_kernel.linear(format, x, tensors, columns, bias)
 
 

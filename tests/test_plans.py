@@ -1,4 +1,4 @@
-"""The embedded model's plans at three budgets: they fit, and one, made again, loads to the byte and measures as it says."""
+"""The embedded model's plans at three budgets: they fit, and one, made again, measures as it says."""
 
 from pathlib import Path
 

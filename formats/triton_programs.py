@@ -1,0 +1,269 @@
+"""Triton programs that multiply packed codes: `vector_program` for a few rows of inputs, `tile_program` for more.
+
+Both walk a row of the weight in runs: 32 codes of b bits, which are b whole words and lie in one group. Where code k of
+a run lies is known when the program is compiled, so that unpacking takes one or two instructions, in registers.
+formats.triton_kernel imports this file when a weight is first run: triton may be missing. May import: triton only.
+
+Arguments of both: x [m, columns], words int32 [rows, vectors * vector], scales int16 (bits of fp16) [rows, groups],
+zeros (by `kind`: "integer" int32 [zero_words], one stream of codes; "float" int16 like scales; "fixed" or "fp8", whose
+codes are e4m3 bytes, unread), bias [rows] or None. `fixed` is the zero that is not stored; `runs` the runs to a group;
+`vector` how many words a load takes at once.
+"""
+
+import triton
+import triton.language as tl
+
+_COUNTS = ["count", "vectors", "groups", "zero_words"]  # that they divide by 16 helps nothing: no compilation for it
+
+
+@triton.jit
+def _split(tile):
+    """[a, b, n] → n tensors [a, b], in order."""
+    count: tl.constexpr = tile.shape[2]
+    if count == 1:
+        return (tl.reshape(tile, tile.shape[0], tile.shape[1]),)
+    else:
+        halves = tl.reshape(tile, tile.shape[0], tile.shape[1], 2, count // 2)
+        low, high = tl.split(tl.permute(halves, 0, 1, 3, 2))
+        return _split(low) + _split(high)
+
+
+@triton.jit
+def _load_words(words, row, run, vectors, bits: tl.constexpr, vector: tl.constexpr):
+    """The `bits` words, uint32 [rows, runs] each, of runs `run` of rows `row`; anything past a row's end, where inputs
+    are 0 and every level is finite."""
+    at = run * (bits // vector)
+    words += (row[:, None] * vectors + at[None, :])[:, :, None] * vector + tl.arange(0, vector)[None, None, :]
+    loaded = ()
+    for part in tl.static_range(bits // vector):
+        tile = tl.load(words + part * vector, mask=(at + part < vectors)[None, :, None])
+        loaded = loaded + _split(tile.to(tl.uint32, bitcast=True))
+    return loaded
+
+
+@triton.jit
+def _fp8(words, k: tl.constexpr):
+    """e4m3 code k of the runs whose words are given: float32, its value / 256."""
+    # The 4 exponent and 3 mantissa bits, moved to those of fp16, are right but for the bias: 7, not 15. Subnormals too.
+    # Two codes are moved at once: 0 and 2, or 1 and 3. No conversion from e4m3, which GPUs before 8.9 lack.
+    pair = words[k // 4] << 8 if k % 2 == 0 else words[k // 4]
+    pair = (pair & 0x80008000) | ((pair & 0x7F007F00) >> 1)
+    return (pair >> (k % 4 // 2 * 16)).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _product(words, value, k: tl.constexpr, bits: tl.constexpr, kind: tl.constexpr):
+    """Code k of the runs [rows, runs] times `value` [m, 1, runs] times 2^-85; of an e4m3 code, its value / 256."""
+    index: tl.constexpr = k * bits // 32
+    first: tl.constexpr = k * bits % 32
+    if kind == "fp8":
+        return _fp8(words, k)[None] * value
+    else:
+        # The word with all but the code masked away *is* a float: the code times 2^(place - 149), a subnormal, which
+        # GPUs multiply exactly and at full speed. The input, below 2^63, makes up for the place. So a code costs a mask
+        # and a multiply-add; one shift serves all codes of a word that lie where a float has its exponent.
+        place: tl.constexpr = 0 if first + bits > 32 else first - 9 if first + bits > 23 else first
+        if first + bits > 32:
+            moved = (words[index] >> first) | (words[index + 1] << (32 - first))
+        elif first + bits > 23:
+            moved = words[index] >> 9
+        else:
+            moved = words[index]
+        code = (moved & (((1 << bits) - 1) << place)).to(tl.float32, bitcast=True)
+        return code[None] * (value * 2.0 ** (64 - place))
+
+
+@triton.jit
+def _level(words, k: tl.constexpr, bits: tl.constexpr, kind: tl.constexpr):
+    """Code k of the runs whose words are given: float32, the code + 2^bits; of an e4m3 code its value / 256."""
+    index: tl.constexpr = k * bits // 32
+    first: tl.constexpr = k * bits % 32
+    if kind == "fp8":
+        return _fp8(words, k)
+    else:
+        # Moved to the top of the mantissa of a float whose exponent says 2^bits: no conversion of integers, which GPUs
+        # before 9.0 do at an eighth of the speed, and no rounding. Bits beside the code are masked away.
+        shift: tl.constexpr = first - (23 - bits)
+        if shift < 0:
+            moved = words[index] << -shift
+        elif first + bits > 32:
+            moved = (words[index] >> shift) | (words[index + 1] << (32 - shift))
+        else:
+            moved = words[index] >> shift
+        number = (moved & (((1 << bits) - 1) << (23 - bits))) | ((127 + bits) << 23)
+        return number.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _values(words, scale, offset, k: tl.constexpr, step: tl.constexpr, bits: tl.constexpr, kind: tl.constexpr, dtype):
+    """Codes k, k + step, … of the runs as level * scale + offset: [rows, runs, 32 / step], the bits of `dtype`."""
+    if step == 32:
+        value = (_level(words, k, bits, kind) * scale + offset).to(dtype)
+        return value.to(tl.int32 if dtype == tl.float32 else tl.int16, bitcast=True)
+    else:
+        even = _values(words, scale, offset, k, 2 * step, bits, kind, dtype)
+        odd = _values(words, scale, offset, k + step, 2 * step, bits, kind, dtype)
+        return tl.reshape(tl.join(even, odd), scale.shape[0], scale.shape[1], 32 // step)
+
+
+@triton.jit
+def _as_float(halves):
+    """Bits of fp16 values, int16 → float32."""
+    return halves.to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _zero(zeros, halves, group, base, zero_words, inside, bits: tl.constexpr, kind: tl.constexpr, fixed: tl.constexpr):
+    """The zeros of runs: float32 [rows, runs], or a number. `group` counts from group `base`; `halves` are the bits of
+    fp16 zeros, where they are that."""
+    if kind == "integer":
+        first = base * bits
+        bit = group * bits + (first % 32).to(tl.int32)
+        word = first // 32 + bit // 32
+        code = tl.load(zeros + word, mask=inside, other=0).to(tl.uint32, bitcast=True) >> (bit % 32)
+        if 32 % bits != 0:  # codes straddle words
+            more = tl.load(zeros + word + 1, mask=inside & (word + 1 < zero_words), other=0)
+            code |= (more.to(tl.uint32, bitcast=True) << 1) << (31 - bit % 32)
+        return (code & ((1 << bits) - 1)).to(tl.float32)
+    elif kind == "float":
+        return _as_float(halves)
+    else:
+        return fixed
+
+
+@triton.jit(do_not_specialize=_COUNTS)
+def vector_program(
+    x,
+    words,
+    scales,
+    zeros,
+    bias,
+    out,
+    count,
+    columns,
+    rows,
+    vectors,
+    groups,
+    zero_words,
+    bits: tl.constexpr,
+    kind: tl.constexpr,
+    fixed: tl.constexpr,
+    runs: tl.constexpr,
+    vector: tl.constexpr,
+    block_m: tl.constexpr,
+    block_n: tl.constexpr,
+    block_r: tl.constexpr,
+):
+    """out [count, rows] for count ≤ block_m. A program has `block_n` rows, a thread one run of each at a time: it holds
+    the run's words and its 32 inputs, and nothing passes between threads before the last sum. Grid: blocks of rows."""
+    first = tl.program_id(0).to(tl.int64) * block_n
+    row = tl.minimum(tl.arange(0, block_n), (rows - 1 - first).to(tl.int32))
+    m = tl.minimum(tl.arange(0, block_m), count - 1)
+    words += first * (vectors * vector)
+    chunk: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth  # inputs that a thread loads at once
+    total = tl.full((block_m, block_n, block_r), 0, tl.float32)
+    for start in range(0, columns, block_r * 32):
+        # No vector loads across runs: one run to a thread, as its inputs are loaded.
+        run = tl.max_contiguous(start // 32 + tl.arange(0, block_r), 1)
+        inside = (run * 32 < columns)[None, :]
+        group = row[:, None] * groups + run[None, :] // runs
+        loaded = _load_words(words, row, run, vectors, bits, vector)
+        scale = _as_float(tl.load(scales + first * groups + group, mask=inside, other=0))
+        halves = tl.load(zeros + first * groups + group, mask=inside, other=0) if kind == "float" else 0
+        zero = _zero(zeros, halves, group, first * groups, zero_words, inside, bits, kind, fixed)
+        # Σ (code - zero) x = Σ code x - zero Σ x: the zero and the scale cost once a run, not once a code.
+        dots = tl.full((block_m, block_n, block_r), 0, tl.float32)
+        sums = tl.full((block_m, 1, block_r), 0, tl.float32)
+        k = run[:, None] * 32 + tl.arange(0, chunk)[None, :]
+        pointers = x + m[:, None, None] * columns + k[None]
+        for part in tl.static_range(32 // chunk):
+            inputs = _split(tl.load(pointers + part * chunk, mask=(k + part * chunk < columns)[None], other=0))
+            for i in tl.static_range(chunk):
+                value = inputs[i].to(tl.float32)[:, None, :]
+                sums += value
+                dots += _product(loaded, value, part * chunk + i, bits, kind)
+        total += scale[None] * (dots * (256.0 if kind == "fp8" else 2.0**85) - zero * sums)
+    result = tl.sum(total, axis=2)
+    n = first.to(tl.int32) + tl.arange(0, block_n)
+    if bias is not None:
+        result += tl.load(bias + n, mask=n < rows, other=0).to(tl.float32)[None, :]
+    m = tl.arange(0, block_m)
+    inside = (m < count)[:, None] & (n < rows)[None, :]
+    tl.store(out + m[:, None] * rows + n[None, :], result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=[*_COUNTS, "part_runs"])
+def tile_program(
+    x,
+    words,
+    scales,
+    zeros,
+    bias,
+    out,
+    count,
+    columns,
+    rows,
+    vectors,
+    groups,
+    zero_words,
+    part_runs,
+    bits: tl.constexpr,
+    kind: tl.constexpr,
+    fixed: tl.constexpr,
+    runs: tl.constexpr,
+    vector: tl.constexpr,
+    block_m: tl.constexpr,
+    block_n: tl.constexpr,
+    block_r: tl.constexpr,
+):
+    """out [parts, count, rows]: the products of `part_runs` runs each, a multiple of `block_r`; bias is in part 0. A
+    tile of the weight is dequantized to x's type in registers and multiplied. Grid: blocks of rows, of x, parts."""
+    first = tl.program_id(0).to(tl.int64) * block_n
+    first_m = tl.program_id(1).to(tl.int64) * block_m
+    part = tl.program_id(2)
+    row = tl.minimum(tl.arange(0, block_n), (rows - 1 - first).to(tl.int32))
+    m = tl.minimum(tl.arange(0, block_m), (count - 1 - first_m).to(tl.int32))
+    words += first * (vectors * vector)
+    scales += first * groups
+    x += first_m * columns
+    start = part * part_runs
+    stop = tl.minimum(start + part_runs, (columns + 31) // 32)
+    # Loads of two bytes cannot be copied ahead to shared memory, as Triton does with the others: scales and fp16 zeros
+    # are loaded one step ahead into registers.
+    run = start + tl.arange(0, block_r)
+    group = row[:, None] * groups + run[None, :] // runs
+    inside = (run * 32 < columns)[None, :]
+    next_scale = tl.load(scales + group, mask=inside, other=0)
+    next_zero = tl.load(zeros + first * groups + group, mask=inside, other=0) if kind == "float" else 0
+    total = tl.full((block_m, block_n), 0, tl.float32)
+    for begin in range(start, stop, block_r):
+        run = begin + tl.arange(0, block_r)
+        group = row[:, None] * groups + run[None, :] // runs
+        inside = (run * 32 < columns)[None, :]
+        k = begin * 32 + tl.arange(0, block_r * 32)
+        inputs = tl.load(x + m[:, None] * columns + k[None, :], mask=(k < columns)[None, :], other=0)
+        loaded = _load_words(words, row, run, vectors, bits, vector)
+        scale = _as_float(next_scale)
+        zero = _zero(zeros, next_zero, group, first * groups, zero_words, inside, bits, kind, fixed)
+        ahead = row[:, None] * groups + (run + block_r)[None, :] // runs
+        inside = ((run + block_r) * 32 < columns)[None, :]
+        next_scale = tl.load(scales + ahead, mask=inside, other=0)
+        if kind == "float":
+            next_zero = tl.load(zeros + first * groups + ahead, mask=inside, other=0)
+        if kind == "fp8":
+            scale *= 256.0
+            offset = zero * scale  # 0
+        else:
+            offset = -(zero + (1 << bits)) * scale
+        # As bits until the end: where a reshaped tile goes to shared memory as it is, Triton 3.6 fails on some layouts.
+        values = _values(loaded, scale, offset, 0, 1, bits, kind, x.dtype.element_ty)
+        weight = tl.reshape(values, block_n, block_r * 32).to(x.dtype.element_ty, bitcast=True)
+        total = tl.dot(inputs, tl.trans(weight), total, input_precision="ieee")
+    n = first.to(tl.int32) + tl.arange(0, block_n)
+    if bias is not None:
+        added = tl.load(bias + n, mask=n < rows, other=0).to(tl.float32)
+        total += tl.where(part == 0, added, 0.0)[None, :]
+    m = tl.arange(0, block_m)
+    inside = (m < count - first_m)[:, None] & (n < rows)[None, :]
+    out += (part * count + first_m) * rows
+    tl.store(out + m[:, None] * rows + n[None, :], total.to(out.dtype.element_ty), mask=inside)
