@@ -11,7 +11,7 @@ from formats.integers import SHRINK, SIGN_FACTORS, IntegerFormat
 from formats.rounding import ROUNDINGS, Hessian, refuse_misfit, rounding_alone, rounding_for, rounding_named
 from formats.table import FORMATS, MENU, format_named
 
-SHAPES = [(8, 64), (5, 172), (3, 33), (2, 256)]
+SHAPES = [(5, 172), (3, 33), (2, 256)]
 CASES = [(f, r) for f in FORMATS.values() for r in ROUNDINGS.values() if r.alone and r.fits(f)]
 INTEGERS = [f for f in FORMATS.values() if isinstance(f, IntegerFormat)]
 NAMES = [f"{f.name}-{r.name}" for f, r in CASES]

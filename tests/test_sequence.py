@@ -81,8 +81,13 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("rounding", ["gptq", "awq", "tuned"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("name", "rounding"),
+    [
+        *((name, "gptq") for name in ARCHITECTURES),
+        *(("llama", "awq"), ("gpt2", "awq"), ("mixtral", "tuned"), ("gemma2", "tuned")),
+    ],
+)
 def test_the_loaded_model_has_the_codes_and_vectors_on_disk(name, rounding, session_of, tmp_path):
     session = session_of(name)
     plan = uniform_plan(session, "int3-g32", rounding)
