@@ -23,6 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.machine import described
+from benchmarks.shapes import LLAMA_8B
 from formats.kernels import machine
 from planner.card import save
 from planner.device import plan_needs
@@ -41,10 +42,6 @@ from sensitivity.text import Blocks, Texts
 SMALL = LlamaConfig(
     vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16,
     num_key_value_heads=4, max_position_embeddings=8192, tie_word_embeddings=False,
-)  # fmt: skip
-LARGE = LlamaConfig(
-    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-    num_key_value_heads=8, max_position_embeddings=131072, tie_word_embeddings=False, rope_theta=5e5,
 )  # fmt: skip
 PLANS = {
     "int8": ("int8", "native"),
@@ -185,7 +182,7 @@ def main() -> None:
     print(described(arguments.device))
     with tempfile.TemporaryDirectory(prefix="bitplan-memory-") as place:
         folder = Path(place) / "model"
-        make_model(LARGE if arguments.large else SMALL, folder)
+        make_model(LLAMA_8B if arguments.large else SMALL, folder)
         source, rows = sources.find(folder), []
         for name, (formats, kv_format) in PLANS.items():
             file = Path(place) / "plan.json"
