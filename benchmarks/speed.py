@@ -139,7 +139,10 @@ def kept(name: str, setting: Setting, redo: list[str], work: Any) -> dict[str, A
     result["took"] = time.time() - began
     setting.folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result))
+    torch.compiler.reset()  # it holds compiled models
     gc.collect()
+    if setting.device != "cpu":
+        torch.cuda.empty_cache()
     return result
 
 
@@ -169,7 +172,8 @@ def table(found: dict[str, dict[str, Any]], setting: Setting, weights: int) -> s
 def notes(found: dict[str, dict[str, Any]], setting: Setting) -> list[str]:
     """What a reader must know beside the figures."""
     told = [f"{name}: {note}" for name, result in found.items() for note in result.get("notes", [])]
-    told += dict.fromkeys(result["version"] for result in found.values() if "version" in result)
+    if peers := dict.fromkeys(result["version"] for result in found.values() if "version" in result):
+        told += [*peers, "peers leave the embedding in floats; a step reads but a row of it"]
     kept = [result.get("copy", []) for result in found.values()]
     copies = [speed / 1e9 for speeds in kept for speed in (speeds if isinstance(speeds, list) else [speeds])]
     told.append(
@@ -201,7 +205,9 @@ def main() -> None:
     setting = Setting(shape, arguments.device, arguments.threads, arguments.limit)
     redo = arguments.redo.split(",")
     names = arguments.rows.split(",") if arguments.rows else setting.rows(arguments.peers)
-    found = {name: kept(name, setting, redo, lambda name=name: row(name, setting)) for name in names}
+    with tempfile.TemporaryDirectory() as compiled:  # what a killed process leaves in the usual place may be broken
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled
+        found = {name: kept(name, setting, redo, lambda name=name: row(name, setting)) for name in names}
     products: dict[str, dict[str, Any]] = {}
     for rows, columns in SIDES if arguments.kernels else ():
         for name in dict.fromkeys((setting.baseline, "bf16", *UNIFORM)):

@@ -3,6 +3,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"  # a worker a core: threads of several would wait for each other, in children too
 
 import pytest
 import torch
