@@ -1,97 +1,29 @@
 """Profile and budget → plan, never worse than uniform. May import: formats, sensitivity, search, planner."""
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from formats.errors import BitplanError, BudgetInfeasible
+from transformers import PreTrainedModel
+
+from formats.errors import BitplanError
 from formats.rounding import refuse_misfit, rounding_for
 from formats.table import FORMATS
-from planner.budget import human
 from planner.heal import round_missing
+from planner.judge import Judge
 from planner.materialize import materialize
+from planner.menu import Menu, refuse_infeasible
 from planner.plan import DTYPES, NATIVE_KV, Budget, KVCache, Measured, Plan, PlannedUnit, Predicted, Search, Uniform
 from planner.session import Session
 from search import knapsack
-from search.knapsack import Option, Problem, Solution
+from search.knapsack import Solution
 from search.study import Allocation, search
 from sensitivity.bank import Choice
-from sensitivity.loss import Judgement, Reference
-from sensitivity.profile import Profile, Row
 from sensitivity.store import sha256
+from sensitivity.task import Task
 
 JUDGED_UNIFORM = 3
 """Uniform plans, of least predicted loss, that are judged on the search text."""
-
-
-@dataclass(frozen=True)
-class Menu:
-    """A profile as the knapsack's problem."""
-
-    profile: Profile
-    problem: Problem
-    rows: dict[tuple[str, Choice], Row]
-    members: dict[str, list[str]]
-    """Group → its units."""
-
-    def nbytes(self, allocation: Allocation) -> int:
-        return self.profile.kept_bytes + sum(self._option(g, c).nbytes for g, c in allocation.items())
-
-    def loss(self, allocation: Allocation) -> float:
-        return sum(self._option(g, c).loss for g, c in allocation.items())
-
-    def _option(self, group: str, choice: Choice) -> Option:
-        return next(option for option in self.problem[group] if option.choice == choice)
-
-    def uniform(self, budget: int) -> list[tuple[Choice, Allocation]]:
-        """Allocations of one choice for all that fit the budget, by rising predicted loss."""
-        common = set.intersection(*({option.choice for option in options} for options in self.problem.values()))
-        all_alike = [(choice, dict.fromkeys(self.problem, choice)) for choice in sorted(common)]
-        fitting = [(choice, alike) for choice, alike in all_alike if self.nbytes(alike) <= budget]
-        return sorted(fitting, key=lambda pair: self.loss(pair[1]))
-
-
-def menu_of(profile: Profile, formats: Sequence[str] | None = None) -> Menu:
-    """Group the profile's rows; with `formats`, only those and the checkpoint's own types."""
-    rows = {(row.unit, Choice(row.format, row.rounding)): row for row in profile.rows}
-    native = {unit.name: DTYPES[unit.dtype] for unit in profile.units}
-    choices: dict[str, list[Choice]] = defaultdict(list)
-    for name, choice in rows:
-        if formats is None or choice.format in formats or choice.format == native[name]:
-            choices[name].append(choice)
-    members: dict[str, list[str]] = defaultdict(list)
-    for unit in profile.units:
-        members[unit.group].append(unit.name)
-    problem = {}
-    for group, names in members.items():
-        shared = [choice for choice in choices[names[0]] if all(choice in choices[name] for name in names)]
-        problem[group] = [
-            Option(choice, sum(rows[n, choice].bytes for n in names), sum(rows[n, choice].cost for n in names))
-            for choice in shared
-        ]
-    return Menu(profile, problem, rows, dict(members))
-
-
-def refuse_infeasible(menu: Menu, budget: Budget) -> None:
-    """Raises BudgetInfeasible, which says what was asked, what is the least, and what to change."""
-    kept = menu.profile.kept_bytes
-    least = knapsack.floor(menu.problem) + kept
-    if budget.weights >= least:
-        return
-    parameters = menu.profile.provenance.model.parameters
-    names = {option.choice.format for options in menu.problem.values() for option in options}
-    in_large = {name: format.nbytes(4096, 4096) for name, format in FORMATS.items()}
-    smaller = [name for name, size in in_large.items() if size < min(size for name in names)]
-    ways = [f"raise the budget to at least --budget {least}B"]
-    ways += [f"add a smaller format to --formats ({', '.join(smaller)})"] if smaller else []
-    ways += ["drop --keep"] if any(entry.reason == "kept on request" for entry in menu.profile.kept) else []
-    raise BudgetInfeasible(
-        f"{budget.asked} is {budget.weights:,} bytes{' for weights' if budget.device else ''}, and the least that the"
-        f" formats {', '.join(sorted(names))} allow is"
-        f" {least:,} bytes ({human(least)}, {least * 8 / parameters:.3f} bits per weight), of which {kept:,} bytes are"
-        f" {len(menu.profile.kept)} tensors kept as they are: {', or '.join(ways)}"
-    )
 
 
 @dataclass(frozen=True)
@@ -151,7 +83,7 @@ def assemble(
         units=tuple(units),
         kept=menu.profile.kept,
         healed=finish.healed and any(not unit.is_native for unit in units),
-        predicted=Predicted(nll=menu.loss(allocation), bound=solution.bound, gap=solution.gap),
+        predicted=Predicted(nll=menu.loss(allocation), bound=solution.bound),
         provenance=menu.profile.provenance,
         **parts,
     )
@@ -175,60 +107,63 @@ def make_plan(
     trials: int,
     device: str = "auto",
     kv_cache: KVCache = NATIVE_KV,
+    task: Task | None = None,
 ) -> Plan:
-    """Search, materialise the winner and the best uniform plan that fits, judge both on held-out text, keep the better.
-    A KV cache of another format is judged too, alone and then with both.
+    """Search, materialise the winner and the best uniform plan that fits, judge both held out, keep the better: by KL,
+    or by the task's loss where there is a task. A KV cache of another format is judged too, alone and then with both.
 
     Candidates are judged with each unit's codes chosen alone; the two at the end have theirs made as `finish` says.
-    Raises BudgetInfeasible before anything runs.
+    Raises BudgetInfeasible and UsageError before anything runs.
     """
     refuse_infeasible(menu, budget)
+    judge = Judge(session, task)
     session.gather()
     room = budget.weights - menu.profile.kept_bytes
-    on_search = Reference(session.model, session.texts.search)
 
-    def judge(allocation: Allocation) -> float:
+    def judged(allocation: Allocation, by: Callable[[PreTrainedModel], float] = judge.loss) -> float:
         for group, choice in allocation.items():
             for name in menu.members[group]:
                 unit = session.bench.units[name]
                 session.bench.exchange(unit, session.bank.dequantized(unit, choice))
-        kl = on_search.judge(session.model).kl
+        found = by(session.model)
         for unit in session.bench.units.values():
             session.bench.restore(unit)
-        return kl
+        return found
 
-    problem_key = sha256(repr(menu.problem), str(room), session.texts.search.fingerprint)[:24]
-    journal = session.bank.folder / "studies" / f"{problem_key}.log"
-    best, exact = search(menu.problem, room, judge, trials=trials, journal=journal, name=problem_key)
-    candidates = [(judge(alike), choice, alike) for choice, alike in menu.uniform(budget.weights)[:JUDGED_UNIFORM]]
-    on_heldout = Reference(session.model, session.texts.heldout)
+    key = sha256(repr(menu.problem), str(room), judge.fingerprint)[:24]
+    journal = session.bank.folder / "studies" / f"{key}.log"
+    best, exact = search(menu.problem, room, judged, trials=trials, journal=journal, name=key)
+    candidates = [(judged(alike), choice, alike) for choice, alike in menu.uniform(budget.weights)[:JUDGED_UNIFORM]]
     if kv_cache.format != "native":
-        alone = on_heldout.judge(session.model, kv_cache.format)
+        alone = judge.heldout(session.model, kv_cache.format)
         kv_cache = kv_cache.model_copy(update={"kl": alone.kl, "kl_se": alone.kl_se})
 
-    def measure(plan: Plan, expected: float) -> Measured:
-        """Judge the loaded model; on the way, that it computes what its weights say (`expected` KL on the search text,
-        from codes that gptq chose for each unit alone: a lesser rounding may lose more)."""
+    def measure(plan: Plan, allocation: Allocation) -> Measured:
+        """Judge the loaded model; on the way, that it computes what its weights say (by KL on the search text, with
+        codes that gptq chose for each unit alone: a lesser rounding may lose more)."""
+        expected = judged(allocation, judge.kl)
         round_missing(plan, session)
         model = materialize(plan, session.source, device)
-        loaded = on_search.judge(model).kl
+        loaded = judge.kl(model)
         if finish.rounding not in ("nearest", "awq") and not loaded < 1.5 * expected + 0.02:
             raise BitplanError(
                 f"the loaded model is {loaded:.4f} nats from full precision, its weights alone make {expected:.4f}:"
                 f" {type(model).__name__} uses weights in a way that packed ones do not serve; keep some with --keep"
             )
-        return measured(on_heldout.judge(model, kv_cache.format))
+        return judge.heldout(model, kv_cache.format)
 
-    facts = Search(trials=best.trials, best_trial=best.trial, kl=best.kl, first_kl=best.first_kl)
+    facts = Search(
+        trials=best.trials, best_trial=best.trial, loss=best.loss, first_loss=best.first_loss, task=judge.task
+    )
     plan = assemble(menu, best.allocation, budget, exact, finish, search=facts, kv_cache=kv_cache)
-    plan = plan.model_copy(update={"measured": measure(plan, best.kl)})
+    plan = plan.model_copy(update={"measured": measure(plan, best.allocation)})
     if not candidates:
         return plan
-    kl, choice, alike = min(candidates, key=lambda candidate: candidate[0])
+    _, choice, alike = min(candidates, key=lambda candidate: candidate[0])
     uniform_plan = assemble(menu, alike, budget, exact, finish, shipped="uniform", search=facts, kv_cache=kv_cache)
-    uniform = _uniform(menu, choice, alike, finish, measure(uniform_plan, kl))
+    uniform = _uniform(menu, choice, alike, finish, measure(uniform_plan, alike))
     assert plan.measured is not None and uniform.measured is not None
-    if uniform.measured.kl < plan.measured.kl:
+    if uniform.measured.loss < plan.measured.loss:
         return uniform_plan.model_copy(update={"measured": uniform.measured, "uniform": uniform})
     return plan.model_copy(update={"uniform": uniform})
 
@@ -243,7 +178,3 @@ def _uniform(
         predicted_nll=menu.loss(alike),
         measured=measured,
     )
-
-
-def measured(judgement: Judgement) -> Measured:
-    return Measured(**{name: getattr(judgement, name) for name in Measured.model_fields})

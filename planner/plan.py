@@ -57,7 +57,22 @@ class Predicted(Strict):
 
     nll: float
     bound: float
-    gap: float
+
+
+class TaskMeasured(Strict):
+    """A model on the held-out items of a task, beside full precision on the same items."""
+
+    items: int
+    baseline: float
+    """Full precision's accuracy, or its nats per token where the task is text."""
+    quantized: float
+    difference: float
+    low: float
+    high: float
+    """A 95 % interval of the paired difference."""
+    loss: float
+    """Mean nats an item above full precision, which the search makes least (`sensitivity.score.losses`)."""
+    loss_se: float
 
 
 class Measured(Strict):
@@ -70,6 +85,12 @@ class Measured(Strict):
     delta_nll_se: float
     kl: float
     kl_se: float
+    task: TaskMeasured | None = None
+
+    @property
+    def loss(self) -> float:
+        """What the better of two plans has less of: the task's loss where there is a task, else KL."""
+        return self.task.loss if self.task else self.kl
 
 
 class Uniform(Strict):
@@ -82,17 +103,30 @@ class Uniform(Strict):
     measured: Measured | None = None
 
 
+class TaskFacts(Strict):
+    """The task that a plan was searched for: which items, and how many chose and were reported."""
+
+    name: str
+    kind: Literal["choice", "exact", "text"]
+    sha256: str
+    search_items: int
+    heldout_items: int
+
+
 class Search(Strict):
+    """Losses are KL on the search text in nats per token, or with a task its mean loss on the search half."""
+
     trials: int
     best_trial: int
-    kl: float
-    """Of the best trial, on the search text."""
-    first_kl: float
-    """Of the unbent knapsack's solution, on the search text."""
+    loss: float
+    """Of the best trial."""
+    first_loss: float
+    """Of the unbent knapsack's solution."""
+    task: TaskFacts | None = None
 
 
 class Plan(Strict):
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     budget: Budget
     bytes: Bytes
     bits_per_weight: float

@@ -4,6 +4,7 @@ May import: formats, sensitivity, planner.plan.
 """
 
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,7 @@ from sensitivity import source as sources
 from sensitivity import text as texts
 from sensitivity.bank import Bank, Workbench, workspace
 from sensitivity.curvature import StatisticsStore, gather
-from sensitivity.graph import Graph, build_graph
+from sensitivity.graph import Graph, Unit, build_graph
 from sensitivity.profile import ModelFacts, Provenance, TextFacts, TextPart
 from sensitivity.source import Source
 from sensitivity.text import Blocks, Texts
@@ -44,11 +45,12 @@ class Session:
     whole: bool = True
     """The model is on the device as it runs; otherwise it stays where transformers loads it, on the CPU."""
 
-    def gather(self) -> None:
-        """Make sure of every unit's statistics. Raises RoundingFailed."""
-        if any(unit not in self.store for unit in self.graph.units):
+    def gather(self, units: Sequence[Unit] | None = None) -> None:
+        """Make sure of the statistics of all units, or of these. Raises RoundingFailed."""
+        units = self.graph.units if units is None else units
+        if any(unit not in self.store for unit in units):
             model = self.model if self.whole else load_reference(self.source, self.device)
-            gather(model, self.graph, self.texts.calibration, self.store, SEED)
+            gather(model, units, self.texts.calibration, self.store, SEED)
 
     @property
     def compared(self) -> Path:
@@ -182,7 +184,8 @@ def recall_texts(
     if not files and not places:
         return None
     given = ", ".join(file.name for file in files) if files else "this Python's standard library"
+    more = " and its --heldout" if "heldout" in needed else ""
     raise PlanMismatch(
         f"{given} is not the text that was used ({facts.source}; fingerprint {facts.calibration.sha256[:12]}): give"
-        f" that text (and its --heldout), or start again with this one"
+        f" that text{more}, or start again with this one"
     )

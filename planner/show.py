@@ -13,7 +13,7 @@ from formats.kernels import Kernel, Machine, choose
 from formats.table import FORMATS
 from planner.budget import human
 from planner.compare import Line, TaskLine
-from planner.plan import KVCache, Plan, PlannedUnit
+from planner.plan import KVCache, Plan, PlannedUnit, TaskFacts, TaskMeasured
 from planner.recommend import Advice
 from sensitivity.profile import Profile
 
@@ -32,13 +32,30 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> 
     )
 
 
-def folded(plan: Plan) -> list[tuple[str, int, str, int]]:
-    """Units with layer numbers starred: name, how many, format and rounding, bytes."""
-    groups: dict[tuple[str, str], list[int]] = defaultdict(list)
+def folded(plan: Plan) -> list[tuple[str, str, str, int]]:
+    """Units with layer numbers starred: name, which layers, format and rounding, bytes."""
+    groups: dict[str, dict[str, list[PlannedUnit]]] = defaultdict(lambda: defaultdict(list))
     for unit in plan.units:
         choice = unit.format if unit.rounding == "nearest" else f"{unit.format}/{unit.rounding}"
-        groups[NUMBER.sub("*", unit.name), choice].append(unit.bytes)
-    return [(name, len(sizes), choice, sum(sizes)) for (name, choice), sizes in groups.items()]
+        groups[NUMBER.sub("*", unit.name)][choice].append(unit)
+    return [
+        (name, layers([unit.name for unit in units]), choice, sum(unit.bytes for unit in units))
+        for name, choices in groups.items()
+        for choice, units in choices.items()
+    ]
+
+
+def layers(names: Sequence[str]) -> str:
+    """The first number of each name, runs of them joined: 0-3, 7; and how many names, where that is another number."""
+    numbers = sorted({int(found.group()) for name in names if (found := NUMBER.search(name))})
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    told = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return told if len(names) == max(1, len(numbers)) else f"{told} (×{len(names)})"
 
 
 def plan_text(plan: Plan) -> str:
@@ -50,11 +67,8 @@ def plan_text(plan: Plan) -> str:
         f" plan {plan.bytes:,} bytes ({human(plan.bytes)}), {plan.bits_per_weight:.3f} bits per weight",
         "",
         table(
-            ("unit", "", "format", "bytes"),
-            [
-                (name, f"×{count}" if count > 1 else "", choice, f"{size:,}")
-                for name, count, choice, size in folded(plan)
-            ],
+            ("unit", "layers", "format", "bytes"),
+            [(name, at, choice, f"{size:,}") for name, at, choice, size in folded(plan)],
             left=3,
         ),
     ]
@@ -90,26 +104,39 @@ def _figures(plan: Plan) -> list[str]:
             f" {plan.predicted.bound:.4f} by the profile"
         )
     if plan.search:
-        lines.append(
-            f"search: {plan.search.trials} trials, KL on the search text"
-            f" {plan.search.first_kl:.5f} → {plan.search.kl:.5f}"
-        )
+        s = plan.search
+        of = f"loss on {s.task.search_items} items of {s.task.name}" if s.task else "KL on the search text"
+        lines.append(f"search: {s.trials} trials, {of} {s.first_loss:.5f} → {s.loss:.5f}")
     if plan.measured:
         m = plan.measured
         lines.append(
             f"measured on {m.tokens:,} held-out tokens: perplexity {m.ppl:.3f},"
             f" {m.delta_nll:+.4f} ± {m.delta_nll_se:.4f} nats, KL {m.kl:.5f} ± {m.kl_se:.5f}"
         )
+    if plan.search and plan.search.task and plan.measured and plan.measured.task:
+        lines.append(_on_task(plan.search.task, plan.measured.task))
     if plan.uniform and plan.uniform.measured:
         u = plan.uniform
         assert u.measured is not None
         verdict = "the search's plan ships" if plan.shipped == "search" else "so the uniform plan ships"
-        lines.append(f"best uniform that fits: {u.format}, {u.bytes:,} bytes, KL {u.measured.kl:.5f}; {verdict}")
+        lost = f"KL {u.measured.kl:.5f}"
+        if u.measured.task:
+            lost += f", loss on the task {u.measured.task.loss:.5f} ± {u.measured.task.loss_se:.5f}"
+        lines.append(f"best uniform that fits: {u.format}, {u.bytes:,} bytes, {lost}; {verdict}")
     elif plan.uniform:
         lines.append(
             f"best uniform by prediction: {plan.uniform.format}, {plan.uniform.predicted_nll:.4f} nats; not measured"
         )
     return lines
+
+
+def _on_task(task: TaskFacts, m: TaskMeasured) -> str:
+    accuracy = task.kind != "text"
+    told = _with_interval(accuracy, m.quantized, m.difference, m.low, m.high)
+    return (
+        f"measured on {m.items} held-out items of {task.name}: {'accuracy' if accuracy else 'nats per token'} {told},"
+        f" loss {m.loss:.5f} ± {m.loss_se:.5f}; in brackets the difference from full precision, 95 % interval"
+    )
 
 
 def _kv_text(kv: KVCache) -> str:
@@ -190,9 +217,13 @@ def compare_cells(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
 def _task_cell(found: TaskLine) -> str:
     """The figure, and its difference from full precision with its interval."""
     r = found.result
-    if found.measure == "accuracy":
-        return f"{r.mean_other:.1%} ({100 * r.difference:+.1f}, {100 * r.low:+.1f} … {100 * r.high:+.1f})"
-    return f"{r.mean_other:.4f} ({r.difference:+.4f}, {r.low:+.4f} … {r.high:+.4f})"
+    return _with_interval(found.measure == "accuracy", r.mean_other, r.difference, r.low, r.high)
+
+
+def _with_interval(accuracy: bool, value: float, difference: float, low: float, high: float) -> str:
+    if accuracy:
+        return f"{value:.1%} ({100 * difference:+.1f}, {100 * low:+.1f} … {100 * high:+.1f})"
+    return f"{value:.4f} ({difference:+.4f}, {low:+.4f} … {high:+.4f})"
 
 
 def compare_text(lines: Sequence[Line]) -> str:
@@ -204,21 +235,13 @@ def compare_text(lines: Sequence[Line]) -> str:
     return "\n".join([table(*compare_cells(lines)), *notes])
 
 
-def advice_text(advice: Advice, model: str, gpu: str | None) -> str:
-    """What `bitplan recommend` prints."""
-    lines = [f"{advice.purpose}: {advice.format}. {advice.why}."]
-    if advice.activation:
-        seen = advice.activation
-        lines.append(
-            f"the largest activation on the held-out text is {seen.largest:,.1f}, put out by {seen.module}:"
-            f" {seen.of_fp16:.2%} of FP16's limit"
-        )
+def advice_text(advice: Advice, to_measure: Sequence[str], model: str) -> str:
+    """What `bitplan recommend` prints; `to_measure` are the commands for what is missing."""
+    lines = [f"{advice.purpose}: {advice.format}. {advice.why}.", *advice.notes]
     if advice.rows:
         lines.append(compare_text(advice.rows))
     if advice.missing:
-        lines.append(
-            f"not measured on this text: {', '.join(advice.missing)}; `bitplan compare {model} --formats …` measures"
-        )
-    if advice.purpose == "fit":
-        lines.append(f"plan it: bitplan plan {model} --gpu {gpu or 'SIZE'} -o plan.json")
+        lines.append(f"not measured on this text: {', '.join(advice.missing)}; to measure:")
+        lines += [f"  {command}" for command in to_measure]
+    lines.append(f"what a format loses hangs on the task: bitplan compare {model} --task FILE.jsonl")
     return "\n".join(lines)

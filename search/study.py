@@ -1,4 +1,4 @@
-"""Optuna over the score that feeds the knapsack; each trial is a whole plan, judged by real KL on the search text.
+"""Optuna over the score that feeds the knapsack; each trial is a whole plan, judged by its real loss.
 
 A trial bends the predicted losses: a power (how much a large loss counts against many small ones), a slope over
 depth, a weight per role (q_proj, down_proj, …), then solves the knapsack exactly, so every candidate fits the budget.
@@ -30,9 +30,9 @@ Allocation = dict[str, Choice]
 @dataclass(frozen=True)
 class Best:
     allocation: Allocation
-    kl: float
-    """On the search text."""
-    first_kl: float
+    loss: float
+    """As `judge` gave it."""
+    first_loss: float
     """Of the first trial, the unbent knapsack's solution."""
     trial: int
     trials: int
@@ -70,7 +70,7 @@ def search(
 ) -> tuple[Best, Solution]:
     """Run a study up to `trials` trials in all. Returns the best candidate, and the unbent knapsack's solution.
 
-    `judge(allocation)` gives KL in nats per token. Raises BudgetInfeasible.
+    `judge(allocation)` gives what is to be least: KL on the search text, or a task's nats. Raises BudgetInfeasible.
     """
     exact = solve(problem, budget)
     roles = sorted({role(group) for group in problem})
@@ -109,7 +109,7 @@ def search(
             study.enqueue_trial({"power": 1.0, "slope": 0.0, **{f"role {name}": 0.0 for name in roles}})
         study.optimize(objective, n_trials=1)
         bar.update()
-        bar.set_postfix(kl=f"{study.best_value:.5f}", refresh=False)
+        bar.set_postfix(loss=f"{study.best_value:.5f}", refresh=False)
     bar.close()
     best = min(finished(), key=lambda trial: (_value(trial), trial.number))
     allocation = {group: options[group][i] for group, i in zip(problem, best.user_attrs["indices"], strict=True)}

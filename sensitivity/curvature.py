@@ -9,7 +9,7 @@ and G are taken as independent (as K-FAC does: Martens & Grosse 2015). A looked-
 A = f_v and the gradients of the lookup's output. May import: formats, sensitivity.graph/store/text/trace.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -94,10 +94,12 @@ class StatisticsStore:
         save_tensors(self.path(unit), tensors)
 
 
-def gather(model: PreTrainedModel, graph: Graph, blocks: Blocks, store: StatisticsStore, seed: int = 0) -> None:
-    """Fill `store` for every unit that it lacks. Labels are drawn from the model's own predictions (the true Fisher,
-    which is the curvature of KL), with `seed`. Raises RoundingFailed where a statistic is not finite."""
-    missing = [unit for unit in graph.units if unit not in store]
+def gather(
+    model: PreTrainedModel, units: Sequence[Unit], blocks: Blocks, store: StatisticsStore, seed: int = 0
+) -> None:
+    """Fill `store` for those of the units that it lacks. Labels are drawn from the model's own predictions (the true
+    Fisher, which is the curvature of KL), with `seed`. Raises RoundingFailed where a statistic is not finite."""
+    missing = [unit for unit in units if unit not in store]
     passes: list[list[Unit]] = []
     size = PASS_BYTES + 1
     for unit in missing:
@@ -107,10 +109,10 @@ def gather(model: PreTrainedModel, graph: Graph, blocks: Blocks, store: Statisti
             size = 0
         passes[-1].append(unit)
         size += need
-    for number, units in enumerate(passes, 1):
+    for number, together in enumerate(passes, 1):
         label = "statistics" + (f" {number}/{len(passes)}" if len(passes) > 1 else "")
-        for name, tensors in _one_pass(model, units, store, blocks, seed, label).items():
-            unit = next(unit for unit in units if unit.name == name)
+        for name, tensors in _one_pass(model, together, store, blocks, seed, label).items():
+            unit = next(unit for unit in together if unit.name == name)
             for kind, tensor in tensors.items():
                 if not tensor.isfinite().all():
                     raise RoundingFailed(f"{name}: its {kind} hold NaN or infinity on the calibration text")

@@ -25,13 +25,12 @@ class Scores:
         (lm-evaluation-harness's acc). exact: 1 where greedy text is the answer. text: nats per token.
     per_byte: choice only: the same with each log-likelihood divided by its choice's UTF-8 bytes (acc_bytes, which
         favours no short choices; its acc_norm divides by characters).
-    nats: the smooth loss that a search can follow, lower is better. choice: -log of the right choice's softmax over
-        the choices' log-likelihoods. exact: -Σ log p of the answer's tokens. text: as `values`.
+    likelihoods: an item's rows together, Σ log p of each row's scored tokens, float64 [rows].
     """
 
     kind: Kind
     values: Tensor
-    nats: Tensor
+    likelihoods: list[Tensor]
     per_byte: Tensor | None = None
 
     @property
@@ -44,39 +43,52 @@ class Scores:
         """text: e to the mean nats per token."""
         return exp(min(self.mean, 700.0)) if self.kind == "text" else None
 
-    @property
-    def loss(self) -> float:
-        """The search's objective: mean nats an item."""
-        return float(self.nats.mean())
-
 
 @torch.no_grad()
 def score(model: PreTrainedModel, task: Task, kv_format: str = "native") -> Scores:
     """Score a model, wherever it is, on every item; keys and values go through a KV cache of another format, where one
     is named. Raises FormatUnavailable and UnknownFormat for what the cache cannot be."""
-    rows = [row for item in task.items for row in item.rows]
-    likelihoods = iter(log_likelihoods(model, rows, kv_format, task.name))
-    values, nats, per_byte = [], [], []
-    for item in task.items:
-        found = torch.tensor([next(likelihoods) for _ in item.rows], dtype=torch.float64)
-        if task.kind == "choice":
-            values.append(_is_best(found, item.answer))
-            per_byte.append(_is_best(found / torch.tensor(item.sizes), item.answer))
-            nats.append(float(-found.log_softmax(0)[item.answer]))
-        else:
-            nats.append(float(-found.sum()))
+    found = likelihoods(model, task, kv_format)
+    if task.kind == "text":
+        return Scores(task.kind, _nats(task, found), found)
     if task.kind == "exact":
-        values = [float(writes(model, task, item, kv_format)) for item in progress(task.items, desc=task.name)]
-    elif task.kind == "text":
-        nats = [total / sum(row.scored for row in item.rows) for total, item in zip(nats, task.items, strict=True)]
-        values = nats
-    losses = torch.tensor(nats, dtype=torch.float64).nan_to_num(torch.inf)
+        written = [float(writes(model, task, item, kv_format)) for item in progress(task.items, desc=task.name)]
+        return Scores(task.kind, torch.tensor(written, dtype=torch.float64), found)
+    pairs = list(zip(task.items, found, strict=True))
+    right = [_is_best(of, item.answer) for item, of in pairs]
+    per_byte = [_is_best(of / torch.tensor(item.sizes), item.answer) for item, of in pairs]
     return Scores(
-        task.kind,
-        losses if task.kind == "text" else torch.tensor(values, dtype=torch.float64),
-        losses,
-        torch.tensor(per_byte, dtype=torch.float64) if task.kind == "choice" else None,
+        task.kind, torch.tensor(right, dtype=torch.float64), found, torch.tensor(per_byte, dtype=torch.float64)
     )
+
+
+@torch.no_grad()
+def likelihoods(model: PreTrainedModel, task: Task, kv_format: str = "native") -> list[Tensor]:
+    """`Scores.likelihoods` alone: nothing is written, so an exact task costs no more than its answers' tokens."""
+    rows = [row for item in task.items for row in item.rows]
+    found = torch.tensor(log_likelihoods(model, rows, kv_format, task.name), dtype=torch.float64)
+    return list(found.split([len(item.rows) for item in task.items]))
+
+
+def losses(task: Task, base: list[Tensor], other: list[Tensor]) -> Tensor:
+    """The smooth loss that a search can follow, from two models' `likelihoods`: nats an item above `base`, 0 for
+    itself, float64 [items].
+
+    choice: KL(base || other) between the softmaxes over the choices' log-likelihoods. So an item counts by how near
+    its choices are, and one of which the base is sure and wrong, as much as one of which it is sure and right. exact:
+    -Σ log p of the answer's tokens, less the base's. text: nats per token, less the base's.
+    """
+    if task.kind != "choice":
+        return (_nats(task, other) - _nats(task, base)).nan_to_num(torch.inf, posinf=torch.inf)
+    pairs = [(p.log_softmax(0), q.log_softmax(0)) for p, q in zip(base, other, strict=True)]
+    return torch.stack([(p.exp() * (p - q)).sum() for p, q in pairs]).nan_to_num(torch.inf, posinf=torch.inf)
+
+
+def _nats(task: Task, found: list[Tensor]) -> Tensor:
+    """-Σ log p of an item's scored tokens, for text by their number."""
+    tokens = [sum(row.scored for row in item.rows) if task.kind == "text" else 1 for item in task.items]
+    nats = torch.stack([-of.sum() for of in found]) / torch.tensor(tokens, dtype=torch.float64)
+    return nats.nan_to_num(torch.inf, posinf=torch.inf)
 
 
 def _is_best(likelihoods: Tensor, answer: int) -> float:

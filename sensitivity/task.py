@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from random import Random
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +23,8 @@ Kind = Literal["choice", "exact", "text"]
 SLACK = 4
 """Tokens that an exact answer may take beyond its own, for the line's end."""
 PREVIEW = 40
+FEWEST = 20
+"""Items that a task must have to be searched with: half of them choose, half are reported."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,19 @@ class Task:
     def fingerprint(self) -> str:
         """sha256 over the kind and all tokens and answers: the same words in another tokenizer are another task."""
         return sha256(self.kind, repr(self.items))
+
+    def halves(self) -> tuple["Task", "Task"]:
+        """Two tasks without an item in common, by a fixed shuffle: one to choose with, one to report. An item that is
+        there twice counts once. Raises UsageError for fewer than FEWEST."""
+        items = list(dict.fromkeys(self.items))
+        if len(items) < FEWEST:
+            raise UsageError(
+                f"{self.name} has {len(items)} different items, of which half choose and half are reported: give"
+                f" {FEWEST} or more"
+            )
+        Random(0).shuffle(items)
+        middle = len(items) // 2
+        return replace(self, items=tuple(items[:middle])), replace(self, items=tuple(items[middle:]))
 
     @property
     def note(self) -> str | None:

@@ -18,7 +18,7 @@ def gathered(name, tmp_path):
     model = tiny.build(name)
     graph = build_graph(model)
     store = StatisticsStore(tmp_path, graph)
-    gather(model, graph, Blocks(IDS), store, seed=5)
+    gather(model, graph.units, Blocks(IDS), store, seed=5)
     return model, {unit.name: unit for unit in graph.units}, store
 
 
@@ -114,7 +114,7 @@ def test_gathering_in_passes_changes_nothing(tmp_path, monkeypatch):
 def test_gathering_again_does_nothing(tmp_path, monkeypatch):
     model, _, store = gathered("llama", tmp_path)
     monkeypatch.setattr("sensitivity.curvature._one_pass", lambda *a: pytest.fail("gathered twice"))
-    gather(model, build_graph(model), Blocks(IDS), store, seed=5)
+    gather(model, build_graph(model).units, Blocks(IDS), store, seed=5)
 
 
 def test_prediction_follows_the_measured_kl_of_small_changes(tmp_path):

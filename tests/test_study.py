@@ -33,8 +33,8 @@ def test_candidates_fit_and_the_first_is_the_knapsacks_own(tmp_path):
     assert seen[0] == exact.choices
     sizes = [sum(next(o.nbytes for o in PROBLEM[g] if o.choice == c) for g, c in a.items()) for a in seen]
     assert max(sizes) <= BUDGET
-    assert best.kl == min(map(judge, seen)) == judge(best.allocation)
-    assert best.kl < judge(exact.choices)  # it learned what the prediction had wrong
+    assert best.loss == min(map(judge, seen)) == judge(best.allocation)
+    assert best.loss < judge(exact.choices)  # it learned what the prediction had wrong
     assert len({tuple(a.values()) for a in seen}) == len(seen)  # no plan is judged twice
 
 
@@ -52,7 +52,7 @@ def test_a_study_that_was_cut_short_ends_as_it_would_have(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         search(PROBLEM, BUDGET, interrupted, trials=12, journal=tmp_path / "cut", name="s")
     resumed, _ = search(PROBLEM, BUDGET, judge, trials=12, journal=tmp_path / "cut", name="s")
-    assert (resumed.allocation, resumed.kl) == (whole.allocation, whole.kl)
+    assert (resumed.allocation, resumed.loss) == (whole.allocation, whole.loss)
 
 
 def test_a_finished_study_is_not_run_again(tmp_path):

@@ -20,7 +20,7 @@ from sensitivity import stdlib
 from sensitivity.harness import harness_questions
 from sensitivity.likelihood import log_likelihoods
 from sensitivity.paired import paired
-from sensitivity.score import score, verdict, writes
+from sensitivity.score import likelihoods, losses, score, verdict, writes
 from sensitivity.task import Question, Row, encode, make_task, read_task
 from tests import tiny
 
@@ -157,10 +157,8 @@ class TestScore:
         right = torch.arange(30) % 3
         assert scores.values.tolist() == (sums.argmax(1) == right).double().tolist()
         assert scores.per_byte.tolist() == ((sums / torch.tensor([1, 3, 2])).argmax(1) == right).double().tolist()
-        expected = -sums.log_softmax(1)[torch.arange(30), right]
-        torch.testing.assert_close(scores.nats.float(), expected, atol=1e-4, rtol=1e-4)
-        assert (scores.mean, scores.loss) == (float(scores.values.mean()), float(scores.nats.mean()))
-        assert scores.ppl is None
+        torch.testing.assert_close(torch.stack(scores.likelihoods).float(), sums, atol=1e-4, rtol=1e-4)
+        assert scores.mean == float(scores.values.mean()) and scores.ppl is None
 
     def test_text_is_nats_per_token_across_windows(self, task_of):
         task = task_of({"text": "a text" * 40}, {"text": "short"})
@@ -187,7 +185,7 @@ class TestScore:
         settled = [verdict(w, item.expected, True) for w, item in zip(wrote, task.items, strict=True)]
         if kv_format == "native":
             assert scores.values.tolist() == [float(bool(value)) for value in settled]
-        assert scores.nats.isfinite().all()
+        assert all(of.isfinite().all() for of in scores.likelihoods)
 
     def test_greedy_text_up_to_the_lines_end(self, task_of):
         """A model that goes from each letter to the next of a text: what it writes is known."""
@@ -213,21 +211,21 @@ class TestScore:
         model.lm_head.weight.fill_(math.nan)
         for task in (task_of(CHOICE), task_of({"prompt": "a", "answer": "b"}), task_of({"text": "abc"})):
             scores = score(model, task)
-            assert scores.nats.tolist() == [math.inf]
+            assert losses(task, score(tiny.build("llama"), task).likelihoods, scores.likelihoods).tolist() == [math.inf]
             assert scores.values.tolist() == [math.inf if task.kind == "text" else 0]
 
     def test_a_kv_cache_format_is_used(self, task_of):
         task, model = task_of(CHOICE, {**CHOICE, "prompt": "for i in"}), tiny.build("llama")
-        plain, eight, four = (score(model, task, name).nats for name in ("native", "int8", "int4"))
+        plain, eight, four = (torch.stack(likelihoods(model, task, name)) for name in ("native", "int8", "int4"))
         assert 0 < (eight - plain).abs().max() < (four - plain).abs().max()
         with pytest.raises(UsageError, match="int5"):
             score(model, task, "int5")
 
     def test_a_cache_that_cannot_be_handed_on_is_not(self, task_of, monkeypatch):
         task, model = task_of(CHOICE, CHOICE), tiny.build("llama")
-        expected = score(model, task).nats
+        expected = likelihoods(model, task)
         monkeypatch.setattr("sensitivity.likelihood._keeps_plainly", lambda model: False)
-        torch.testing.assert_close(score(model, task).nats, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(likelihoods(model, task), expected, atol=1e-5, rtol=1e-5)
 
 
 VERDICTS = [
@@ -282,9 +280,10 @@ class TestBundled:
                 parameter.copy_((parameter / step).round() * step)
         low = score(worse, task)
         assert full.mean > 0.5  # chance is 0.25
-        assert low.loss > full.loss
+        lost = losses(task, full.likelihoods, low.likelihoods)
+        assert lost.min() > -1e-12 and lost.mean() > 0.01
         generator = torch.Generator().manual_seed(0)
-        for one, two in ((full.values, low.values), (full.nats, low.nats)):
+        for one, two in ((full.values, low.values), (torch.zeros_like(lost), lost)):
             drawn = torch.randint(len(one), (100, 50), generator=generator)
             found = [paired(one[i], two[i]) for i in drawn]
             assert sum(p.low <= float((two - one).mean()) <= p.high for p in found) >= 90
@@ -312,6 +311,13 @@ class TestHarness:
         tokenizer = AutoTokenizer.from_pretrained(demo.MODEL)
         task = make_task("own", harness_questions("own_completion", 50, folder), tokenizer, 512)
         assert task.fingerprint == read_task(BUNDLED, tokenizer, 512, limit=50).fingerprint
+
+    def test_an_item_that_the_tasks_templates_cannot_read(self, folder):
+        (folder / "data.jsonl").write_text(f"{json.dumps(CHOICE)}\n{json.dumps({**CHOICE, 'choices': None})}\n")
+        told = (folder / "own.yaml").read_text().replace("own_completion", "own_broken")
+        (folder / "broken.yaml").write_text(told.replace(str(BUNDLED), str(folder / "data.jsonl")))
+        with pytest.raises(UsageError, match="lm-evaluation-harness cannot put the questions of own_broken: "):
+            harness_questions("own_broken", 5, folder)
 
     def test_unknown_names_come_with_near_ones(self, folder):
         with pytest.raises(UsageError, match="did you mean own_completion"):

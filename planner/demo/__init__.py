@@ -5,8 +5,9 @@ from pathlib import Path
 
 from formats.table import MENU
 from planner.audit import audit
-from planner.choose import Finish, make_plan, menu_of
+from planner.choose import Finish, make_plan
 from planner.compare import Line, compare
+from planner.menu import menu_of
 from planner.plan import Budget, Plan
 from planner.session import open_session, read_texts
 from planner.uniform import uniform_plan
