@@ -18,6 +18,8 @@ from sensitivity.store import sha256
 SAMPLE = 4096
 """Bytes hashed at the start and in the middle of every tensor."""
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
+UNWANTED = ["original/*", "consolidated*"]
+"""The same weights, as others lay them out."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def find(model: str | Path, revision: str | None = None, trust_remote_code: bool
     if not folder.is_dir():
         folder = _download(str(model), revision)
         commit = folder.name
-    files = sorted(folder.glob("*.safetensors"))
+    files = weight_files(folder)
     if not (folder / "config.json").exists():
         raise ModelUnreadable(f"{model} has no config.json: name the folder of a Hugging Face model or a hub id")
     try:
@@ -53,6 +55,8 @@ def find(model: str | Path, revision: str | None = None, trust_remote_code: bool
         raise ModelUnreadable(
             f"{model} has no *.safetensors weights: save it again with save_pretrained (pickled weights are not read)"
         )
+    if absent := [path.name for path in files if not path.exists()]:
+        raise ModelUnreadable(f"{model} lacks {', '.join(absent)}, which its index names: fetch it again")
     return Source(
         str(model),
         folder,
@@ -63,12 +67,24 @@ def find(model: str | Path, revision: str | None = None, trust_remote_code: bool
     )
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers loads: a repository may hold the weights once more for other tools."""
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if whole.exists():
+        return [whole]
+    try:
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+    except (OSError, ValueError, KeyError):
+        return sorted(folder.glob("*.safetensors"))
+    return sorted(folder / shard for shard in shards)
+
+
 def _download(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=WANTED, ignore_patterns=["original/*"]))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED))
     except HFValidationError:
         raise ModelUnreadable(f"{model} is neither a folder here nor a hub id") from None
     except Exception as error:  # the hub's client raises many unrelated types for one outcome: it is not to be had

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 import planner
-from formats.errors import CodesMissing, PlanMismatch
+from formats.errors import CodesMissing, ModelUnreadable, PlanMismatch
 from formats.modules import Packed
 from formats.table import format_named
 from planner.heal import round_missing
@@ -21,6 +22,7 @@ from planner.materialize import load, resident_bytes
 from planner.plan import Plan
 from planner.pretrained import PlanConfig, codes_folder, unit_path
 from planner.uniform import uniform_plan
+from sensitivity import source as sources
 from sensitivity.bank import Choice, from_file, unit_bytes
 from sensitivity.store import load_tensors
 from tests import tiny
@@ -191,6 +193,23 @@ def test_a_model_whose_every_parameter_is_packed_has_a_dtype(tmp_path):
     assert model.dtype == model.model.dtype == torch.bfloat16
     model.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(Auto.from_pretrained(tmp_path / "saved")), logits(model))
+
+
+def test_weights_that_lie_there_twice_are_those_that_transformers_loads(checkpoint, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint("llama"), folder)
+    once = sources.find(folder).weights_sha256
+    save_file({"layers.0.wq.weight": torch.ones(4, 4)}, folder / "consolidated.safetensors")
+    assert sources.find(folder).weights_sha256 == once
+
+    sharded = tmp_path / "sharded"
+    tiny.build("llama").save_pretrained(sharded, max_shard_size="100KB")
+    (sharded / "consolidated.safetensors").write_bytes(b"")
+    assert sources.find(sharded).weights_sha256 == once
+    lost = sorted(sharded.glob("model-*.safetensors"))[1]
+    lost.unlink()
+    with pytest.raises(ModelUnreadable, match=f"lacks {lost.name}"):
+        sources.find(sharded)
 
 
 def test_other_weights_are_refused(session_of, checkpoint):
