@@ -9,6 +9,7 @@ May import: formats, sensitivity, planner.plan/pretrained/session.
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -93,6 +94,10 @@ class Sequence:
         return work.outputs(true, {}), work.outputs(got, work.now)
 
 
+class Enough(Exception):
+    """Ends a pass through a block that has shown all that it was run for."""
+
+
 class Segment:
     """A segment at work on the device. `now` holds what its units' parameters have become."""
 
@@ -162,30 +167,36 @@ class Segment:
         moments = torch.zeros(size, device=self.device)
         crossed = torch.zeros(size[1:], device=self.device) if cross and first.experts == 1 else None
         counts = torch.zeros(first.experts, device=self.device)
+        uses = 0
         seen: list[Tensor] = []
 
         def note(use: Use) -> None:
             if use.lookup:
                 return
             x = use.input.detach().flatten(0, -2)
-            if crossed is None:
+            if first.experts > 1:
                 moments[use.expert].addmm_(x.T, x)
                 counts[use.expert] += len(x)
-            else:
-                seen.append(x)
+                return
+            seen.append(x)
+            if len(seen) == uses:
+                raise Enough
+
+        def inputs(states: Tensor | None, at: slice, weights: dict[str, Tensor]) -> list[Tensor]:
+            seen.clear()
+            with suppress(Enough), Trace({first.parameter: weights[first.parameter]}, note):
+                self.forward(states, at, weights)
+            return list(seen)
 
         for at in self._batches():
-            with Trace({first.parameter: self.now[first.parameter]}, note):
-                self.forward(self.got, at, self.now)
-            if crossed is not None:
-                now, seen[:] = list(seen), []
-                with Trace({first.parameter: self.originals[first.parameter]}, note):
-                    self.forward(self.true, at, self.originals)
-                for x, x0 in zip(now, seen, strict=True):
-                    moments[0].addmm_(x.T, x)
+            now = inputs(self.got, at, self.now)
+            uses = uses or len(now)  # the first batch told after how many the rest of the block need not run
+            true = now if crossed is None else inputs(self.true, at, self.originals)
+            for x, x0 in zip(now, true, strict=True):
+                moments[0].addmm_(x.T, x)
+                counts += len(x)
+                if crossed is not None:
                     crossed.addmm_(x0.T, x)
-                    counts += len(x)
-                seen.clear()
         moments /= counts.clamp(min=1).view(-1, 1, 1)
         if crossed is not None:
             crossed /= counts.clamp(min=1)
@@ -242,7 +253,7 @@ class Segment:
         """What comes before the blocks is rounded on the full-precision model's statistics."""
         made = {}
         if any(self._rounding(unit) != "nearest" for unit in units):
-            self.session.gather()
+            self.session.gather(self.units)
         for unit in units:
             rounding = "nearest" if self._rounding(unit) == "nearest" else "gptq"
             made[unit.name] = self.session.bank.tensors(unit, Choice(self.planned[unit.name].format, rounding))
