@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=30,
         help="whole plans to judge by real KL (30); 0: by the profile alone, unmeasured",
     )
+    _task(plan)
     _output(plan, "plan.json")
 
     apply = command("apply", "Load a planned model; save it, judge it, let it write.", _device)
@@ -84,7 +86,10 @@ def build_parser() -> argparse.ArgumentParser:
     recommend.add_argument(
         "--for", dest="purpose", required=True, metavar="PURPOSE", help="training, inference, cost or fit"
     )
-    recommend.add_argument("--gpu", metavar="SIZE", help="for fit: the device, as `plan` takes it")
+    device = recommend.add_argument_group("for fit, as `plan` takes them")
+    device.add_argument("--gpu", metavar="SIZE", help="24GiB, or auto: what is free")
+    _use(device)
+    device.add_argument("--reserve", metavar="SIZE", help="leave so much of the device alone (2%% of it)")
 
     show = command("show", "Print a plan, layers folded; with --device, what runs it there.")
     show.add_argument("plan", type=Path, help="a plan file")
@@ -151,11 +156,19 @@ def _finish(parser: argparse.ArgumentParser) -> None:
 
 def _compared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", type=Path, nargs="+", default=[], metavar="FILE", help="plans of the same model")
-    parser.add_argument("--task", nargs="+", default=[], metavar="NAME", help="a .jsonl file, or a task of lm-eval")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N items of each task")
+    _task(parser, "+", "a .jsonl file, or a task of lm-eval")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with a picture of the frontier")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows as CSV")
     parser.add_argument("--force", action="store_true", help="replace what exists")
+
+
+def _task(
+    parser: argparse.ArgumentParser,
+    count: int | str = 1,
+    help: str = "search for the least loss on half of a task (a .jsonl file, or a task of lm-eval), report the other",
+) -> None:
+    parser.add_argument("--task", nargs=count, default=[], metavar="NAME", help=help)
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N items of a task")
 
 
 def _exported(parser: argparse.ArgumentParser) -> None:
@@ -192,9 +205,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     _quiet_libraries()
     try:
-        from planner import commands
-
-        getattr(commands, arguments.command)(arguments)
+        import_module(f"planner.commands.{arguments.command}").run(arguments)
         return 0
     except BitplanError as error:
         print(f"bitplan: {error}", file=sys.stderr)

@@ -5,7 +5,7 @@ Finished rows lie in the cache, and are not run again. May import: formats, sens
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from pathlib import Path
@@ -82,6 +82,19 @@ def _finite(facts: dict[str, Any]) -> dict[str, Any]:
     return {name: None if isinstance(value, float) and not isfinite(value) else value for name, value in facts.items()}
 
 
+FAILURES = (BitplanError, MemoryError, RuntimeError)
+"""What may keep a row from being measured; of RuntimeErrors only want of memory, as torch tells it."""
+
+
+def why_not(error: Exception) -> str:
+    """A failure in a sentence. Raises what is no failure of a row's own."""
+    if isinstance(error, BitplanError):
+        return str(error)
+    if isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "allocate memory" in str(error):
+        return "out of memory: give a smaller --block, or another --device"
+    raise error
+
+
 def load_float(source: Source, format: str, device: str) -> PreTrainedModel:
     """The whole model in fp32, bf16 or fp16, without a plan."""
     return sources.load_model(source, pick_device(device), dtype=FORMATS[format].dtype)  # type: ignore[attr-defined]
@@ -95,32 +108,33 @@ def compare(
     healed: bool = False,
     device: str = "auto",
     tasks: Sequence[Task] = (),
+    refused: Mapping[str, str] | None = None,
 ) -> Iterator[Line]:
     """Yield a line per format and plan (name → plan) as each is measured. The session's model is given up first; the
-    plans' codes must be in the cache (`materialize.make_codes`).
+    plans' codes must be in the cache (`materialize.make_codes`), but for those `refused` (name → why).
 
-    A row that fails for a reason of its own says so in `note`, and the others still run.
+    A row that fails for a reason of its own, memory among them, says so in `note`, and the others still run.
     """
     wanted: list[tuple[str, Plan | str]] = []
     for name in formats:
         try:
             row = name if is_float(name) else uniform_plan(session, name, rounding, healed)
             wanted.append((row.budget.asked if isinstance(row, Plan) else name, row))
-        except BitplanError as error:
-            yield Line(name, note=str(error))
+        except FAILURES as error:
+            yield Line(name, note=why_not(error))
     wanted += plans.items()
     rows = [(name, row, _journal(session, row, tasks, device)) for name, row in wanted]
     if all(journal.exists() for _, _, journal in rows):
         session.give_up_model()
         yield from (_recalled(name, journal) for name, _, journal in rows)
         return
-    refused = {}
+    refused = dict(refused or {})
     for name, row, journal in rows:
         if isinstance(row, Plan) and row not in plans.values() and not journal.exists():
             try:
                 round_missing(row, session)
-            except BitplanError as error:
-                refused[name] = str(error)
+            except FAILURES as error:
+                refused[name] = why_not(error)
     reference = Reference(session.model, session.texts.heldout)
     scores = [score(session.model, task) for task in tasks]
     session.give_up_model()
@@ -160,8 +174,8 @@ def _measured(
             measure = "nats per token" if task.kind == "text" else "accuracy"
             lines.append(TaskLine(task.name, measure, paired(base.values, found.values)))
         running = run(model, reference.blocks.ids[0], kv_format)
-    except BitplanError as error:
-        return Line(name, note=str(error))
+    except FAILURES as error:
+        return Line(name, note=why_not(error))
     research = isinstance(row, Plan) and bool(row.research)
     times = 4 * parameters / size
     return Line(name, size, size * 8 / parameters, times, judgement, tuple(lines), running, seconds, research)

@@ -5,21 +5,23 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from formats.errors import UsageError
+from formats.errors import FormatUnavailable, UsageError
+from formats.rounding import refuse_misfit
 from formats.table import MENU, format_named
 from planner.audit import audit
 from planner.budget import budget_bytes
-from planner.choose import Finish, make_plan, menu_of
+from planner.choose import Finish, make_plan
 from planner.compare import load_float
 from planner.heal import round_missing
 from planner.materialize import materialize, resident_bytes
+from planner.menu import menu_of
 from planner.plan import Budget, Plan
 from planner.session import Session, load_reference, open_session, read_texts
 from planner.uniform import is_float, uniform_plan
 from sensitivity import source as sources
 from sensitivity.paired import paired
 from sensitivity.score import Scores, score
-from sensitivity.task import read_task
+from sensitivity.task import Task, read_task
 
 
 class QuantizationManager:
@@ -47,34 +49,59 @@ class QuantizationManager:
 
         `rounding` and `heal` say how the codes are chosen. Raises UnknownFormat, FormatUnavailable, UsageError.
         """
-        name = format_named(format).name
-        if is_float(name):
-            self.plan = None
-            self._loaded = (name, load_float(self.source, name, self.device))
+        row = format_named(format)
+        refuse_misfit(rounding, [row])
+        if reason := row.unavailable():
+            raise FormatUnavailable(f"{row.name} cannot run here: {reason}")
+        if is_float(row.name):
+            if heal:
+                raise UsageError(f"{row.name} has no codes to heal: load it without heal=True")
+            self._loaded, self.plan = None, None
+            self._loaded = (row.name, load_float(self.source, row.name, self.device))
         else:
             session = self._open()
-            self.plan = uniform_plan(session, name, rounding, heal)
-            round_missing(self.plan, session)
+            plan = uniform_plan(session, row.name, rounding, heal)
+            round_missing(plan, session)
             session.give_up_model()
-            self._loaded = (name, materialize(self.plan, self.source, self.device))
+            self.plan, self._loaded = plan, (row.name, materialize(plan, self.source, self.device))
         return self._loaded[1]
 
     def load_mixed_precision(
-        self, budget: str | int, trials: int = 30, rounding: str | None = None, heal: bool = False
+        self,
+        budget: str | int,
+        trials: int = 30,
+        rounding: str | None = None,
+        heal: bool = False,
+        task: str | Path | None = None,
+        limit: int | None = None,
     ) -> PreTrainedModel:
-        """The model by a plan made for `budget` (bytes, or a size such as "5GiB"), kept in `plan`.
+        """The model by a plan made for `budget` (bytes, or a size such as "5GiB"), kept in `plan`. With a task, its
+        loss is what the search makes least: on one half of its first `limit` items, the other is reported.
 
         Raises BudgetInfeasible, UsageError.
         """
+        asked_task = self._task(task, limit) if task else None
+        if trials < 1:
+            raise UsageError(f"trials={trials}: whole plans are judged, so it must be 1 or more")
+        size, asked = budget_bytes(f"{budget}B" if isinstance(budget, int) else budget, None, None, 0)
         session = self._open()
         menu = menu_of(audit(session, MENU))
-        size, asked = budget_bytes(f"{budget}B" if isinstance(budget, int) else budget, None, None, 0)
         self.plan = make_plan(
-            menu, Budget(asked=asked, weights=size), session, Finish(rounding, heal), trials=trials, device=self.device
+            menu,
+            Budget(asked=asked, weights=size),
+            session,
+            Finish(rounding, heal),
+            trials=trials,
+            device=self.device,
+            task=asked_task,
         )
         session.give_up_model()
         self._loaded = ("mixed", materialize(self.plan, self.source, self.device))
         return self._loaded[1]
+
+    def _task(self, task: str | Path, limit: int | None) -> Task:
+        length = sources.block_length(self.source, 1 << 20)
+        return read_task(task, sources.load_tokenizer(self.source), length, limit)
 
     def memory_info(self) -> dict[str, Any]:
         """Bytes of the loaded model's own tensors, and the parameters that they stand for."""
@@ -99,8 +126,7 @@ class QuantizationManager:
         """
         if self._loaded is None:
             raise UsageError("no model is loaded: call load() or load_mixed_precision() first")
-        length = sources.block_length(self.source, 1 << 20)
-        read = read_task(task, sources.load_tokenizer(self.source), length, limit)
+        read = self._task(task, limit)
         if read.fingerprint not in self._baselines:
             self._baselines[read.fingerprint] = score(load_reference(self.source, self.device), read)
         format, model = self._loaded

@@ -3,20 +3,19 @@
 May import: formats, search, sensitivity, planner.budget/choose/device/plan/show/workspace.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from formats.errors import BudgetInfeasible, FormatUnavailable, UsageError
-from formats.kernels import Machine
 from formats.kv_cache import kv_format_named, new_cache
 from formats.kv_facts import kv_facts
 from planner.budget import human, parse_size
-from planner.choose import Menu, refuse_infeasible
 from planner.device import Device, changed, largest, setting_of
-from planner.plan import Budget, KVCache
+from planner.menu import Menu, refuse_infeasible
+from planner.plan import DTYPES, Budget, KVCache
 from planner.show import table
 from planner.workspace import Needs, Setting, foresee, meta_model
 from search.knapsack import floor
@@ -68,18 +67,22 @@ class Room:
 
 
 def alike(source: Source, dtype: str, units: Iterable[UnitEntry], formats: Iterable[str]) -> list[PreTrainedModel]:
-    """The model on the meta device, as the checkpoint has it and with all units in each of the formats."""
+    """The model on the meta device, as the checkpoint has it and with all units in each of the formats but their own
+    type."""
     entries = list(units)
-    return [
-        meta_model(source, dtype, packed)
-        for packed in ([], *([(entry, name) for entry in entries] for name in formats))
-    ]
+    packed = ([(entry, name) for entry in entries if DTYPES[entry.dtype] != name] for name in formats)
+    return [meta_model(source, dtype, pairs) for pairs in ([], *filter(None, packed))]
 
 
-def most_needs(models: Iterable[PreTrainedModel], setting: Setting, on: Machine) -> Needs:
-    """What the neediest of the models needs beside its weights."""
-    found = [foresee(model, setting, on) for model in models]
-    return Needs(*(max(getattr(needs, term) for needs in found) for term in ("kv_cache", "prefill", "decode")))
+def neediest(needs: Iterable[Needs]) -> Needs:
+    """The most of each term."""
+    terms = zip(*((each.kv_cache, each.prefill, each.decode) for each in needs), strict=True)
+    return Needs(*map(max, terms))
+
+
+def reserved(found: Device, reserve: str | None) -> int:
+    """Bytes of a device to leave alone, as `--reserve` says them. Raises UsageError."""
+    return int(RESERVE * found.memory) if reserve is None else parse_size(reserve)
 
 
 def room_text(room: Room) -> str:
@@ -109,23 +112,28 @@ def _cache_text(source: Source, dtype: str) -> str:
     return "; ".join([told, *facts.notes])
 
 
-def what_fits(room: Room, least: int, models: list[PreTrainedModel]) -> str:
-    """The way out, where a room has fewer bytes for weights than `least`: which term is too big, and what would fit."""
+def what_fits(room: Room, least: int, models: Sequence[PreTrainedModel], needs: Sequence[Needs]) -> str:
+    """The way out, where a room has fewer bytes for weights than `least`: which term is too big, and what would fit.
+    `needs` are the models' in the room's setting."""
     terms = {
         "the KV cache": room.needs.kv_cache,
         "the workspace": room.workspace,
         "the reserve": room.reserve,
-        "the weights at their fewest bits": least,
+        "the least for weights": least,
     }
     biggest = max(terms, key=lambda term: terms[term])
     told = f"of {human(room.device.memory)}, {', '.join(f'{term} takes {human(size)}' for term, size in terms.items())}"
 
-    on = room.device.on
-    neediest = sorted(models, key=lambda model: foresee(model, room.setting, on).workspace)[-2:]
+    different = dict(zip(needs, models, strict=True))
+    hungriest = [different[each] for each in sorted(different, key=lambda each: each.workspace)[-2:]]
+    rest = room.device.memory - room.device.taken - room.reserve - least
 
     def fits(setting: Setting) -> bool:
+        if rest <= 0:  # not even a cache of no tokens
+            return False
         try:
-            return replace(room, setting=setting, needs=most_needs(neediest, setting, on)).weights >= least
+            most = neediest(foresee(model, setting, room.device.on) for model in hungriest)
+            return most.kv_cache + most.workspace <= rest
         except FormatUnavailable:  # a KV format that the model's cache cannot have
             return False
 
@@ -170,9 +178,8 @@ def device_budget(
     assert setting is not None
     names = sorted({option.choice.format for options in menu.problem.values() for option in options})
     models = alike(source, menu.profile.provenance.model.dtype, menu.profile.units, names)
-    left = int(RESERVE * found.memory) if reserve is None else parse_size(reserve)
-    needs = most_needs(progress(models, desc="memory", unit="format"), setting, found.on)
-    room = Room(found, left, setting, needs)
+    needs = [foresee(model, setting, found.on) for model in progress(models, desc="memory", unit="format")]
+    room = Room(found, reserved(found, reserve), setting, neediest(needs))
     say(room_text(room))
     say(_cache_text(source, menu.profile.provenance.model.dtype))
     try:
@@ -180,5 +187,5 @@ def device_budget(
         refuse_infeasible(menu, budget)
     except BudgetInfeasible as error:
         least = floor(menu.problem) + menu.profile.kept_bytes
-        raise BudgetInfeasible(f"{error}; {what_fits(room, least, models)}") from None
+        raise BudgetInfeasible(f"{error}; {what_fits(room, least, models, needs)}") from None
     return budget

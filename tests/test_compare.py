@@ -1,12 +1,17 @@
 """Formats and plans side by side: tasks with intervals, pages, and rows that are not run again."""
 
 import csv
+import html
 import json
+import struct
 
 import pytest
+import torch
 
 import planner.compare
 from planner import QuantizationManager
+from planner.running import Running
+from sensitivity.loss import Reference
 from tests.test_cli import LITTLE, run, text  # noqa: F401 (fixtures)
 
 
@@ -94,17 +99,122 @@ def test_bad_tasks(run, checkpoint, text, tmp_path):  # noqa: F811
     assert run(*arguments, bad, "--limit", "0")[0] == 2
 
 
-def test_advice_shows_what_was_measured_and_what_was_not(run, checkpoint, text):  # noqa: F811
-    model = checkpoint("gpt2")
-    asked = ("recommend", model, "--text", text, *LITTLE, "--for")
-    code, out, _ = run(*asked, "training", "--json")
-    found = json.loads(out)
-    assert code == 0 and found["format"] == "bf16" and found["largest_activation"] > 0
-    assert found["not_measured"] == ["bf16", "fp16"]
-    assert run("compare", model, "--text", text, *LITTLE, "--formats", "bf16,int8")[0] == 0
-    code, out, _ = run(*asked, "inference", "--json")
-    found = json.loads(out)
-    assert [row["name"] for row in found["rows"]] == ["bf16", "uniform int8"]
-    assert found["not_measured"] == ["fp8", "int4-g128"]
-    assert "--gpu 8GiB" in run(*asked, "fit", "--gpu", "8GiB")[1]
-    assert run(*asked, "fun")[0] == 2
+class TestRowsThatFail:
+    """Told in the table, in JSON, CSV and HTML alike; the others still run."""
+
+    @pytest.fixture
+    def told(self, run, checkpoint, text, tmp_path, monkeypatch):  # noqa: F811
+        """told(row, why, more arguments…): compares fp32, fp8 and bf16 in a cache of its own."""
+        monkeypatch.setenv("BITPLAN_CACHE", str(tmp_path / "cache"))
+
+        def check(failing: str, why: str, *more: object) -> None:
+            page, sheet = tmp_path / "page.html", tmp_path / "sheet.csv"
+            arguments = ("compare", checkpoint("llama"), "--text", text, *LITTLE, "--formats", "fp32,fp8,bf16", *more)
+            code, out, err = run(*arguments, "--json", "--html", page, "--csv", sheet)
+            assert code == 0, err
+            rows = {row["name"]: row for row in json.loads(out)["rows"]}
+            assert [name for name, row in rows.items() if row["note"]] == [failing]
+            assert why in rows[failing]["note"] and rows[failing]["resident_bytes"] is None
+            assert all(row["kl"] is not None for name, row in rows.items() if name != failing)
+            with open(sheet) as file:
+                assert {row["name"]: row["note"] for row in csv.DictReader(file)}[failing] == rows[failing]["note"]
+            assert html.escape(f"{failing}: {rows[failing]['note']}") in page.read_text()
+            table = run(*arguments)[1].splitlines()
+            assert f"{failing}: {rows[failing]['note']}" in table
+            assert sum(line.split("  ")[0] == failing and "–" in line for line in table) == 1
+
+        return check
+
+    def test_a_format_that_the_device_cannot_run(self, told, monkeypatch):
+        monkeypatch.setattr("formats.floats.Float8Format.unavailable", lambda self: "no device here has fp8")
+        told("fp8", "fp8 cannot run here: no device here has fp8")
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            MemoryError(),
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        ],
+    )
+    def test_no_memory_for_one(self, told, monkeypatch, error):
+        judge = Reference.judge
+
+        def judged(self, model, *rest):
+            if model.dtype == torch.bfloat16:
+                raise error
+            return judge(self, model, *rest)
+
+        monkeypatch.setattr(Reference, "judge", judged)
+        told("bf16", "out of memory: give a smaller --block, or another --device")
+
+    def test_no_memory_for_a_plans_codes(self, told, run, checkpoint, text, tmp_path, monkeypatch):  # noqa: F811
+        plan = tmp_path / "plan.json"
+        made = ("plan", checkpoint("llama"), "--text", text, *LITTLE, "--formats", "int4-g64", "--bpw", "6")
+        assert run(*made, "--rounding", "nearest", "--trials", "0", "-o", plan)[0] == 0
+
+        def refusing(*_):
+            raise MemoryError
+
+        monkeypatch.setattr("planner.commands.compare.make_codes", refusing)
+        told("plan.json", "out of memory", "--plan", plan)
+
+    def test_other_errors_are_not_hidden(self, run, checkpoint, text, monkeypatch):  # noqa: F811
+        monkeypatch.setattr("planner.compare.load_float", lambda *_: 1 / 0)
+        code, out, err = run("compare", checkpoint("llama"), "--text", text, *LITTLE, "--formats", "fp16")
+        assert (code, out) == (1, "") and "ZeroDivisionError" in err
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_bytes_are_those_of_the_loaded_tensors_and_of_the_saved_file(
+    name,
+    run,  # noqa: F811
+    checkpoint,
+    text,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    """By two ways that know nothing of `resident_bytes`: storages by their addresses, and the file's data section."""
+    monkeypatch.setenv("BITPLAN_CACHE", str(tmp_path / "cache"))
+    formats = (
+        "fp32",
+        "bf16",
+        "fp8",
+        "int8",
+        "nf4",
+        "int4-g64",
+        "int3-row",
+        "int2-g32-z16",
+        "ternary-g64",
+        "binary-g64",
+    )
+    held, saved = [], []
+
+    def look(model, *_):
+        tensors = {t.data_ptr(): t.nbytes for t in model.state_dict().values()}
+        held.append(sum(tensors.values()))
+        model.save_pretrained(tmp_path / str(len(held)))
+        with open(tmp_path / str(len(held)) / "model.safetensors", "rb") as file:
+            (header,) = struct.unpack("<Q", file.read(8))
+            saved.append(file.seek(0, 2) - 8 - header)
+        return Running(1.0, 1.0, 1)
+
+    monkeypatch.setattr(planner.compare, "run", look)
+    arguments = ("compare", checkpoint(name, torch.bfloat16), "--text", text, *LITTLE, "--rounding", "nearest")
+    code, out, err = run(*arguments, "--formats", ",".join(formats), "--json")
+    assert code == 0, err
+    rows = json.loads(out)["rows"]
+    assert len(rows) == len(formats) and not any(row["note"] for row in rows)
+    assert [row["resident_bytes"] for row in rows] == held == saved
+
+
+def test_bad_words(run, checkpoint, tmp_path):  # noqa: F811
+    asked = ("compare", checkpoint("llama"), *LITTLE, "--formats", "bf16,nf4")
+    for code, told, *words in (
+        (2, "--limit says how many items of a task: give --task too", "--limit", "3"),
+        (2, "unknown rounding 'magic': there are nearest", "--rounding", "magic"),
+        (2, "bf16, nf4 cannot be rounded by 'awq', only by nearest", "--rounding", "awq"),
+        (1, "cannot read", "--plan", tmp_path / "none.json"),
+    ):
+        found, out, err = run(*asked, *words)
+        assert (found, out) == (code, "") and told in err

@@ -1,0 +1,88 @@
+"""`bitplan apply`. May import: everything."""
+
+from argparse import Namespace
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from formats.errors import UsageError
+from planner.budget import human
+from planner.card import refuse_folder, save
+from planner.choose import refinished
+from planner.commands.asked import put, texts_of
+from planner.gptq_layout import refuse_unsayable, save_gptq
+from planner.materialize import find_for, make_codes, materialize, resident_bytes
+from planner.plan import Plan
+from planner.pretrained import refuse_missing
+from planner.session import load_reference
+from sensitivity import source as sources
+from sensitivity.loss import Reference
+from sensitivity.profile import read
+
+
+def run(arguments: Namespace) -> None:
+    refuse_folder(arguments.save, arguments.force)
+    if arguments.prompt is not None and not arguments.prompt.strip():
+        raise UsageError("--prompt is empty: give some text to go on from")
+    plan = refinished(read(arguments.plan, Plan), arguments.rounding, arguments.heal)
+    if arguments.layout == "gptq":
+        if arguments.save is None:
+            raise UsageError("--layout gptq says how to write a checkpoint: give --save DIR")
+        refuse_unsayable(plan)
+    source = find_for(plan, arguments.model, arguments.trust_remote_code)
+    make_codes(plan, source, arguments.text, arguments.device)
+    refuse_missing(plan)
+    reference = None
+    if arguments.text or arguments.dataset or arguments.heldout:
+        texts = texts_of(arguments, source)
+        reference = Reference(load_reference(source, arguments.device), texts.heldout)
+    model = materialize(plan, source, arguments.device)
+    size = resident_bytes(model)
+    data: dict[str, Any] = {
+        "resident_bytes": size,
+        "planned_bytes": plan.bytes,
+        "bits_per_weight": size * 8 / plan.provenance.model.parameters,
+        "device": str(model.device),
+        "rounding": plan.rounding,
+    }
+    text = [
+        f"resident {size:,} bytes ({human(size)}), planned {plan.bytes:,};"
+        f" {data['bits_per_weight']:.3f} bits per weight; rounding: {plan.rounding}"
+    ]
+    if plan.research:
+        data["research"] = plan.research
+        text.append(f"research stage: {', '.join(plan.research)}")
+    if reference is not None:
+        judgement = reference.judge(model, plan.kv_cache.format)
+        data |= {"nll": judgement.nll, "ppl": judgement.ppl, "kl": judgement.kl, "kl_se": judgement.kl_se}
+        data |= {"delta_nll": judgement.delta_nll, "delta_nll_se": judgement.delta_nll_se, "tokens": judgement.tokens}
+        text.append(
+            f"{judgement.tokens:,} held-out tokens: perplexity {judgement.ppl:.3f},"
+            f" KL {judgement.kl:.5f} ± {judgement.kl_se:.5f}"
+        )
+    if arguments.save:
+        data["saved"] = str(arguments.save)
+        if arguments.layout == "gptq":
+            data["saved_bytes"] = save_gptq(model, plan, source, arguments.save, arguments.force)
+            text.append(f"saved to {arguments.save} in GPTQ's layout, {data['saved_bytes']:,} bytes")
+        else:
+            save(model, plan, source, arguments.save, arguments.force)
+            text.append(f"saved to {arguments.save}")
+    if arguments.prompt is not None:
+        data["text"] = _continue(model, sources.load_tokenizer(source), arguments.prompt)
+        text.append(data["text"])
+    put(arguments, data, "\n".join(text))
+
+
+def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    if not inputs["input_ids"].numel():
+        raise UsageError("--prompt holds no token: give some text")
+    out = model.generate(  # type: ignore[operator]
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=64,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+    )
+    return str(tokenizer.decode(out[0], skip_special_tokens=True))

@@ -1,0 +1,26 @@
+"""`bitplan audit`. May import: everything."""
+
+from argparse import Namespace
+
+from planner.audit import audit, audit_cache
+from planner.commands.asked import menu_formats, put, say, texts_of
+from planner.session import open_session
+from planner.show import profile_text
+from sensitivity import source as sources
+from sensitivity.profile import write
+from sensitivity.store import refuse_overwrite
+
+
+def run(arguments: Namespace) -> None:
+    refuse_overwrite(arguments.output, arguments.force)
+    menu = menu_formats(arguments)
+    source = sources.find(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    session = open_session(source, texts_of(arguments, source), tuple(arguments.keep), arguments.device)
+    profile = audit(session, menu, arguments.rounding, arguments.measure)
+    profile = profile.model_copy(update={"kv_cache": audit_cache(session)})
+    if arguments.output:
+        write(arguments.output, profile)
+        say(f"profile written to {arguments.output}")
+    nll = profile.full_precision_nll
+    rows = [{**row.model_dump(), "delta_nll": row.delta_nll, "full_precision_nll": nll} for row in profile.rows]
+    put(arguments, rows, profile_text(profile))

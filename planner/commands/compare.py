@@ -1,0 +1,53 @@
+"""`bitplan compare`. May import: everything."""
+
+from argparse import Namespace
+
+from formats.errors import FormatUnavailable
+from formats.rounding import refuse_misfit
+from formats.table import FORMATS
+from planner.commands.asked import put, say, tasks_of, texts_of
+from planner.compare import FAILURES, compare, why_not
+from planner.materialize import check_plan_fits, make_codes
+from planner.plan import Plan
+from planner.report import csv_text, html_text
+from planner.session import open_session
+from planner.show import compare_cells, compare_text
+from planner.uniform import COMPARED, parse_formats
+from sensitivity import source as sources
+from sensitivity.profile import read
+from sensitivity.store import refuse_overwrite, write_text
+
+
+def run(arguments: Namespace) -> None:
+    for path in (arguments.html, arguments.csv):
+        refuse_overwrite(path, arguments.force)
+    formats = parse_formats(arguments.formats, COMPARED)
+    refuse_misfit(arguments.rounding, [FORMATS[name] for name in formats])
+    names = [path.name for path in arguments.plan]
+    plans = {p.name if names.count(p.name) == 1 else str(p): read(p, Plan) for p in arguments.plan}
+    source = sources.find(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    refused = {}
+    for name, plan in plans.items():
+        try:
+            check_plan_fits(plan, source)
+        except FormatUnavailable as error:
+            refused[name] = str(error)
+    tasks = tasks_of(arguments, source)
+    for name, plan in plans.items():
+        try:
+            if name not in refused:
+                make_codes(plan, source, arguments.text, arguments.device)
+        except FAILURES as error:
+            refused[name] = why_not(error)
+    session = open_session(source, texts_of(arguments, source), device=arguments.device)
+    lines = []
+    for line in compare(
+        session, formats, plans, arguments.rounding, bool(arguments.heal), arguments.device, tasks, refused
+    ):
+        lines.append(line)
+        say(f"{line.name}: {'measured' if line.judgement else line.note}")
+    if arguments.html:
+        write_text(arguments.html, html_text(lines, *compare_cells(lines), f"{source.model}: formats and plans"))
+    if arguments.csv:
+        write_text(arguments.csv, csv_text(lines))
+    put(arguments, {"rows": [line.as_dict() for line in lines]}, compare_text(lines))

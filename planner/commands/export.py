@@ -1,0 +1,24 @@
+"""`bitplan export`. May import: everything."""
+
+from argparse import Namespace
+
+from planner.card import refuse_folder
+from planner.commands.asked import put, say
+from planner.export import NEED_MODEL, TARGETS, export, export_text, write_export
+from planner.materialize import find_for
+from planner.plan import Plan
+from sensitivity.profile import Profile, read
+from sensitivity.store import refuse_overwrite
+
+
+def run(arguments: Namespace) -> None:
+    plan = read(arguments.plan, Plan)
+    refuse = refuse_folder if arguments.to in TARGETS and TARGETS[arguments.to].holds_codes else refuse_overwrite
+    refuse(arguments.output, arguments.force)
+    profile = read(arguments.profile, Profile) if arguments.profile else None
+    needs_model = arguments.to in NEED_MODEL
+    source = find_for(plan, arguments.model, arguments.trust_remote_code) if needs_model else None
+    exported = export(plan, arguments.to, nearest=arguments.nearest, profile=profile, source=source)
+    write_export(exported, arguments.output, force=arguments.force, text=arguments.text, device=arguments.device)
+    say(f"written to {arguments.output}")
+    put(arguments, exported.as_dict(), export_text(exported))

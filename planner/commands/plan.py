@@ -1,0 +1,116 @@
+"""`bitplan plan`. May import: everything."""
+
+from argparse import Namespace
+
+from formats.errors import PlanMismatch, UsageError
+from planner.audit import audit, sizes
+from planner.budget import budget_bytes, refuse_unclear
+from planner.choose import Finish, make_plan, quick_plan
+from planner.commands.asked import menu_formats, put, say, tasks_of, texts_of
+from planner.device import find_device
+from planner.menu import menu_of, refuse_infeasible
+from planner.plan import Budget
+from planner.room import CONTEXT, asked_cache, device_budget
+from planner.session import open_session, recall_texts
+from planner.show import plan_text
+from sensitivity import source as sources
+from sensitivity.profile import Profile, read, write
+from sensitivity.source import Source
+from sensitivity.store import refuse_overwrite
+from sensitivity.text import Texts
+
+
+def run(arguments: Namespace) -> None:
+    refuse_overwrite(arguments.output, arguments.force)
+    if arguments.trials < 0:
+        raise UsageError(f"--trials {arguments.trials}: it must be 0 or more")
+    if arguments.task and not arguments.trials:
+        raise UsageError("--task judges whole plans, and --trials 0 judges none: give --trials 1 or more")
+    refuse_unclear({f"--{name}": getattr(arguments, name) for name in ("budget", "bpw", "fraction", "gpu")})
+    found = find_device(arguments.gpu, arguments.device) if arguments.gpu else None
+    if found is None:
+        budget_bytes(arguments.budget, arguments.bpw, arguments.fraction, 1)  # its words, before any work
+    formats = menu_formats(arguments)
+    source = sources.find(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    task = next(iter(tasks_of(arguments, source)), None)
+    if task:
+        task.halves()  # its complaint, before any work
+    kv_cache = asked_cache(
+        source,
+        arguments.kv_dtype,
+        CONTEXT if found and arguments.context is None else arguments.context,
+        arguments.batch,
+        arguments.prefill_chunk,
+        exactly=arguments.context is not None,
+    )
+
+    def budget_of(profile: Profile, formats: tuple[str, ...] | None) -> Budget:
+        menu = menu_of(profile, formats)
+        if found is not None:
+            return device_budget(found, arguments.reserve, source, menu, kv_cache, say)
+        size, asked = budget_bytes(
+            arguments.budget, arguments.bpw, arguments.fraction, profile.provenance.model.parameters
+        )
+        budget = Budget(asked=asked, weights=size)
+        refuse_infeasible(menu, budget)
+        return budget
+
+    if arguments.profile:
+        if arguments.keep:
+            raise UsageError("--keep is settled by the profile: give it to `bitplan audit`")
+        profile, session = read(arguments.profile, Profile), None
+        _check_profile(profile, source, formats if arguments.formats else ())
+        budget = budget_of(profile, formats if arguments.formats else None)
+        if arguments.trials:
+            session = open_session(source, _profile_texts(arguments, profile, source), _kept(profile), arguments.device)
+    else:
+        session = open_session(source, texts_of(arguments, source), tuple(arguments.keep), arguments.device)
+        budget = budget_of(sizes(session, formats, arguments.rounding), None)
+        profile = audit(session, formats, arguments.rounding)
+    menu = menu_of(profile, formats if arguments.formats else None)
+    finish = Finish(arguments.rounding, bool(arguments.heal))
+    if arguments.trials and session is not None:
+        made = make_plan(
+            menu,
+            budget,
+            session,
+            finish,
+            trials=arguments.trials,
+            device=arguments.device,
+            kv_cache=kv_cache,
+            task=task,
+        )
+    else:
+        made = quick_plan(menu, budget, finish, kv_cache)
+    if arguments.output:
+        write(arguments.output, made)
+        say(f"plan written to {arguments.output}")
+    put(arguments, made.model_dump(mode="json"), plan_text(made))
+
+
+def _check_profile(profile: Profile, source: Source, formats: tuple[str, ...]) -> None:
+    facts = profile.provenance.model
+    if facts.weights_sha256 != source.weights_sha256:
+        raise PlanMismatch(
+            f"the profile was made for {facts.id} (fingerprint {facts.weights_sha256[:12]}), not for {source.model}"
+            f" ({source.weights_sha256[:12]}): audit this model"
+        )
+    unknown = [name for name in formats if name not in {row.format for row in profile.rows}]
+    if unknown:
+        raise UsageError(
+            f"the profile has no rows for {', '.join(unknown)}: audit with --formats first (the cache helps)"
+        )
+
+
+def _kept(profile: Profile) -> tuple[str, ...]:
+    return tuple(k.name.removesuffix(".weight") for k in profile.kept if k.reason == "kept on request")
+
+
+def _profile_texts(arguments: Namespace, profile: Profile, source: Source) -> Texts:
+    texts = recall_texts(profile.provenance.text, source, arguments.text, arguments.heldout)
+    if texts is None:
+        raise UsageError(
+            f"the profile's text ({profile.provenance.text.source}) is not in the cache: give it with --text,"
+            f" or plan by the profile alone with --trials 0"
+        )
+    return texts

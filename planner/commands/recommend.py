@@ -1,0 +1,68 @@
+"""`bitplan recommend`. May import: everything."""
+
+import shlex
+from argparse import Namespace
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+
+from formats.errors import ModelUnreadable, UsageError
+from planner.cli import build_parser
+from planner.commands.asked import put, texts_of
+from planner.device import find_device
+from planner.fit import find_shape, fit, fit_text
+from planner.recommend import PURPOSES, recommend
+from planner.room import CONTEXT, asked_cache
+from planner.show import advice_text
+from sensitivity import source as sources
+from sensitivity.store import cache_folder
+
+TEXT = ("text", "dataset", "heldout", "tokens", "block")
+DEVICE = ("gpu", "context", "batch", "kv_dtype", "prefill_chunk", "reserve")
+"""Options of the text and of a device, as `_typed` says them again."""
+
+
+def run(arguments: Namespace) -> None:
+    if arguments.purpose not in PURPOSES:
+        raise UsageError(f"--for {arguments.purpose!r}: there are {', '.join(PURPOSES)}")
+    model, asks = shlex.quote(arguments.model), ("trust_remote_code", *TEXT, "device")
+    if arguments.purpose != "fit":
+        if typed := _typed(arguments, DEVICE):
+            raise UsageError(f"{typed.split()[0]} belongs to --for fit")
+        source = sources.find(arguments.model, trust_remote_code=arguments.trust_remote_code)
+        advice = recommend(source, arguments.purpose, texts_of(arguments, source), arguments.device)
+        to_measure = advice.to_measure(model, _typed(arguments, asks))
+        put(arguments, advice.as_dict(), advice_text(advice, to_measure, model))
+        return
+    if arguments.gpu is None:
+        raise UsageError("--for fit asks what fits a device: name it by --gpu 24GiB, or --gpu auto for the one here")
+    found = find_device(arguments.gpu, arguments.device)
+    source = find_shape(arguments.model, arguments.trust_remote_code)
+    asked = CONTEXT if arguments.context is None else arguments.context
+    kv_cache = asked_cache(
+        source, arguments.kv_dtype, asked, arguments.batch, arguments.prefill_chunk, arguments.context is not None
+    )
+    fitted = fit(found, arguments.reserve, source, kv_cache)
+    texts = None
+    if source.weights_sha256 and any(cache_folder().glob("*/compared/*.json")):
+        with suppress(ModelUnreadable):  # without a tokenizer nothing was measured
+            texts = texts_of(arguments, source)
+    advice = recommend(source, "fit", texts, arguments.device)
+    plan = f"bitplan plan {model}{_typed(arguments, (*DEVICE, *asks))} -o plan.json"
+    command = fitted.command(plan)
+    notes = ((f"make it: {command}",) if command else ()) + advice.notes
+    advice = replace(advice, format=fitted.format or "none", why=fitted.answer, notes=notes)
+    told = advice_text(advice, advice.to_measure(model, _typed(arguments, asks)), model)
+    put(arguments, {**advice.as_dict(), **fitted.as_dict(plan)}, f"{fit_text(fitted)}\n{told}")
+
+
+def _typed(arguments: Namespace, names: Sequence[str]) -> str:
+    """Options as they were given, those at their defaults left out."""
+    plain = build_parser().parse_args([arguments.command, arguments.model, "--for", arguments.purpose])
+    words = [""]
+    for name in names:
+        value = getattr(arguments, name)
+        if value != getattr(plain, name):
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            words += [f"--{name.replace('_', '-')}", *map(shlex.quote, map(str, values))]
+    return " ".join(words)

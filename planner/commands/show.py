@@ -1,0 +1,19 @@
+"""`bitplan show`. May import: everything."""
+
+from argparse import Namespace
+
+from formats.kernels import named_machine
+from planner.commands.asked import put
+from planner.plan import Plan
+from planner.show import kernel_rows, kernels_text, plan_text
+from sensitivity.profile import read
+
+
+def run(arguments: Namespace) -> None:
+    plan = read(arguments.plan, Plan)
+    data, text = plan.model_dump(mode="json"), plan_text(plan)
+    if arguments.device:
+        rows = kernel_rows(plan, named_machine(arguments.device))
+        data["kernels"] = [dict(zip(("unit", "count", "format", "kernel", "why"), row, strict=True)) for row in rows]
+        text = f"{text}\n\n{kernels_text(rows, arguments.device)}"
+    put(arguments, data, text)
