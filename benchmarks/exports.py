@@ -3,8 +3,9 @@
 The embedded model is planned with formats in turn, its embedding kept but for GGUF, and exported to each target. Each
 reader, in an environment of its own that is made where it is missing, says what it took each module for, and where it
 loads the weights, their bytes and the model's logits. Those of targets that hold the plan's codes must equal ours to
-float32's rounding; torchao rounds itself, so that its difference is one of rounding and only told. Where words, bytes
-or logits differ, the exit code is 1. May import: everything.
+the rounding of the type that the reader runs in; torchao rounds itself, so that its difference is one of rounding and
+only told. Where words, bytes or logits differ, the exit code is 1. TARGET may also be a server's name.
+May import: everything.
 """
 
 import json
@@ -35,6 +36,8 @@ from planner.uniform import uniform_plan
 from sensitivity import source as sources
 
 TEXTS = 8
+HALF_LIMIT = 5e-3
+"""LIMIT where the reader runs in float16: some ten roundings of it."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,9 @@ class Case:
     environment: str
     script: str
     keeps_embedding: bool = True
+    limit: float = LIMIT
+    server: str = ""
+    """Who reads the checkpoint, where that is not the target's own package."""
 
 
 CASES = (
@@ -58,6 +64,22 @@ CASES = (
         "compressed-tensors",
         "read_compressed_tensors.py",
     ),
+    Case(
+        "compressed-tensors",
+        ("int4-g128", "int4-g64", "int4-g32", "bf16"),
+        "vllm",
+        "read_vllm.py",
+        limit=HALF_LIMIT,  # vLLM's own kernel for the CPU has no float32
+        server="vllm",
+    ),
+    Case(
+        "compressed-tensors",
+        ("int8", "int6-g64", "int5-row", "int4-g64", "int3-g32", "int2-g64", "fp8", "bf16"),
+        "vllm",
+        "read_vllm.py",
+        server="vllm",
+    ),
+    Case("gptqmodel", ("int8", "bf16"), "vllm", "read_vllm.py", server="vllm"),
     Case("torchao", ("int8", "fp8", "bf16"), "torchao", "read_torchao.py"),
     Case("torchao", ("int8", "int4-g64", "int4-g32", "bf16"), "torchao", "read_torchao.py"),
     Case("gguf", ("int8", "int4-g64", "int3-g32"), "gguf", "read_gguf.py", keeps_embedding=False),
@@ -83,7 +105,7 @@ def mixed(session: Session, formats: tuple[str, ...]) -> Plan:
 
 
 def ask(case: Case, exported: Path, ids: Path, out: Path) -> tuple[dict[str, str], dict[str, int], Tensor | None, str]:
-    """What a reader took each module for, its bytes, the logits, and the reader's version."""
+    """What a reader took each module for, its bytes, the logits of the first tokens or of all, and its version."""
     command: list[str | Path] = [PEERS / f".venv-{case.environment}" / "bin" / "python", PEERS / case.script]
     command += ["--model", MODEL, "--export", exported, "--ids", ids, "--out", out]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -106,7 +128,7 @@ def differing(exported: Exported, words: dict[str, str], nbytes: dict[str, int])
                 yield f"{name} is {words.get(name)!r}, not {line.word!r}"
         if nbytes and sum(nbytes[name] for name in there) != line.bytes:
             yield f"{unit.name} takes {sum(nbytes[name] for name in there)} bytes, not {line.bytes}"
-    if target.holds_codes or isinstance(target, Gguf):  # the reader counted the kept tensors too
+    if nbytes and (target.holds_codes or isinstance(target, Gguf)):  # the reader counted the kept tensors too
         total = sum(nbytes.values())
         if total != exported.bytes:
             yield f"all takes {total} bytes, not {exported.bytes}"
@@ -138,8 +160,8 @@ def own_logits(session: Session, plan: Plan, ids: Tensor) -> Tensor:
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or [case.target for case in CASES]
-    cases = [case for case in CASES if case.target in wanted]
+    wanted = set(sys.argv[1:]) or {case.target for case in CASES}
+    cases = [case for case in CASES if {case.target, case.server} & wanted]
     prepare(cases)
     source = sources.find(MODEL)
     texts = read_texts(source, files=[CALIBRATION], heldout=[HELDOUT])
@@ -154,19 +176,22 @@ def main() -> None:
             plan, place = mixed(session, case.formats), Path(name) / f"export-{i}"
             exported = export(plan, case.target, source=source)
             write_export(exported, place, device="cpu")
-            words, nbytes, logits, version = ask(case, place, file, out)
-            found = list(differing(exported, words, nbytes))
+            folder = place.with_suffix(".gptq")
             if case.target == "gptqmodel":  # the weights that these settings belong to
-                save_gptq(materialize(plan, source, "cpu"), plan, source, place.with_suffix(".gptq"), force=False)
-                logits, _ = read_checkpoint(READERS[0], place.with_suffix(".gptq"), file, out)
+                save_gptq(materialize(plan, source, "cpu"), plan, source, folder, force=False)
+            words, nbytes, logits, version = ask(case, folder if folder.exists() and case.server else place, file, out)
+            found = list(differing(exported, words, nbytes))
+            if case.target == "gptqmodel" and not case.server:
+                logits, _ = read_checkpoint(READERS[0], folder, file, out)
+            reader = f"{case.target} in {case.server}" if case.server else case.target
             change = "–"
             if logits is not None:
-                own = own_logits(session, plan, ids)
+                own = own_logits(session, plan, ids)[:, : logits.shape[1]]
                 change = f"{(logits - own).abs().max():.1e} of {own.abs().max():.0f}"
-                if case.target != "torchao" and (logits - own).abs().max() > LIMIT * own.abs().max():
-                    found.append(f"a logit of {case.target} differs by more than {LIMIT} of the largest")
+                if case.target != "torchao" and (logits - own).abs().max() > case.limit * own.abs().max():
+                    found.append(f"a logit of {reader} differs by more than {case.limit} of the largest")
             what = f"{len(exported.lines)} units" + (f", {sum(nbytes.values()):,} bytes" if nbytes else "")
-            row = (f"{case.target} {version}", ", ".join(case.formats), what, change, "no" if found else "yes")
+            row = (f"{reader} {version}", ", ".join(case.formats), what, change, "no" if found else "yes")
             print(*row, sep="  ", file=sys.stderr, flush=True)
             rows.append(row)
             wrong += found

@@ -1,4 +1,5 @@
-"""A planned model in GPTQ's checkpoint layout, for the runtimes that read it: gptqmodel, vLLM, SGLang, auto-gptq.
+"""A planned model in GPTQ's checkpoint layout, for the runtimes that read it: gptqmodel, auto-gptq, and in 4 and 8
+bits without zero points vLLM and SGLang.
 
 A Linear of `inputs` × `outputs` with codes of b bits in groups of inputs is four tensors:
 
@@ -29,7 +30,7 @@ from formats.integers import IntegerFormat
 from formats.modules import Packed, is_experts
 from formats.packed import pack, unpack
 from formats.table import FORMATS, MENU
-from planner.card import write_papers, written_beside
+from planner.card import Layout, write_papers, written_beside
 from planner.plan import Plan, PlannedUnit
 from sensitivity.source import Source
 
@@ -44,24 +45,20 @@ ZEROS_DO_NOT_WRAP = "gptqmodel:0.9.0"
 """What gptqmodel wants to see in an asymmetric checkpoint of this layout: the first of its versions whose zero points
 can be read back. Without it, it refuses. Ours can: see `to_gptq`."""
 
-CARD = """---
-base_model: {id}
-library_name: transformers
-tags: [bitplan, quantized, gptq]
----
-# {name}, planned, in GPTQ's layout
+LAYOUT = Layout(
+    "planned, in GPTQ's layout",
+    """Mixed precision by bitplan, written in the checkpoint layout of GPTQ: read it with gptqmodel. vLLM (from 0.22 on)
+and SGLang take this layout only in 4 or 8 bits without zero points. Where modules differ in bits or group size, or are
+kept in floats, `dynamic` in config.json says so. transformers' own GPTQ reader and auto-gptq do not look at it: they
+read a folder right only where `dynamic` is absent. This layout takes more bytes than the plan: it adds g_idx, and
+stored zero points where those are fixed.
 
-Mixed precision by bitplan, written in the checkpoint layout of GPTQ: read it with gptqmodel or a server that reads such
-checkpoints. Where modules differ in bits or group size, or are kept in floats, `dynamic` in config.json says so.
-transformers' own GPTQ reader and auto-gptq do not look at it: they read a folder right only where `dynamic` is absent.
-
-The plan itself, with the bytes of bitplan's own packing ({bytes:,}, {bits:.3f} bits per weight; this layout adds
-g_idx, and stored zero points where those are fixed):
-
-```
-{text}
-```
-"""
+```python
+from gptqmodel import GPTQModel
+model = GPTQModel.load("path/to/this/folder")
+```""",
+    ("gptq",),
+)
 
 
 def is_sayable(format: object) -> bool:
@@ -245,7 +242,7 @@ def save_gptq(model: PreTrainedModel, plan: Plan, source: Source, folder: Path, 
         for file in (source.folder / "generation_config.json", *source.folder.glob("*.py")):
             if file.exists():
                 shutil.copy(file, part)
-        write_papers(part, plan, source, CARD)
+        write_papers(part, plan, source, LAYOUT)
     return sum(tensor.nbytes for tensor in tensors.values())
 
 

@@ -186,7 +186,8 @@ def test_what_servers_join_agrees(checkpoint):
     native = {line.unit for line in exported.lines if line.format == "fp32"}
     assert native == {f"model.layers.0.self_attn.{part}_proj" for part in "qv"}
     config = json.loads(exported.text)
-    assert native | {"model.layers.0.self_attn.k_proj", "model.embed_tokens"} == set(config["ignore"])
+    kept = {"model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.qkv_proj", "model.embed_tokens"}
+    assert native | kept == set(config["ignore"])
     assert export(plan, "auto-round", source=session.source).changes == []
 
 

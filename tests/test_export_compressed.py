@@ -101,10 +101,24 @@ def test_one_layout_is_no_mix_and_a_folder_in_the_way_stays(session, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["other"]
 
 
+def test_what_servers_join_is_named_too(session):
+    plan = spread_plan(session, FORMATS_THERE)
+    config = json.loads(export(plan, "compressed-tensors", source=session.source).text)
+    places = {name: i for i, group in enumerate(config["config_groups"].values()) for name in group["targets"]}
+    places |= dict.fromkeys(config["ignore"], -1)
+    for layer in (0, 1):
+        for joined, members in {"self_attn.qkv_proj": "qkv", "mlp.gate_up_proj": ("gate", "up")}.items():
+            block, own = f"model.layers.{layer}", joined.partition(".")[0]
+            assert {places[f"{block}.{own}.{member}_proj"] for member in members} == {places[f"{block}.{joined}"]}
+
+
 def test_the_notes_tell_who_reads_what(session):
-    def notes(format: str) -> str:
+    def notes(format: str, target: str = "compressed-tensors") -> str:
         plan = uniform_plan(session, format, "nearest")
-        return " ".join(export(plan, "compressed-tensors", source=session.source).notes)
+        return " ".join(export(plan, target, source=session.source).notes)
 
     assert "Humming" in notes("int3-g32") and "Humming" not in notes("int4-g32")
     assert "0.18" in notes("int4-g32") and "0.18" not in notes("int8")
+    for refused in ("int4-g32", "int8-g32", "int3-g32"):
+        assert "refuse this" in notes(refused, "gptqmodel")
+    assert "vLLM reads these too" in notes("int8", "gptqmodel")

@@ -17,5 +17,8 @@ rm -rf "$venv"
 torch=$(grep -E '^torch==' "$name.txt")
 "$venv/bin/pip" install -q "$torch" numpy setuptools wheel
 "$venv/bin/pip" install -q --no-build-isolation -c "$name.txt" -r "$name.txt"
+# The registry builds torchvision for CUDA: beside a torch for the CPU it cannot be imported, which transformers tries
+# wherever it is there. Texts need none of these.
+[[ $name != vllm ]] || "$venv/bin/pip" uninstall -q -y torchvision torchaudio torchcodec
 "$venv/bin/python" -c "import torch, transformers; print('$name: torch', torch.__version__, 'transformers', transformers.__version__)"
 cp "$name.txt" "$marker"

@@ -28,28 +28,24 @@ from formats.integers import IntegerFormat
 from formats.modules import Packed
 from formats.packed import pack, unpack, words_per_row
 from formats.table import FORMATS
-from planner.card import write_papers, written_beside
+from planner.card import Layout, write_papers, written_beside
 from planner.export.target import KINDS, Exported, Target, group_size, integer, uneven
+from planner.gptq_layout import FUSED
 from planner.plan import Plan, PlannedUnit
 
-CARD = """---
-base_model: {id}
-library_name: transformers
-tags: [bitplan, quantized, compressed-tensors]
----
-# {name}, planned, in compressed-tensors' layouts
-
-Mixed precision by bitplan: serve it with vLLM, or load it with transformers once compressed-tensors is installed (which
-then unpacks the whole model: memory is saved by servers only). Scales are fp16; a reader that runs in bfloat16 rounds
-them to it, and one that runs in float16 (`--dtype float16`) does not. Zero points are read in transformers with
+LAYOUT = Layout(
+    "planned, in compressed-tensors' layouts",
+    """Mixed precision by bitplan: serve it with vLLM, or load it with transformers once compressed-tensors is installed
+(which then unpacks the whole model: memory is saved by servers only). Scales are fp16; a reader that runs in bfloat16
+rounds them to it, and one that runs in float16 (`--dtype float16`) does not. Zero points are read in transformers with
 compressed-tensors 0.17; 0.18 to 0.20 fail on them.
 
-The plan itself, with the bytes of bitplan's own packing ({bytes:,}, {bits:.3f} bits per weight):
-
-```
-{text}
-```
-"""
+```python
+from transformers import AutoModelForCausalLM  # pip install compressed-tensors
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+```""",
+    ("compressed-tensors",),
+)
 
 PACKED, FLOATS = "pack-quantized", "float-quantized"
 
@@ -93,7 +89,9 @@ class CompressedTensors(Target):
         found = {FORMATS[unit.format].bits for unit in plan.packed}
         notes = ["scales are fp16: a server that runs in bfloat16 rounds them, `--dtype float16` keeps them"]
         if odd := sorted(f"{bits:.0f}" for bits in found - {4, 8}):
-            notes.append(f"{', '.join(odd)} bits need a vLLM with Humming's kernels, and a GPU that these run on")
+            notes.append(
+                f"{', '.join(odd)} bits need a vLLM with Humming's kernels and a GPU that these run on; SGLang has none"
+            )
         if any(getattr(FORMATS[unit.format], "zero_point", "") == "integer" for unit in plan.packed):
             notes.append(
                 "transformers reads zero points (2, 4, 8 bits) with compressed-tensors 0.17, not with 0.18 to 0.20"
@@ -113,11 +111,26 @@ def scheme(unit: PlannedUnit) -> dict[str, Any]:
     return {"weights": weights | {"dynamic": False}, "format": PACKED if format else FLOATS}
 
 
+def with_joined(said: dict[str, str]) -> dict[str, str]:
+    """What is said of modules, and of those that servers join of some of them that are told alike.
+
+    vLLM asks for the members of a joined module, SGLang (in many models, Llama's for one) for itself, and stops where
+    it is not named. transformers has no such module, and warns of it.
+    """
+    joined = {}
+    for fused, members in FUSED.items():
+        for parent in [name.removesuffix(members[0]) for name in said if name.endswith(f".{members[0]}")]:
+            alike = {said.get(parent + member) for member in members}
+            if len(alike) == 1:
+                joined[parent + fused] = said[parent + members[0]]
+    return said | joined
+
+
 def config(plan: Plan) -> dict[str, Any]:
     """The quantization_config: exact names, never a class or a pattern that could match another module."""
     targets: dict[str, list[str]] = defaultdict(list)
-    for unit in plan.packed:
-        targets[json.dumps(scheme(unit))].append(unit.name)
+    for name, key in with_joined({unit.name: json.dumps(scheme(unit)) for unit in plan.packed}).items():
+        targets[key].append(name)
     groups = {f"group_{i}": {"targets": names, **json.loads(key)} for i, (key, names) in enumerate(targets.items())}
     formats = {group["format"] for group in groups.values()}
     native = [unit for unit in plan.units if unit.is_native]
@@ -128,7 +141,7 @@ def config(plan: Plan) -> dict[str, Any]:
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": list(dict.fromkeys(ignored)),
+        "ignore": list(with_joined(dict.fromkeys(ignored, ""))),
     }
 
 
@@ -177,5 +190,5 @@ def save_compressed(model: PreTrainedModel, exported: Exported, folder: Path, fo
         for file in (source.folder / "generation_config.json", *source.folder.glob("*.py")):
             if file.exists():
                 shutil.copy(file, part)
-        write_papers(part, plan, source, CARD)
+        write_papers(part, plan, source, LAYOUT)
     return sum(tensor.nbytes for tensor in tensors.values())

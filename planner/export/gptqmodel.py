@@ -20,7 +20,7 @@ class GptqModel(Target):
     """The quantization_config of a checkpoint in GPTQ's layout; `bitplan apply --layout gptq` writes the checkpoint."""
 
     name = "gptqmodel"
-    readers = "gptqmodel, vLLM, SGLang"
+    readers = "gptqmodel"
 
     def unsayable(self, unit: PlannedUnit) -> str | None:
         reason = None if unit.is_native else unsayable(unit)
@@ -50,10 +50,21 @@ class GptqModel(Target):
         return json.dumps(quantization_config(model, plan), indent=2) + "\n"
 
     def notes(self, plan: Plan) -> list[str]:
+        served = all(is_served(unit) for unit in plan.packed)
         return [
             "these are the settings alone: `bitplan apply PLAN --layout gptq --save DIR` writes them with the weights",
-            "transformers' own GPTQ reader does not look at `dynamic`: load with gptqmodel, vLLM or SGLang",
+            "transformers' own GPTQ reader does not look at `dynamic`: load with gptqmodel",
+            "vLLM reads these too"
+            if served
+            else "vLLM (from 0.22 on) and SGLang take GPTQ's layout only in 4 or 8 bits without zero points, and refuse"
+            " this: give them `--to compressed-tensors`",
         ]
+
+
+def is_served(unit: PlannedUnit) -> bool:
+    """Whether servers, which have only Marlin's formats for this layout, take a packed unit."""
+    format = integer(unit)
+    return format is not None and format.code_bits in (4, 8) and format.zero_point == "middle"
 
 
 def skeleton(source: Source) -> Any:
