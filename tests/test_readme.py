@@ -1,22 +1,20 @@
-"""The README's commands and snippets, run as written."""
+"""The pages' commands and snippets, run as written; their links, and their table of formats, hold."""
 
 import re
 import shlex
 import subprocess
 import sys
+from math import ceil
 from pathlib import Path
 
 import pytest
 
+from planner.cli import main
+
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
 PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
-COMMANDS = {name: re.findall(r"<!-- run -->\n```\n(.*?)```", page, re.S) for name, page in PAGES.items()}
-SNIPPETS = [
-    pytest.param(snippet, id=f"{name}-{i}")
-    for name, page in PAGES.items()
-    for i, snippet in enumerate(re.findall(r"```python\n(.*?)```", page, re.S))
-]
+COMMANDS = {name: "".join(re.findall(r"<!-- run -->\n```\n(.*?)```", page, re.S)) for name, page in PAGES.items()}
+SNIPPETS = {name: "\n".join(re.findall(r"```python\n(.*?)```", page, re.S)) for name, page in PAGES.items()}
 
 
 @pytest.fixture(scope="module")
@@ -25,33 +23,92 @@ def place(tmp_path_factory):
 
 
 def rehoused(text: str, place: Path) -> str:
-    return re.sub(r"/tmp/(bitplan-\w+|planned)", str(place) + r"/\1", text)
+    return re.sub(r"/tmp/(?=bitplan-)", f"{place}/", text)
 
 
 @pytest.mark.xdist_group("demo plan")
-@pytest.mark.parametrize("page", [name for name, blocks in COMMANDS.items() if blocks])
-def test_commands(page, place):
-    for line in "".join(COMMANDS[page]).strip().splitlines():
-        words = shlex.split(rehoused(line, place))
-        assert words[0] == "bitplan"
-        command = [sys.executable, "-m", "planner.cli", *words[1:]]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, f"{line}\n{result.stderr}"
-        assert result.stdout
+@pytest.mark.parametrize("page", [name for name, lines in COMMANDS.items() if lines])
+def test_commands(page, place, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    for line in rehoused(COMMANDS[page], place).replace("\\\n", "").splitlines():
+        command, *words = shlex.split(line)
+        assert command == "bitplan"
+        code, (out, err) = main(words), capsys.readouterr()
+        assert code == 0, f"{line}\n{err}"
+        assert out, line
 
 
 @pytest.mark.xdist_group("demo plan")
-@pytest.mark.parametrize("snippet", SNIPPETS)
-def test_snippets(snippet, place):
-    result = subprocess.run(
-        [sys.executable, "-c", rehoused(snippet, place)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+@pytest.mark.parametrize("page", [name for name, lines in SNIPPETS.items() if lines])
+def test_snippets(page, place):
+    """A page's snippets are one script, which finds what the commands have made."""
+    script = rehoused(SNIPPETS[page], place)
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
 
-def test_the_table_of_formats_names_them_all():
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    folder = ROOT if page == "README.md" else ROOT / "docs"
+    for path, heading in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", PAGES[page]):
+        target = folder / path
+        assert target.exists(), path
+        if heading:
+            names = re.findall(r"^#+ (.*)", target.read_text(), re.M)
+            assert heading in {re.sub(r"[^\w -]", "", name.lower()).replace(" ", "-") for name in names}, heading
+
+
+def table_of_formats() -> dict[str, str]:
+    """Names as docs/formats.md has them → the formula of their bytes."""
+    told = re.search(r"## What is stored\n(.*?)\n## ", PAGES["formats.md"], re.S).group(1)
+    rows = [line.split("|")[1:-1] for line in told.splitlines() if line.startswith("| `")]
+    return {name: cells[-1] for cells in rows for name in re.findall(r"`(\S+)`", cells[0])}
+
+
+def value(formula: str, **numbers: int) -> int:
+    """What a formula such as 4r⌈cB/32⌉ + 2rG comes to."""
+    tokens = re.findall(r"size|[rcBG]|\d+|[⌈⌉()+/]", formula)
+    joined = ""
+    for before, token in zip(["", *tokens], tokens, strict=False):
+        times = before not in ("", "⌈", "(", "+", "/") and token not in ("⌉", ")", "+", "/")
+        joined += ("*" if times else "") + {"⌈": "ceil(", "⌉": ")"}.get(token, token)
+    return eval(joined, {"ceil": ceil, **numbers})
+
+
+def test_the_table_of_formats_has_them_all_and_their_bytes():
     from formats.table import FORMATS
 
-    told = re.search(r"## Formats\n(.*?)\n## ", README, re.S).group(1)
-    plain = {name for name in FORMATS if not re.match(r"(int\d|ternary|binary)-", name)}
-    assert all(f"`{name}`" in told for name in plain)
+    formulas = {
+        re.compile(name.replace("intB", r"int(?P<B>\d)").replace("-gN", r"-(g(?P<N>\d+)|row)")): formula
+        for name, formula in table_of_formats().items()
+    }
+    for name, format in FORMATS.items():
+        [(found, formula)] = [(m, f) for pattern, f in formulas.items() if (m := pattern.fullmatch(name))]
+        facts = {key: int(number) for key, number in found.groupdict().items() if number}
+        for r, c in ((1, 64), (3, 100), (7, 33), (128, 256)):
+            groups = ceil(c / facts["N"]) if "N" in facts else 1
+            size = int(format.bits) // 8
+            assert value(formula, r=r, c=c, B=facts.get("B", 0), G=groups, size=size) == format.nbytes(r, c), name
+
+
+def test_the_rules_and_the_kernels_are_told_of_every_kind_of_format():
+    for heading in ("Which, and when", "What runs it"):
+        told = re.search(rf"## {heading}\n(.*?)\n## ", PAGES["formats.md"], re.S).group(1)
+        plain = [name for name in table_of_formats() if not name.startswith("intB")]
+        assert all(f"`{name}" in told for name in plain), heading
+
+
+@pytest.mark.parametrize(("column", "on"), [(1, "cpu"), (2, "cuda:8.9")])
+def test_the_table_of_kernels_is_right(column, on):
+    import torch
+
+    from formats.kernels import choose, named_machine
+    from formats.table import FORMATS
+
+    told = re.search(r"## What runs it\n(.*?)\n## ", PAGES["formats.md"], re.S).group(1)
+    rows = [line.split("|")[1:-1] for line in told.splitlines() if line.startswith("| `")]
+    kernels = {name: cells[column].strip() for cells in rows for name in re.findall(r"`(\S+)`", cells[0])}
+    for name, format in FORMATS.items():
+        like = re.sub(r"-(g\d+|row)", "-gN", re.sub(r"^int\d-(g|row)", r"intB-\1", name))
+        kernel = choose(format, 4096, torch.bfloat16, named_machine(on)).name
+        assert kernel in kernels[like] or kernels[like] == "the same", (name, kernel)
