@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 
 .PHONY: setup test lint demo test-lowest plans bench-prediction bench-rounding bench-one-bit bench-layout bench-exports \
-	bench-memory bench-speed
+	bench-memory bench-speed bench-compare bench-interval
 
 setup: $(VENV)/.done
 
@@ -72,3 +72,11 @@ bench-speed: setup
 # How well the predicted losses order units and formats, against measuring each alone (about 4 minutes).
 bench-prediction: setup
 	$(BIN)/python -m benchmarks.prediction
+
+# Ten rows of `bitplan compare` from an empty cache, on the bundled task; docs/frontier.svg is its picture (5 minutes).
+bench-compare: setup
+	$(BIN)/python -m benchmarks.compare
+
+# In how many of 100 repetitions the paired interval covers a known difference (10 minutes). ALSO="--also MODEL TEXT"
+bench-interval: setup
+	$(BIN)/python -m benchmarks.interval $(ALSO)

@@ -4,17 +4,19 @@ import csv
 import io
 from collections.abc import Sequence
 from html import escape
+from math import ceil, floor, log10
 from typing import Any
 
 from planner.compare import Line
 
+PLANS, FORMATS = "#c2410c", "#1d4ed8"
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
 <style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; color: #222 }}
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; color: #222; background: #fff }}
 table {{ border-collapse: collapse }}
 td, th {{ padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd }}
-td:first-child, th:first-child {{ text-align: left }} svg text {{ font: 12px system-ui, sans-serif }}
+td:first-child, th:first-child {{ text-align: left }}
 </style>
 <h1>{title}</h1>
 {picture}
@@ -61,35 +63,49 @@ def html_text(lines: Sequence[Line], head: Sequence[str], cells: Sequence[Sequen
 
 
 def frontier_svg(lines: Sequence[Line], width: int = 760, height: int = 420) -> str:
-    """KL against bits per weight, KL by powers of ten."""
-    from math import ceil, floor, log10
-
-    points = [
+    """KL against bits per weight, KL by powers of ten; plans are joined by a line."""
+    points = sorted(
         (line.bits_per_weight, log10(line.judgement.kl), line.name)
         for line in lines
         if line.judgement and line.bits_per_weight and line.judgement.kl > 0
-    ]
+    )
     if not points:
         return ""
     right = max(4.0, *(x for x, _, _ in points)) * 1.05
     low, high = floor(min(y for _, y, _ in points)), ceil(max(y for _, y, _ in points) + 0.01)
 
     def at(x: float, y: float) -> tuple[float, float]:
-        return 60 + x / right * (width - 160), 20 + (high - y) / (high - low) * (height - 70)
+        return 60 + x / right * (width - 190), 30 + (high - y) / (high - low) * (height - 80)
 
-    parts = [f'<svg viewBox="0 0 {width} {height}" width="{width}" xmlns="http://www.w3.org/2000/svg" role="img">']
+    parts = [
+        f'<svg viewBox="0 0 {width} {height}" width="{width}" xmlns="http://www.w3.org/2000/svg" role="img"'
+        ' font-family="system-ui, sans-serif" font-size="12">',
+        f'<rect width="{width}" height="{height}" fill="#fff"/>',
+    ]
     for power in range(low, high + 1):
         x, y = at(0, power)
-        parts.append(f'<line x1="{x:.0f}" y1="{y:.0f}" x2="{width - 100}" y2="{y:.0f}" stroke="#ddd"/>')
+        parts.append(f'<line x1="{x:.0f}" y1="{y:.0f}" x2="{at(right, 0)[0]:.0f}" y2="{y:.0f}" stroke="#ddd"/>')
         parts.append(f'<text x="{x - 8:.0f}" y="{y + 4:.0f}" text-anchor="end">{10.0**power:g}</text>')
     for bits in range(0, int(right) + 1, 2 if right < 20 else 4):
         x, y = at(bits, low)
         parts.append(f'<text x="{x:.0f}" y="{y + 18:.0f}" text-anchor="middle">{bits}</text>')
     parts.append(f'<text x="{width / 2:.0f}" y="{height - 8}" text-anchor="middle">bits per weight, all bytes</text>')
-    parts.append('<text x="8" y="14">KL to full precision, nats per token</text>')
-    for x, y, name in points:
-        px, py = at(x, y)
-        color = "#c2410c" if name.startswith("plan") or name.endswith(".json") else "#1d4ed8"
-        parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4" fill="{color}"/>')
-        parts.append(f'<text x="{px + 7:.1f}" y="{py + 4:.1f}">{escape(name)}</text>')
+    parts.append('<text x="8" y="16">KL to full precision, nats per token</text>')
+    plans = [at(x, y) for x, y, name in points if _is_plan(name)]
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in plans)
+    parts.append(f'<polyline points="{path}" fill="none" stroke="{PLANS}" stroke-opacity="0.4"/>')
+    told: list[tuple[float, float]] = []
+    for weight, level, name in points:
+        x, y = at(weight, level)
+        label = y + 4
+        while any(abs(label - other) < 13 and x - left < 110 for left, other in told):
+            label -= 13
+        told.append((x, label))
+        color = PLANS if _is_plan(name) else FORMATS
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"/>')
+        parts.append(f'<text x="{x + 7:.1f}" y="{label:.1f}" fill="{color}">{escape(name)}</text>')
     return "\n".join([*parts, "</svg>"])
+
+
+def _is_plan(name: str) -> bool:
+    return name.startswith("plan") or name.endswith(".json")

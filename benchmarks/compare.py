@@ -1,0 +1,48 @@
+"""How long do ten rows of `bitplan compare` take, from an empty cache? `python -m benchmarks.compare`.
+
+Seven formats and the three plans of the embedded model, on the bundled task: codes are made, models loaded, judged and
+timed. The picture of the frontier in the README is that of the command's page. Exit code 1 where it takes longer than
+GOAL or a row has no figures. May import: everything.
+"""
+
+import csv
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.machine import described
+from planner.demo import CALIBRATION, HELDOUT, MODEL
+from planner.show import table
+
+ROOT = Path(__file__).parent.parent
+PICTURE = ROOT / "docs" / "frontier.svg"
+FORMATS = "bf16,fp8,int8,int4-g64,nf4,int3-g64,int2-g64"
+GOAL = 300
+"""Seconds, on two cores."""
+SHOWN = ("name", "resident_bytes", "bits_per_weight", "ppl", "kl", "completion mean_other", "load_seconds")
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        page, sheet = Path(folder) / "page.html", Path(folder) / "rows.csv"
+        command = [sys.executable, "-m", "planner.cli", "compare", MODEL.relative_to(ROOT), "--formats", FORMATS]
+        command += ["--text", CALIBRATION, "--heldout", HELDOUT, "--task", MODEL.parent / "task" / "completion.jsonl"]
+        command += ["--plan", *sorted((ROOT / "plans").glob("*.json")), "--html", page, "--csv", sheet]
+        began = time.perf_counter()
+        subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"BITPLAN_CACHE": folder}, stdout=sys.stderr)
+        seconds = time.perf_counter() - began
+        rows = list(csv.DictReader(sheet.open()))
+        picture = re.search(r"<svg.*</svg>", page.read_text(), re.S)
+    assert picture is not None
+    PICTURE.write_text(f"{picture.group()}\n")
+    print(table([name.replace("_", " ") for name in SHOWN], [[row[name][:9] for name in SHOWN] for row in rows]))
+    print(f"{len(rows)} rows in {seconds:.0f} s, goal {GOAL} s; {described()}")
+    return int(seconds > GOAL or any(row["note"] for row in rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
