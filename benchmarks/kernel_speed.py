@@ -27,8 +27,9 @@ CACHES = 1 << 28
 
 def product(name: str, rows: int, columns: int, device: str, limit: float) -> dict[str, Any]:
     """Seconds of [batch, columns] times a weight of `rows` at each batch size: by the chosen kernel, and dequantized;
-    of a float type, by torch."""
-    dtype = DTYPES.get(name) or (torch.float32 if device == "cpu" else torch.bfloat16)
+    of a float type, by torch. `name` may end with the inputs' type: int4-g64@bf16."""
+    name, _, inputs = name.partition("@")
+    dtype = DTYPES.get(inputs or name) or (torch.float32 if device == "cpu" else torch.bfloat16)
     result: dict[str, Any] = {"copy": copy_bandwidth(device), "kernel": "torch", "batches": {}}
     ways: dict[str, Callable[[torch.Tensor, Tensors], object]]
     if name in DTYPES:

@@ -18,7 +18,6 @@ from formats.base import LARGE_TILE, TILE, Format, Tensors, needs_grad
 from formats.bnb import Bnb4Format, Int8BnbFormat
 from formats.errors import UsageError
 from formats.floats import FP8, Float8Format, FloatFormat
-from formats.integers import IntegerFormat
 
 FP8_ROWS = 16
 """Rows of input above which fp8 weights are multiplied by fp8 inputs, where the GPU can."""
@@ -93,10 +92,9 @@ def choose(format: Format, columns: int, dtype: torch.dtype, on: Machine) -> Ker
 def _on_cpu(format: Format, columns: int) -> Kernel:
     if isinstance(format, Bnb4Format):
         return Kernel("bitsandbytes", "its dequantizer, a tile at a time")
-    reason = "no CPU kernel reads it"
-    if isinstance(format, IntegerFormat):
-        reason = numba_kernel.unsupported(format, columns) or ""
-    return Kernel("dequantize", reason) if reason else Kernel("numba", "codes unpacked in registers")
+    if reason := numba_kernel.unsupported(format, columns):
+        return Kernel("dequantize", reason)
+    return Kernel("numba", "codes unpacked in cache, a row or a tile at a time")
 
 
 def _on_cuda(format: Format, columns: int, dtype: torch.dtype, on: Machine) -> Kernel:
@@ -118,19 +116,11 @@ def linear(format: Format, x: Tensor, tensors: Tensors, columns: int, bias: Tens
     trained = needs_grad(x, tensors) or any(tensors[suffix].is_floating_point() for suffix in format.floats)
     if trained or kernel in ("torch", "dequantize") or (kernel, on.kind) == ("bitsandbytes", "cpu"):
         return format.linear(x, tensors, columns, bias)
+    if kernel == "numba":
+        return numba_kernel.linear(format, x, tensors, columns, bias)
     if isinstance(format, Bnb4Format | Int8BnbFormat):
         return format.multiply(x, tensors, columns, bias)
-    few = x.numel() // columns
-    if isinstance(format, IntegerFormat) and kernel == "numba":
-        wide = x.float()
-        if few > numba_kernel.FEW:
-            out = format.by_tiles(
-                wide, tensors, columns, None, lambda part: numba_kernel.dequantized(format, part, columns)
-            )
-        else:
-            out = numba_kernel.product(format, wide.reshape(-1, columns), tensors).unflatten(0, x.shape[:-1])
-        return (out if bias is None else out + bias).to(x.dtype)
-    rows = tensors[""].shape[0]
+    few, rows = x.numel() // columns, tensors[""].shape[0]
     if kernel == "scaled_mm" and few > FP8_ROWS and rows % 16 == 0:
         return _scaled_mm(x, tensors, bias)
     return triton_kernel.linear(format, x, tensors, columns, bias)

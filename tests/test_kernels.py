@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from formats import base, kernels, numba_kernel
 from formats.base import as_floats
-from formats.integers import IntegerFormat
+from formats.integers import Grid, IntegerFormat
 from formats.kernels import Machine, choose, linear
 from formats.modules import pack_parameter
 from formats.table import FORMATS
@@ -17,6 +17,7 @@ pytestmark = pytest.mark.xdist_group("numba")  # its kernels are compiled once a
 CPU, HOPPER, AMPERE = Machine("cpu"), Machine("cuda", (9, 0)), Machine("cuda", (8, 0))
 GROUPED = [f"int{bits}-g64" for bits in (8, 7, 6, 5, 4, 3, 2)]
 OTHERS = ["int8", "int4-row", "int4-g32", "int3-g128", "int4-g64-z16", "int1-g32-z16", "binary-g64"]
+ALSO = ["ternary-g128", "ternary-g64", "ternary-g32", "fp8", "int8-bnb"]
 
 
 def layer(name: str, rows: int = 96, columns: int = 192, dtype: torch.dtype = torch.float32):
@@ -26,8 +27,8 @@ def layer(name: str, rows: int = 96, columns: int = 192, dtype: torch.dtype = to
     return format, tensors, format.dequantize(tensors, columns, torch.float64)
 
 
-@pytest.mark.parametrize("batch", [1, numba_kernel.FEW, numba_kernel.FEW + 1, 40])
-@pytest.mark.parametrize("name", GROUPED + OTHERS)
+@pytest.mark.parametrize("batch", [1, 3, 6, numba_kernel.FEW + 1])
+@pytest.mark.parametrize("name", GROUPED + OTHERS + ALSO)
 def test_product(name, batch, monkeypatch):
     monkeypatch.setitem(base.TILE, "cpu", 64 * 192)  # two tiles, the last one shorter
     monkeypatch.setattr(numba_kernel, "ALONE", 0)
@@ -39,28 +40,82 @@ def test_product(name, batch, monkeypatch):
     assert_close(found.double(), x.double() @ whole.T + bias, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", GROUPED + OTHERS)
+def dequantized(format, tensors, columns):
+    """What a tile holds, its columns back in their order."""
+    fields = numba_kernel._fields(format, columns)
+    planes = numba_kernel._cpu_dequantized(*numba_kernel._stored(tensors), columns, *fields)
+    order = numba_kernel.in_planes(torch.arange(1.0, columns + 1), numba_kernel._period(*fields[:2]))
+    return planes[:, order.argsort()][:, -columns:]  # what is padded has place 0
+
+
+@pytest.mark.parametrize("name", GROUPED + OTHERS + ALSO)
 def test_dequantized_is_the_formats_own_to_the_bit(name):
     format, tensors, _ = layer(name)
-    assert torch.equal(numba_kernel.dequantized(format, tensors, 192), format.dequantize(tensors, 192, torch.float32))
+    assert torch.equal(dequantized(format, tensors, 192), format.dequantize(tensors, 192, torch.float32))
+
+
+def test_every_byte_of_fp8_is_torchs():
+    numbers = [byte for byte in range(256) if byte & 127 != 127]
+    codes = torch.tensor(numbers + numbers[:2], dtype=torch.uint8)
+    tensors = {"": codes.view(1, -1).view(torch.int32), "_scale": torch.ones(1, 1).half().view(torch.int16)}
+    own = codes.view(torch.float8_e4m3fn).float().view(1, -1)
+    for found in (dequantized(FORMATS["fp8"], tensors, 256), FORMATS["fp8"].dequantize(tensors, 256, torch.float32)):
+        assert torch.equal(found.view(torch.int32), own.view(torch.int32))  # signs of zeros too
+
+
+@pytest.mark.parametrize("columns", [20, 172, 1280])
+def test_every_trit_of_a_word_is_read(columns):
+    format = FORMATS["ternary-g32"]
+    codes = torch.randint(3, (64, columns), generator=torch.Generator().manual_seed(2))
+    codes[0], codes[1] = 2, 0
+    groups = format.groups(columns)
+    tensors = format.store(codes, Grid(torch.rand(64, groups) + 1, torch.ones(64, groups)))
+    assert torch.equal(dequantized(format, tensors, columns), format.dequantize(tensors, columns, torch.float32))
 
 
 @pytest.mark.parametrize("name", ["int4-g128", "int8-g128", "int3-g128"])
 def test_a_last_group_that_is_shorter(name):
     format, tensors, whole = layer(name)  # 192 columns: a group and a half
-    for batch in (1, 9):
+    for batch in (1, 20):
         x = torch.randn(batch, 192)
         assert_close(linear(format, x, tensors, 192, None).double(), x.double() @ whole.T, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_halves_are_multiplied_in_float32_and_rounded_once(dtype):
-    format, tensors, whole = layer("int4-g64")
-    for batch in (1, 9):
-        x = torch.randn(batch, 192).to(dtype)
-        found = linear(format, x, tensors, 192, None)
-        assert found.dtype == dtype
-        assert_close(found, (x.double() @ whole.T).to(dtype), rtol=0.01, atol=0.01)
+@pytest.mark.parametrize("name", ["int4-g64", "int5-g64", "ternary-g64", "fp8"])
+@pytest.mark.parametrize(("quick", "batch"), [(True, 1), (True, 8), (False, 16), (False, 40)])
+def test_halves_are_multiplied_in_float32_and_rounded_once(name, dtype, quick, batch, monkeypatch):
+    monkeypatch.setattr(numba_kernel, "QUICK_HALVES", {dtype} if quick else set())
+    format, tensors, whole = layer(name)
+    x, bias = torch.randn(batch, 192).to(dtype), torch.randn(96).to(dtype)
+    found = linear(format, x, tensors, 192, bias)
+    assert found.dtype == dtype
+    # A sum that lies near the middle of two halves may be rounded to either: they are eps apart.
+    expected = (x.double() @ whole.T + bias).to(dtype)
+    assert_close(found, expected, rtol=torch.finfo(dtype).eps, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["int4-g64", "int5-g64", "ternary-g64", "fp8"])
+def test_many_halves_are_multiplied_with_weights_rounded_to_halves(name, dtype, monkeypatch):
+    """As the dequantized layer in that type does, where torch is quick at it."""
+    monkeypatch.setattr(numba_kernel, "QUICK_HALVES", {dtype})
+    monkeypatch.setitem(base.TILE, "cpu", 64 * 192)
+    format, tensors, whole = layer(name)
+    x, bias = torch.randn(9, 192).to(dtype), torch.randn(96).to(dtype)
+    found, weight = linear(format, x, tensors, 192, bias), format.dequantize(tensors, 192, dtype)
+    eps = torch.finfo(dtype).eps
+    assert torch.equal(weight, whole.to(dtype))
+    assert_close(found, torch.nn.functional.linear(x, weight, bias), rtol=eps, atol=1e-4)
+    assert_close(found, (x.double() @ weight.double().T + bias).to(dtype), rtol=eps, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(192,), (0, 192), (2, 3, 192)])
+def test_inputs_may_have_any_shape(shape):
+    format, tensors, whole = layer("int3-g64")
+    x = torch.randn(shape)
+    found = linear(format, x, tensors, 192, None)
+    assert_close(found.double(), x.double() @ whole.T, rtol=1e-5, atol=1e-4)
 
 
 def test_threads_share_the_rows(monkeypatch):
@@ -71,11 +126,10 @@ def test_threads_share_the_rows(monkeypatch):
     assert_close(linear(format, x, tensors, 192, None).double(), x.double() @ whole.T, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["int4-g64", "int8", "int4-g64-z16"])
+@pytest.mark.parametrize("name", ["int4-g64", "int8", "int4-g64-z16", "ternary-g64", "fp8", "int8-bnb"])
 def test_ops_are_torchs(name):
     format, tensors, _ = layer(name)
-    stored = (tensors[""], tensors["_scale"], tensors.get("_zero"))
-    fields = (format.code_bits, format.group or 192, format.zero_point)
+    stored, fields = numba_kernel._stored(tensors), numba_kernel._fields(format, 192)
     torch.library.opcheck(numba_kernel._cpu_product, (torch.randn(2, 192), *stored, *fields))
     torch.library.opcheck(numba_kernel._cpu_dequantized, (*stored, 192, *fields))
 
@@ -118,24 +172,30 @@ class TestChoice:
         assert kernel.name and kernel.why
 
     def test_what_a_kernel_cannot_take_is_dequantized_and_says_why(self):
-        assert choose(FORMATS["int4-g64"], 200, torch.float32, CPU) == kernels.Kernel(
-            "dequantize", "200 columns do not fill whole runs of 16 codes"
+        assert choose(FORMATS["int4-g64"], 196, torch.float32, CPU) == kernels.Kernel(
+            "dequantize", "196 columns do not fill whole runs of 8 codes"
         )
-        assert choose(FORMATS["ternary-g64"], 192, torch.float32, CPU).name == "dequantize"
         assert choose(IntegerFormat("", 4, group=64), 192, torch.float32, CPU).name == "numba"
 
     def test_without_numba(self, monkeypatch):
         monkeypatch.setattr(numba_kernel, "find_spec", lambda name: None)
         choose.cache_clear()
-        assert "pip install" in choose(FORMATS["int4-g64"], 192, torch.float32, CPU).why
+        for name in ("int4-g64", "fp8", "ternary-g64", "int8-bnb"):
+            format, tensors, whole = layer(name)
+            kernel = choose(format, 192, torch.float32, CPU)
+            assert kernel.name == "dequantize" and "pip install" in kernel.why
+            x = torch.randn(3, 192)
+            assert_close(linear(format, x, tensors, 192, None).double(), x.double() @ whole.T, rtol=1e-5, atol=1e-4)
         choose.cache_clear()
 
-    def test_meta_tensors_go_the_way_of_the_machine_that_is_assumed(self):
-        format, tensors, _ = layer("int4-g64")
+    @pytest.mark.parametrize("name", ["int4-g64", "ternary-g64"])
+    @pytest.mark.parametrize("batch", [2, 40])
+    def test_meta_tensors_go_the_way_of_the_machine_that_is_assumed(self, name, batch):
+        format, tensors, _ = layer(name)
         absent = {suffix: tensor.to("meta") for suffix, tensor in tensors.items()}
         with kernels.as_if_on(CPU):
-            out = linear(format, torch.empty(2, 192, device="meta"), absent, 192, None)
-        assert out.shape == (2, 96) and out.device.type == "meta"
+            out = linear(format, torch.empty(batch, 192, device="meta", dtype=torch.bfloat16), absent, 192, None)
+        assert (out.shape, out.dtype, out.device.type) == ((batch, 96), torch.bfloat16, "meta")
 
 
 def test_fp8_products_are_within_the_inputs_rounding():
@@ -148,7 +208,7 @@ def test_fp8_products_are_within_the_inputs_rounding():
     assert float((found - expected).std() / expected.std()) < 2**-4
 
 
-@pytest.mark.parametrize("name", ["int4-g64", "int8", "ternary-g64", "fp8", "nf4"])
+@pytest.mark.parametrize("name", ["int4-g64", "int8", "ternary-g64", "fp8", "nf4", "int8-bnb"])
 def test_a_packed_layer_compiles_without_a_break(name):
     torch._dynamo.reset()
     layers = nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 32)).requires_grad_(False)

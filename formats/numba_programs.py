@@ -1,0 +1,254 @@
+"""Rows of packed weights taken apart, dequantized and multiplied on a CPU, in code that numba compiles.
+
+A row [columns] is made in planes, [period, runs]: `period` codes, after which their places inside words repeat, are a
+run, and plane k holds code k of every run. The words of one plane lie beside each other and are shifted alike, so that
+a loop over them becomes vector instructions; in the row's own order it does not. Inputs are laid out alike.
+Imported only where numba is. May import: formats.packed, numba.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numba
+import numpy as np
+
+from formats.packed import TRITS
+
+HALVES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+"""The value of every fp16, by its bits."""
+
+compiled = numba.njit(nogil=True)
+summed = numba.njit(nogil=True, fastmath={"reassoc", "contract", "nsz"})
+"""In any order."""
+inlined = numba.njit(nogil=True, inline="always")
+"""Where calls, and the counting of references to arrays that goes with them, cost a third of a row's product."""
+
+
+def _grid(kind: str, bits: int) -> Callable:
+    """grid(scale, zero, n, first, s, z) sets float32 s and z [G], those of row n. scale: fp16 bits [N, G], or float32
+    of kind "signed". zero: of kind "float" fp16 bits [N, G]; of kind "integer" the codes of all rows of the weight, of
+    which these begin at row `first`, as one stream of words; else nothing is stored."""
+    top = (1 << bits) - 1
+    fixed = np.float32({"middle": top // 2 + 1, "half": top / 2, "ternary": 1}.get(kind, 0))
+    # Known before compiling, so that what does not fit the arrays' types is left out.
+    is_float32, floats, codes = kind == "signed", kind == "float", kind == "integer"
+
+    @(compiled if bits == 8 else inlined)
+    def grid(scale, zero, n, first, s, z):
+        for g in range(len(s)):
+            s[g] = scale[n, g] if is_float32 else HALVES[scale[n, g]]
+            z[g] = HALVES[zero[n, g]] if floats else fixed
+        if codes:
+            for g in range(len(s)):
+                bit = np.uint64(((first + n) * len(s) + g) * bits)
+                word, shift = bit >> np.uint64(5), bit & np.uint64(31)
+                code = np.uint64(zero[word]) >> shift
+                if shift + np.uint64(bits) > np.uint64(32):
+                    code |= np.uint64(zero[word + np.uint64(1)]) << (np.uint64(32) - shift)
+                z[g] = np.float32(code & np.uint64(top))
+
+    return grid
+
+
+# Each of the next three makes two functions of a row, that is of its words or bytes:
+# values(row, s, z, group, parts, grids, words, made) sets float32 made [period, runs] to (code - z) s.
+# alone(row, s, z, group, parts, grids, words, made, x, sums) is the row times x [period, runs], whose sums over groups
+# are `sums`: Σ_g s (Σ_k∈g code x - z sum), with nothing dequantized if that is quicker for one row of inputs.
+# parts: the groups of a run's parts, as `numba_kernel._groups` has them. grids, float32 [2, *parts.shape], and words,
+# uint32 [width, runs], are room to work in; `made` is too for the second.
+
+
+def _bytes(kind: str) -> tuple[Callable, Callable]:
+    is_float = kind == "fp8"
+
+    @compiled
+    def value(code):
+        if not is_float:
+            return np.float32(code)
+        # e4m3's exponent and mantissa at the place of a float32's, whose exponent counts from -127 instead of -7. Below
+        # 2^-6 there is no leading 1, but steps of 2^-9. The bytes 127 and 255 are no numbers: never stored.
+        size = np.uint32(code) & np.uint32(127)
+        base = np.uint32(120 << 23) if size >= np.uint32(8) else np.uint32(121 << 23)
+        one = np.float32(0) if size >= np.uint32(8) else np.float32(2.0**-6)
+        made = np.uint32((size << np.uint32(20)) + base).view(np.float32) - one
+        sign = np.uint32(code) >> np.uint32(7) << np.uint32(31)
+        return np.uint32(np.float32(made).view(np.uint32) | sign).view(np.float32)
+
+    @compiled
+    def values(row, s, z, group, parts, grids, words, made):
+        for g in range(len(s)):
+            codes, out, scale, zero = row[g * group : (g + 1) * group], made[0, g * group : (g + 1) * group], s[g], z[g]
+            for i in range(len(out)):
+                out[i] = (value(codes[i]) - zero) * scale
+
+    @summed
+    def alone(row, s, z, group, parts, grids, words, made, x, sums):
+        total = np.float32(0)
+        for g in range(len(s)):
+            codes, inputs, inside = row[g * group : (g + 1) * group], x[0, g * group : (g + 1) * group], np.float32(0)
+            for i in range(len(inputs)):
+                inside += value(codes[i]) * inputs[i]
+            total += s[g] * (inside - z[g] * sums[g])
+        return total
+
+    return values, alone
+
+
+def _code(k: int, bits: int) -> str:
+    """Source of code k of a run whose words are w0, w1, …"""
+    word, shift = divmod(k * bits, 32)
+    code = f"(w{word} >> np.uint32({shift}))"
+    if shift + bits > 32:
+        code = f"({code} | (w{word + 1} << np.uint32({32 - shift})))"
+    return f"np.float32(np.int32({code} & np.uint32({(1 << bits) - 1})))"
+
+
+def _runs(bits: int, period: int) -> Callable:
+    """runs(row, x, sums) sets float32 sums [runs] to Σ_k code x of each, the codes unpacked in registers. Its source is
+    written out, as compilers unroll no loop over so many codes."""
+    width = period * bits // 32
+    lines = [
+        "def runs(row, x, sums):",
+        "    for p in range(x.shape[1]):",
+        *(f"        w{i} = row[p * {width} + {i}]" for i in range(width)),
+        "        total = np.float32(0)",
+        *(f"        total += {_code(k, bits)} * x[{k}, p]" for k in range(period)),
+        "        sums[p] = total",
+    ]
+    space: dict[str, Any] = {"np": np}
+    exec("\n".join(lines), space)
+    return summed(space["runs"])
+
+
+def _fields(bits: int, period: int) -> tuple[Callable, Callable]:
+    width, mask, runs = period * bits // 32, np.uint32((1 << bits) - 1), _runs(bits, period)
+
+    @compiled
+    def values(row, s, z, group, parts, grids, words, made):
+        count = made.shape[1]
+        part, scale, zero = parts[0], grids[0, 0], grids[1, 0]
+        for p in range(count):
+            scale[p], zero[p] = s[part[p]], z[part[p]]
+        if width > 1:
+            for p in range(count):
+                for i in range(width):
+                    words[i, p] = row[p * width + i]
+        for k in range(period):
+            out, low = made[k], words[k * bits // 32] if width > 1 else row
+            high = words[min(k * bits // 32 + 1, width - 1)]
+            shift = np.uint32(k * bits % 32)
+            if k * bits % 32 + bits <= 32:
+                for p in range(count):
+                    code = np.uint32(low[p] >> shift) & mask
+                    out[p] = (np.float32(np.int32(code)) - zero[p]) * scale[p]
+            else:
+                for p in range(count):
+                    code = np.uint32(np.uint32(low[p] >> shift) | np.uint32(high[p] << (np.uint32(32) - shift))) & mask
+                    out[p] = (np.float32(np.int32(code)) - zero[p]) * scale[p]
+
+    @inlined
+    def alone(row, s, z, group, parts, grids, words, made, x, sums):
+        inner, per, total = made[0], group // period, np.float32(0)
+        runs(row, x, inner)
+        for g in range(len(s)):
+            inside = np.float32(0)
+            for value in inner[g * per : (g + 1) * per]:
+                inside += value
+            total += s[g] * (inside - z[g] * sums[g])
+        return total
+
+    return values, alone
+
+
+@summed
+def _dot(weight, x):
+    total = np.float32(0)
+    for i in range(len(weight)):
+        total += weight[i] * x[i]
+    return total
+
+
+def _trits() -> tuple[Callable, Callable]:
+    @compiled
+    def values(row, s, z, group, parts, grids, words, made):
+        # A word w below 3^20 is taken as the fraction w / 3^20 in multiples of 2^-32, rounded up: that adds less than
+        # 3^-20, so its first 20 digits in base 3 are w's. Times 3^(19 - k), less the whole part (which 32 bits drop),
+        # and times 3 once more, its whole part is digit k.
+        scales, fractions, runs = grids[0], words[0], made.shape[1]
+        for j in range(len(parts)):
+            part, scale = parts[j], scales[j]
+            for p in range(runs):
+                scale[p] = s[part[p]]
+        for p in range(runs):
+            fractions[p] = (np.uint64(row[p]) << np.uint64(32)) // np.uint64(3**TRITS) + np.uint64(1)
+        power = np.uint32(1)
+        for k in range(TRITS - 1, -1, -1):
+            out, scale = made[k], scales[k * len(parts) // TRITS]
+            for p in range(runs):
+                left = np.uint64(np.uint32(fractions[p] * power))
+                out[p] = (np.float32(np.int32((left * np.uint64(3)) >> np.uint64(32))) - np.float32(1)) * scale[p]
+            power = np.uint32(power * np.uint32(3))
+
+    @inlined
+    def alone(row, s, z, group, parts, grids, words, made, x, sums):
+        values(row, s, z, group, parts, grids, words, made)
+        return _dot(made.reshape(-1), x.reshape(-1))
+
+    return values, alone
+
+
+@summed
+def _dots(weight, x):
+    """With four rows of inputs at once, for which a weight is read once."""
+    x0, x1, x2, x3 = x[0], x[1], x[2], x[3]
+    a = b = c = d = np.float32(0)
+    for i in range(len(weight)):
+        a += weight[i] * x0[i]
+        b += weight[i] * x1[i]
+        c += weight[i] * x2[i]
+        d += weight[i] * x3[i]
+    return a, b, c, d
+
+
+@cache
+def programs(kind: str, bits: int, period: int) -> tuple[Callable, Callable]:
+    """For codes [N, W] (uint32 words; for 8 bits, a byte each):
+
+    dequantize(codes, scale, zero, first, out, group, parts): float32 out [N, period, runs], as the format rounds it.
+    product(codes, scale, zero, first, x, sums, out, group, parts): float32 out [M, N] of x [M, period, runs], `sums`
+    [M, G] being x's over groups.
+    """
+    grid = _grid(kind, bits)
+    trits = kind == "ternary"
+    width = 1 if trits else period * bits // 32
+    values, alone = _bytes(kind) if bits == 8 else _trits() if trits else _fields(bits, period)
+
+    @compiled
+    def dequantize(codes, scale, zero, first, out, group, parts):
+        s, z = np.empty(scale.shape[1], np.float32), np.empty(scale.shape[1], np.float32)
+        grids, words = np.empty((2, *parts.shape), np.float32), np.empty((width, out.shape[2]), np.uint32)
+        for n in range(len(codes)):
+            grid(scale, zero, n, first, s, z)
+            values(codes[n], s, z, group, parts, grids, words, out[n])
+
+    @compiled
+    def product(codes, scale, zero, first, x, sums, out, group, parts):
+        s, z = np.empty(scale.shape[1], np.float32), np.empty(scale.shape[1], np.float32)
+        grids, words = np.empty((2, *parts.shape), np.float32), np.empty((width, x.shape[2]), np.uint32)
+        made = np.empty(x.shape[1:], np.float32)
+        weight, inputs = made.reshape(-1), x.reshape((len(x), -1))
+        together = len(x) // 4 * 4
+        for n in range(len(codes)):
+            grid(scale, zero, n, first, s, z)
+            if together > 0:
+                values(codes[n], s, z, group, parts, grids, words, made)
+            for m in range(0, together, 4):
+                out[m, n], out[m + 1, n], out[m + 2, n], out[m + 3, n] = _dots(weight, inputs[m : m + 4])
+            for m in range(together, len(x)):
+                if together > 0:
+                    out[m, n] = _dot(weight, inputs[m])
+                else:
+                    out[m, n] = alone(codes[n], s, z, group, parts, grids, words, made, x[m], sums[m])
+
+    return dequantize, product
