@@ -23,7 +23,15 @@ PICTURE = ROOT / "docs" / "frontier.svg"
 FORMATS = "bf16,fp8,int8,int4-g64,nf4,int3-g64,int2-g64"
 GOAL = 300
 """Seconds, on two cores."""
-SHOWN = ("name", "resident_bytes", "bits_per_weight", "ppl", "kl", "completion mean_other", "load_seconds")
+SHOWN = {
+    "name": "",
+    "resident_bytes": ",.0f",
+    "bits_per_weight": ".3f",
+    "ppl": ".3f",
+    "kl": ".5f",
+    "completion mean_other": ".1%",
+    "decode_tokens_per_s": ".0f",
+}
 
 
 def main() -> int:
@@ -39,7 +47,8 @@ def main() -> int:
         picture = re.search(r"<svg.*</svg>", page.read_text(), re.S)
     assert picture is not None
     PICTURE.write_text(f"{picture.group()}\n")
-    print(table([name.replace("_", " ") for name in SHOWN], [[row[name][:9] for name in SHOWN] for row in rows]))
+    cells = [[format(float(row[name]), how) if how else row[name] for name, how in SHOWN.items()] for row in rows]
+    print(table([name.replace("_", " ") for name in SHOWN], cells))
     print(f"{len(rows)} rows in {seconds:.0f} s, goal {GOAL} s; {described()}")
     return int(seconds > GOAL or any(row["note"] for row in rows))
 

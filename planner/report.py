@@ -4,7 +4,7 @@ import csv
 import io
 from collections.abc import Sequence
 from html import escape
-from math import ceil, floor, log10
+from math import ceil, floor, log2, log10
 from typing import Any
 
 from planner.compare import Line
@@ -63,19 +63,19 @@ def html_text(lines: Sequence[Line], head: Sequence[str], cells: Sequence[Sequen
 
 
 def frontier_svg(lines: Sequence[Line], width: int = 760, height: int = 420) -> str:
-    """KL against bits per weight, KL by powers of ten; plans are joined by a line."""
+    """KL against bits per weight, both by powers; plans are joined by a line."""
     points = sorted(
-        (line.bits_per_weight, log10(line.judgement.kl), line.name)
+        (log2(line.bits_per_weight), log10(line.judgement.kl), line.name)
         for line in lines
         if line.judgement and line.bits_per_weight and line.judgement.kl > 0
     )
     if not points:
         return ""
-    right = max(4.0, *(x for x, _, _ in points)) * 1.05
+    least, most = floor(points[0][0]), max(2, ceil(points[-1][0]))
     low, high = floor(min(y for _, y, _ in points)), ceil(max(y for _, y, _ in points) + 0.01)
 
     def at(x: float, y: float) -> tuple[float, float]:
-        return 60 + x / right * (width - 190), 30 + (high - y) / (high - low) * (height - 80)
+        return 60 + (x - least) / (most - least) * (width - 130), 30 + (high - y) / (high - low) * (height - 80)
 
     parts = [
         f'<svg viewBox="0 0 {width} {height}" width="{width}" xmlns="http://www.w3.org/2000/svg" role="img"'
@@ -83,27 +83,28 @@ def frontier_svg(lines: Sequence[Line], width: int = 760, height: int = 420) -> 
         f'<rect width="{width}" height="{height}" fill="#fff"/>',
     ]
     for power in range(low, high + 1):
-        x, y = at(0, power)
-        parts.append(f'<line x1="{x:.0f}" y1="{y:.0f}" x2="{at(right, 0)[0]:.0f}" y2="{y:.0f}" stroke="#ddd"/>')
+        x, y = at(least, power)
+        parts.append(f'<line x1="{x:.0f}" y1="{y:.0f}" x2="{at(most, 0)[0]:.0f}" y2="{y:.0f}" stroke="#ddd"/>')
         parts.append(f'<text x="{x - 8:.0f}" y="{y + 4:.0f}" text-anchor="end">{10.0**power:g}</text>')
-    for bits in range(0, int(right) + 1, 2 if right < 20 else 4):
-        x, y = at(bits, low)
-        parts.append(f'<text x="{x:.0f}" y="{y + 18:.0f}" text-anchor="middle">{bits}</text>')
+    for bits in (1, 2, 3, 4, 6, 8, 16, 32):
+        if least <= log2(bits) <= most:
+            x, y = at(log2(bits), low)
+            parts.append(f'<text x="{x:.0f}" y="{y + 18:.0f}" text-anchor="middle">{bits}</text>')
     parts.append(f'<text x="{width / 2:.0f}" y="{height - 8}" text-anchor="middle">bits per weight, all bytes</text>')
     parts.append('<text x="8" y="16">KL to full precision, nats per token</text>')
-    plans = [at(x, y) for x, y, name in points if _is_plan(name)]
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in plans)
+    path = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y, name in points if _is_plan(name))
     parts.append(f'<polyline points="{path}" fill="none" stroke="{PLANS}" stroke-opacity="0.4"/>')
     told: list[tuple[float, float]] = []
     for weight, level, name in points:
-        x, y = at(weight, level)
+        (x, y), planned = at(weight, level), _is_plan(name)
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{PLANS if planned else FORMATS}"/>')
         label = y + 4
-        while any(abs(label - other) < 13 and x - left < 110 for left, other in told):
+        while not planned and any(abs(label - other) < 13 and x - left < 110 for left, other in told):
             label -= 13
-        told.append((x, label))
-        color = PLANS if _is_plan(name) else FORMATS
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"/>')
-        parts.append(f'<text x="{x + 7:.1f}" y="{label:.1f}" fill="{color}">{escape(name)}</text>')
+        told += [] if planned else [(x, label)]
+        where = f'x="{x - 7:.1f}" text-anchor="end"' if planned else f'x="{x + 7:.1f}"'
+        color = PLANS if planned else FORMATS
+        parts.append(f'<text {where} y="{label:.1f}" fill="{color}">{escape(name.removeprefix("uniform "))}</text>')
     return "\n".join([*parts, "</svg>"])
 
 
