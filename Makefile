@@ -57,7 +57,8 @@ bench-one-bit: setup
 bench-layout: setup
 	$(BIN)/python -m benchmarks.gptq_layout
 
-# Whether each export is read by its real reader as it was told (2 minutes; llama-quantize is built, 8 more).
+# Whether each export is read by its real reader as it was told (3 minutes; the readers' environments and llama-quantize
+# are made first, 15 more).
 bench-exports: setup
 	$(BIN)/python -m benchmarks.exports
 

@@ -158,14 +158,13 @@ def _prepare_cache_for_generation(
     """transformers' method of this name decides; where it takes its default, the format's cache is put there."""
     given = model_kwargs.get("past_key_values")
     type(self)._prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, max_cache_length)
-    made = model_kwargs.get("past_key_values")  # transformers before 5.1 leaves its default to the model
+    made = model_kwargs.get("past_key_values")
     told = given is not None or generation_config.cache_implementation is not None
-    if told or generation_config.use_cache is False or type(made) not in (DynamicCache, type(None)):
+    if told or generation_config.use_cache is False or type(made) is not DynamicCache:
         return
     if mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant:
         format = kv_format_named(self.kv_format)
         assert format is not None
-        made = DynamicCache() if made is None else made
         _quantize_layers(made, format)
     else:
         batch = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)

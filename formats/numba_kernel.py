@@ -22,9 +22,9 @@ from formats.floats import Float8Format
 from formats.integers import IntegerFormat
 from formats.packed import TRITS
 
-FEW = 16
-"""Rows of input up to which multiplying each row as it is dequantized is quicker than a tile and torch's product; of
-halves that torch is quick at, half as many. (Measured on an AMD EPYC, Zen 4.)"""
+FEW = 8
+"""Rows of input up to which multiplying each row as it is dequantized is quicker than a tile and torch's product.
+(Measured on an AMD EPYC, Zen 4: some 12 in float32, less in bfloat16.)"""
 ALIKE = 4
 """Codes of three values, one after another, that surely share a scale: it divides 20 and all group sizes."""
 ALONE = 1 << 20
@@ -70,7 +70,7 @@ def linear(format: Format, x: Tensor, tensors: Tensors, columns: int, bias: Tens
     rows of x are multiplied in float32; more of them in x's type if torch is quick at it, the weight rounded to it."""
     fields, rows, count = _fields(format, columns), tensors[""].shape[0], x.numel() // columns
     halves = x.dtype in QUICK_HALVES
-    if count > (FEW // 2 if halves else FEW):
+    if count > FEW:
         dtype = x.dtype if halves else torch.float32
         inner = in_planes(x.to(dtype), _period(*fields[:2]))
         out = format.by_tiles(

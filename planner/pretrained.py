@@ -20,7 +20,7 @@ from formats.modules import canonical, is_transposed, pack_parameter
 from formats.table import format_named
 from planner.plan import Plan, PlannedUnit
 from planner.register import METHOD
-from planner.streaming import RoundOnLoad, read_in_turn, refuse_disk, rounded
+from planner.streaming import RoundOnLoad, refuse_disk, rounded
 from sensitivity.bank import from_file, workspace
 from sensitivity.profile import read
 from sensitivity.source import weights_fingerprint
@@ -123,8 +123,6 @@ class PlanQuantizer(HfQuantizer):
         self.changed: set[str] = set()
         """Kept tensors that are not the checkpoint's: rounding folded a scale into them, or healing trained them."""
         self.device_map: Any = None
-        self._in_turn: Callable[[], object] | None = None
-        """Ends what `read_in_turn` began."""
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """transformers calls it with the device map that is asked for, and with the one that it makes of "auto"."""
@@ -143,9 +141,6 @@ class PlanQuantizer(HfQuantizer):
     ) -> None:
         if not self.pre_quantized:
             self._check_checkpoint(checkpoint_files)
-        planned: torch.dtype = getattr(torch, self.plan.provenance.model.dtype)
-        if model.dtype != planned:  # transformers before 5.1 does not take update_dtype's answer
-            torch.nn.Module.to(model, planned)
         for unit in self.plan.units:
             paths = [unit.parameter.rpartition(".")[0], *unit.tied]
             name = unit.parameter.rpartition(".")[2]
@@ -166,8 +161,6 @@ class PlanQuantizer(HfQuantizer):
             for path in unit.tied:
                 for suffix in format.specs(1, 1):
                     model.all_tied_weights_keys[f"{path}.{name}{suffix}"] = unit.parameter + suffix
-        if not self.pre_quantized:
-            self._in_turn = read_in_turn(self)
 
     def _check_checkpoint(self, files: list[str] | None) -> None:
         expected = self.plan.provenance.model
@@ -183,15 +176,13 @@ class PlanQuantizer(HfQuantizer):
             self.changed = {kept.name for kept in self.plan.kept if is_whole(kept_path(folder, kept.name))}
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        if self._in_turn:
-            self._in_turn()  # the loader has settled how it reads before it asks this
         return not self.pre_quantized and (param_name in self.packed or param_name in self.changed)
 
-    def update_weight_conversions(self, weight_conversions: list, model: Any) -> list:
+    def update_weight_conversions(self, weight_conversions: list, *model: Any) -> list:  # 5.16 passes no model
         """Weights that are put together from several (experts) are so on the CPU, where that takes them twice."""
-        conversions: list = super().update_weight_conversions(weight_conversions, model)
+        conversions: list = super().update_weight_conversions(weight_conversions, *model)
         for conversion in conversions:
-            if hasattr(conversion, "force_cpu") and not self.pre_quantized:  # transformers from 5.16 on
+            if hasattr(conversion, "force_cpu") and not self.pre_quantized:
                 conversion.force_cpu = True
         return conversions
 

@@ -71,8 +71,10 @@ def frontier_svg(lines: Sequence[Line], width: int = 760, height: int = 420) -> 
     )
     if not points:
         return ""
-    least, most = floor(points[0][0]), max(2, ceil(points[-1][0]))
-    low, high = floor(min(y for _, y, _ in points)), ceil(max(y for _, y, _ in points) + 0.01)
+    least = floor(points[0][0])
+    most = max(least + 1, ceil(points[-1][0]))
+    low = floor(min(y for _, y, _ in points))
+    high = max(low + 1, ceil(max(y for _, y, _ in points)))
 
     def at(x: float, y: float) -> tuple[float, float]:
         return 60 + (x - least) / (most - least) * (width - 130), 30 + (high - y) / (high - low) * (height - 80)

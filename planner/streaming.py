@@ -4,14 +4,10 @@ A safetensors file is mapped, so on the CPU a tensor that is only read takes no 
 is what rounding makes of it, and what lies on another device. May import: formats.
 """
 
-import os
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-import transformers
-from packaging.version import Version
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps
 
@@ -22,7 +18,6 @@ RUN = {"cpu": 1 << 20}
 """Weights rounded at once. Rounding holds some 16 bytes a weight: in a CPU's cache that is also the fastest."""
 LONG_RUN = 1 << 24
 """The same elsewhere, where each operation costs its launch."""
-SYNC = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
 def rounded(format: Format, weight: Tensor, device: torch.device | str) -> Tensors:
@@ -80,26 +75,6 @@ class Later(Mapping[str, Tensor]):
         return len(self._tensors())
 
 
-def read_in_turn(owner: object) -> Callable[[], object] | None:
-    """Have transformers read each tensor when its turn comes, until what is returned is called or `owner` is gone.
-
-    From 5.4 on it does so wherever weights are rounded; before, threads read on, to the target device, and
-    full-precision weights pile up there while others are rounded.
-    """
-    if Version(transformers.__version__) >= Version("5.4"):
-        return None
-    restore = weakref.finalize(owner, _set, os.environ.get(SYNC))
-    _set("1")
-    return restore
-
-
-def _set(value: str | None) -> None:
-    if value is None:
-        os.environ.pop(SYNC, None)
-    else:
-        os.environ[SYNC] = value
-
-
 def refuse_disk(device_map: Any, rounding: bool) -> None:
     """Raises UsageError for a device map that leaves weights on disk where they would be read in another type."""
     if not isinstance(device_map, dict) or "disk" not in device_map.values():
@@ -108,9 +83,4 @@ def refuse_disk(device_map: Any, rounding: bool) -> None:
         raise UsageError(
             "a part of the model is to stay on disk, where weights are not rounded: load it with parts on the CPU at"
             " most, save_pretrained(), and load the saved folder with this device_map"
-        )
-    if Version(transformers.__version__) < Version("5.13"):
-        raise UsageError(
-            f"a part of the model is to stay on disk, from where transformers {transformers.__version__} reads all as"
-            f" floats, which packed weights do not survive: install transformers>=5.13, or keep it on the CPU"
         )

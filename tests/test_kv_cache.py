@@ -4,7 +4,6 @@ from unittest import mock
 
 import pytest
 import torch
-import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -239,7 +238,6 @@ class TestGenerate:
         use_kv_format(model, "int4")
         assert torch.equal(model.generate(IDS, **told), expected)
 
-    @pytest.mark.skipif(transformers.__version__.startswith("5.0."), reason="5.0 has no chunks with a static cache")
     @pytest.mark.parametrize("name", ["llama", "window"])
     def test_prompts_in_chunks(self, name):
         model = build(name)

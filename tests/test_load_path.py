@@ -1,15 +1,12 @@
 """What a load takes: how much memory at its highest, on which device, and what is left of it when it fails."""
 
 import gc
-import os
 import threading
 from functools import cache
 
 import accelerate
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -43,9 +40,6 @@ LARGER = {
     "llama": LlamaConfig(**SIZES, tie_word_embeddings=False),
     "mixtral": MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
 }
-reads_packed_from_disk = pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.13"), reason="transformers reads offloaded weights as floats"
-)
 
 
 class Meter(TorchDispatchMode):
@@ -218,12 +212,9 @@ class TestDevices:
         quantizer = AutoHfQuantizer.from_config(PlanConfig(planned("mixtral")), pre_quantized=False)
         made = conversion_mapping.get_model_conversion_mapping(tiny.build("mixtral"), None, quantizer)
         converters = [conversion for conversion in made if hasattr(conversion, "force_cpu")]
-        if not converters:
-            pytest.skip("before 5.16, transformers puts them together on their device")
-        assert all(converter.force_cpu for converter in converters)
+        assert converters and all(converter.force_cpu for converter in converters)
 
-    @reads_packed_from_disk
-    def test_memory_too_small_for_all_sends_the_rest_to_disk(self, planned, checkpoint, monkeypatch, tmp_path):
+    def test_memory_too_small_for_all_sends_the_rest_to_disk(self, planned, checkpoint, tmp_path):
         plan = planned("llama")
         model = load(plan, checkpoint("llama"), device="cpu")
         options = {
@@ -236,11 +227,7 @@ class TestDevices:
         assert torch.equal(logits(placed), logits(model))
         with pytest.raises(UsageError, match="save_pretrained"):
             AutoModelForCausalLM.from_pretrained(checkpoint("llama"), quantization_config=PlanConfig(plan), **options)
-        monkeypatch.setattr(transformers, "__version__", "5.12.0")
-        with pytest.raises(UsageError, match=r"transformers>=5\.13"):
-            AutoModelForCausalLM.from_pretrained(tmp_path / "saved", **options)
 
-    @reads_packed_from_disk
     @pytest.mark.parametrize("name", ["llama-tied", "gpt2", "mixtral", "gemma"])
     def test_a_planned_checkpoint_runs_from_disk(self, name, planned, checkpoint, tmp_path):
         plan = planned(name)
@@ -293,7 +280,6 @@ class TestFailure:
         assert len(calls) == 3
         assert meter.peak > 0
         assert meter.live() == 0
-        assert streaming.SYNC not in os.environ
 
     def test_codes_that_go_while_loading_are_missed_by_name(self, session_of, checkpoint, monkeypatch):
         session = session_of("llama")
@@ -302,35 +288,3 @@ class TestFailure:
         monkeypatch.setattr(pretrained, "load_tensors", lambda path: None)
         with pytest.raises(CodesMissing, match="lm_head: its codes have gone"):
             AutoModelForCausalLM.from_pretrained(checkpoint("llama"), quantization_config=PlanConfig(plan))
-
-
-class TestReadingInTurn:
-    """Before 5.4, transformers reads ahead unless an environment variable says otherwise."""
-
-    @pytest.mark.parametrize("before", [None, "0"])
-    def test_the_variable_is_put_back(self, before, monkeypatch):
-        monkeypatch.setattr(transformers, "__version__", "5.3.0")
-        monkeypatch.delenv(streaming.SYNC, raising=False)
-        if before:
-            monkeypatch.setenv(streaming.SYNC, before)
-
-        class Owner:
-            pass
-
-        owner = Owner()
-        end = streaming.read_in_turn(owner)
-        assert end is not None
-        assert os.environ[streaming.SYNC] == "1"
-        end()
-        assert os.environ.get(streaming.SYNC) == before
-        owner = Owner()
-        streaming.read_in_turn(owner)
-        assert os.environ[streaming.SYNC] == "1"
-        del owner  # as after a load that failed before it had begun to read
-        assert os.environ.get(streaming.SYNC) == before
-
-    def test_later_versions_are_left_alone(self, monkeypatch):
-        monkeypatch.setattr(transformers, "__version__", "5.4.0")
-        monkeypatch.delenv(streaming.SYNC, raising=False)
-        assert streaming.read_in_turn(object()) is None
-        assert streaming.SYNC not in os.environ
