@@ -17,7 +17,7 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	touch $@
 
 test: setup
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: setup
 	$(BIN)/ruff format --check .
@@ -29,7 +29,7 @@ demo: setup
 
 # The tests on the lowest transformers, optuna and pydantic that pyproject.toml names.
 test-lowest: $(LOWEST)/.done
-	$(LOWEST)/bin/python -m pytest -n auto --dist loadgroup
+	$(LOWEST)/bin/python -m pytest -n auto --dist loadfile
 
 $(LOWEST)/.done: pyproject.toml constraints.txt constraints-lowest.txt
 	$(PYTHON) -m venv $(LOWEST)

@@ -13,7 +13,6 @@ from formats.modules import pack_parameter
 from formats.table import FORMATS
 
 pytest.importorskip("numba")
-pytestmark = pytest.mark.xdist_group("numba")  # its kernels are compiled once a process
 CPU, HOPPER, AMPERE = Machine("cpu"), Machine("cuda", (9, 0)), Machine("cuda", (8, 0))
 GROUPED = [f"int{bits}-g64" for bits in (8, 7, 6, 5, 4, 3, 2)]
 OTHERS = ["int8", "int4-row", "int4-g32", "int3-g128", "int4-g64-z16", "int1-g32-z16", "binary-g64"]

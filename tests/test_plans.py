@@ -29,7 +29,6 @@ def test_a_plan_keeps_its_promises(path):
     assert plan.uniform.bytes <= plan.budget.weights
 
 
-@pytest.mark.xdist_group("demo plan")  # its codes take a minute, and the README's commands use them too
 def test_a_plan_is_what_it_says():
     plan, source = read(ROOT / "plans" / "demo-4-bpw.json", Plan), sources.find(MODEL)
     heldout = read_texts(source, files=[CALIBRATION], heldout=[HELDOUT]).heldout

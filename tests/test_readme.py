@@ -26,7 +26,6 @@ def rehoused(text: str, place: Path) -> str:
     return re.sub(r"/tmp/(?=bitplan-)", f"{place}/", text)
 
 
-@pytest.mark.xdist_group("demo plan")
 @pytest.mark.parametrize("page", [name for name, lines in COMMANDS.items() if lines])
 def test_commands(page, place, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
@@ -38,7 +37,6 @@ def test_commands(page, place, monkeypatch, capsys):
         assert out, line
 
 
-@pytest.mark.xdist_group("demo plan")
 @pytest.mark.parametrize("page", [name for name, lines in SNIPPETS.items() if lines])
 def test_snippets(page, place):
     """A page's snippets are one script, which finds what the commands have made."""
