@@ -138,10 +138,10 @@ def make_plan(
         alone = judge.heldout(session.model, kv_cache.format)
         kv_cache = kv_cache.model_copy(update={"kl": alone.kl, "kl_se": alone.kl_se})
 
-    def measure(plan: Plan, allocation: Allocation) -> Measured:
+    def measure(plan: Plan, allocation: Allocation, loss: float) -> Measured:
         """Judge the loaded model; on the way, that it computes what its weights say (by KL on the search text, with
         codes that gptq chose for each unit alone: a lesser rounding may lose more)."""
-        expected = judged(allocation, judge.kl)
+        expected = judged(allocation, judge.kl) if task else loss
         round_missing(plan, session)
         model = materialize(plan, session.source, device)
         loaded = judge.kl(model)
@@ -156,12 +156,12 @@ def make_plan(
         trials=best.trials, best_trial=best.trial, loss=best.loss, first_loss=best.first_loss, task=judge.task
     )
     plan = assemble(menu, best.allocation, budget, exact, finish, search=facts, kv_cache=kv_cache)
-    plan = plan.model_copy(update={"measured": measure(plan, best.allocation)})
+    plan = plan.model_copy(update={"measured": measure(plan, best.allocation, best.loss)})
     if not candidates:
         return plan
-    _, choice, alike = min(candidates, key=lambda candidate: candidate[0])
+    loss, choice, alike = min(candidates, key=lambda candidate: candidate[0])
     uniform_plan = assemble(menu, alike, budget, exact, finish, shipped="uniform", search=facts, kv_cache=kv_cache)
-    uniform = _uniform(menu, choice, alike, finish, measure(uniform_plan, alike))
+    uniform = _uniform(menu, choice, alike, finish, measure(uniform_plan, alike, loss))
     assert plan.measured is not None and uniform.measured is not None
     if uniform.measured.loss < plan.measured.loss:
         return uniform_plan.model_copy(update={"measured": uniform.measured, "uniform": uniform})

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedModel
 
@@ -200,11 +199,7 @@ def find_shape(model: str, trust_remote_code: bool = False) -> Source:
     """
     folder, commit = Path(model), None
     if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(model, allow_patterns=["config.json", "*.py"]))
-        except Exception as error:  # the hub's client raises many unrelated types for one outcome
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise ModelUnreadable(f"{model} is no folder here and could not be had from the hub: {reason}") from None
+        folder = sources.download(model, wanted=("config.json", "*.py"))
         commit = folder.name
     config = folder / "config.json"
     if any(folder.glob("*.safetensors")) or not _is_json(config):

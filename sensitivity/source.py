@@ -5,6 +5,7 @@ May import: formats.errors, sensitivity.store.
 
 import json
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def find(model: str | Path, revision: str | None = None, trust_remote_code: bool
     """Find a model's files, in a folder or on the hub. Raises ModelUnreadable."""
     folder, commit = Path(model), None
     if not folder.is_dir():
-        folder = _download(str(model), revision)
+        folder = download(str(model), revision)
         commit = folder.name
     files = weight_files(folder)
     if not (folder / "config.json").exists():
@@ -79,12 +80,13 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder / shard for shard in shards)
 
 
-def _download(model: str, revision: str | None) -> Path:
+def download(model: str, revision: str | None = None, wanted: Sequence[str] = WANTED) -> Path:
+    """The folder of a hub model's files. Raises ModelUnreadable."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(wanted), ignore_patterns=UNWANTED))
     except HFValidationError:
         raise ModelUnreadable(f"{model} is neither a folder here nor a hub id") from None
     except Exception as error:  # the hub's client raises many unrelated types for one outcome: it is not to be had
