@@ -58,3 +58,8 @@ class CodesMissing(BitplanError):
 
 class RoundingFailed(BitplanError):
     pass
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says, for a sentence of ours; its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

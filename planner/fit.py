@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedModel
 
-from formats.errors import BitplanError, ModelUnreadable
+from formats.errors import BitplanError, ModelUnreadable, first_line
 from formats.table import MENU
 from planner.audit import unit_entry
 from planner.budget import human
@@ -243,5 +243,5 @@ def _on_meta(source: Source, dtype: str) -> PreTrainedModel:
 
 
 def _unreadable(source: Source, error: Exception) -> ModelUnreadable:
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    reason = first_line(error)
     return ModelUnreadable(f"transformers cannot build {source.model} as a causal LM: {reason}")

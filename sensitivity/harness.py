@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from formats.errors import UsageError
+from formats.errors import UsageError, first_line
 from sensitivity.task import Question
 
 FEWSHOT_SEED = 1234
@@ -43,7 +43,7 @@ def harness_questions(name: str, limit: int | None = None, include_path: str | P
         task: Any = manager.load(name)["tasks"][name]
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
     except Exception as error:  # the harness and datasets raise many unrelated types for one outcome
-        raise UsageError(f"lm-evaluation-harness cannot load {name}: {_reason(error)}") from error
+        raise UsageError(f"lm-evaluation-harness cannot load {name}: {first_line(error)}") from error
     if task.OUTPUT_TYPE != "multiple_choice":
         raise UsageError(f"{name} is a task of the kind {task.OUTPUT_TYPE}: only multiple_choice is scored here")
     if callable(task.config.process_results) or task.multiple_target or getattr(task, "MULTIMODAL", False):
@@ -51,15 +51,11 @@ def harness_questions(name: str, limit: int | None = None, include_path: str | P
     try:
         task.build_all_requests(limit=limit)
     except Exception as error:  # as many, where a task's own templates do not go with its data
-        raise UsageError(f"lm-evaluation-harness cannot put the questions of {name}: {_reason(error)}") from error
+        raise UsageError(f"lm-evaluation-harness cannot put the questions of {name}: {first_line(error)}") from error
     return [
         _question(task, f"{name}:{number}", list(instances))
         for number, (_, instances) in enumerate(groupby(task.instances, key=lambda instance: instance.doc_id), 1)
     ]
-
-
-def _reason(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _question(task: Any, where: str, instances: list[Any]) -> Question:

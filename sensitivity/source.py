@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from formats.errors import BitplanError, ModelUnreadable
+from formats.errors import BitplanError, ModelUnreadable, first_line
 from sensitivity.store import sha256
 
 SAMPLE = 4096
@@ -90,7 +90,7 @@ def download(model: str, revision: str | None = None, wanted: Sequence[str] = WA
     except HFValidationError:
         raise ModelUnreadable(f"{model} is neither a folder here nor a hub id") from None
     except Exception as error:  # the hub's client raises many unrelated types for one outcome: it is not to be had
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise ModelUnreadable(f"{model} is no folder here and could not be had from the hub: {reason}") from None
 
 
@@ -145,7 +145,7 @@ def load_model(source: Source, device: str = "cpu", **kwargs: Any) -> PreTrained
     except (BitplanError, torch.OutOfMemoryError):
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ModelUnreadable(f"transformers cannot load {source.model} as a causal LM: {reason}") from error
     model, info = loaded
     if absent := sorted(info["missing_keys"]):  # transformers has filled them with random values
@@ -174,7 +174,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
         found = tokenizer("a text to read", add_special_tokens=False)["input_ids"]
     except Exception as error:  # tokenizers fail in as many types as there are tokenizers
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise ModelUnreadable(f"{source.model} has no tokenizer that transformers can load: {reason}") from error
     if set(found) <= set(tokenizer.all_special_ids):  # what transformers makes of a folder without tokenizer files
         raise ModelUnreadable(f"{source.model} has no tokenizer: add its files to the folder")

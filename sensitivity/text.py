@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from formats.errors import TextTooShort, UsageError
+from formats.errors import TextTooShort, UsageError, first_line
 from sensitivity import stdlib
 from sensitivity.store import cache_folder, load_tensors, save_tensors, sha256
 
@@ -83,7 +83,7 @@ def read_dataset(name: str, characters: int) -> str:
     try:
         rows = datasets.load_dataset(path, config or None, split="train")
     except Exception as error:  # datasets raises many unrelated types for one outcome
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise UsageError(f"cannot load dataset {name}: {reason}") from None
     if "text" not in rows.column_names:
         raise UsageError(f"dataset {name} has no column 'text', only {', '.join(rows.column_names)}")
