@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 from benchmarks.machine import described
-from planner.demo import CALIBRATION, HELDOUT, MODEL
-from planner.show import table
+from bitplan.planner.demo import CALIBRATION, HELDOUT, MODEL
+from bitplan.planner.show import table
 
 ROOT = Path(__file__).parent.parent
 PICTURE = ROOT / "docs" / "frontier.svg"
@@ -37,7 +37,15 @@ SHOWN = {
 def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         page, sheet = Path(folder) / "page.html", Path(folder) / "rows.csv"
-        command = [sys.executable, "-m", "planner.cli", "compare", MODEL.relative_to(ROOT), "--formats", FORMATS]
+        command = [
+            sys.executable,
+            "-m",
+            "bitplan.planner.cli",
+            "compare",
+            MODEL.relative_to(ROOT),
+            "--formats",
+            FORMATS,
+        ]
         command += ["--text", CALIBRATION, "--heldout", HELDOUT, "--task", MODEL.parent / "task" / "completion.jsonl"]
         command += ["--plan", *sorted((ROOT / "plans").glob("*.json")), "--html", page, "--csv", sheet]
         began = time.perf_counter()

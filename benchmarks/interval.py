@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import described
-from planner.demo import HELDOUT, MODEL
-from planner.materialize import materialize
-from planner.session import open_session, read_texts
-from planner.show import table
-from planner.uniform import uniform_plan
-from sensitivity import source as sources
-from sensitivity.paired import paired
-from sensitivity.progress import progress
-from sensitivity.score import score
-from sensitivity.task import Question, Task, make_task
-from sensitivity.text import read_file
+from bitplan.planner.demo import HELDOUT, MODEL
+from bitplan.planner.materialize import materialize
+from bitplan.planner.session import open_session, read_texts
+from bitplan.planner.show import table
+from bitplan.planner.uniform import uniform_plan
+from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.paired import paired
+from bitplan.sensitivity.progress import progress
+from bitplan.sensitivity.score import score
+from bitplan.sensitivity.task import Question, Task, make_task
+from bitplan.sensitivity.text import read_file
 
 ITEMS, REPETITIONS, PAIRS = 200, 1000, (50, 200)
 FORMATS = ("int8", "int4-g64", "int2-g64")

@@ -15,9 +15,9 @@ from torch.nn.functional import linear as multiply
 from benchmarks.machine import described
 from benchmarks.peers.pace import DTYPES, copy_bandwidth, graphed, normal_, timed
 from benchmarks.shapes import random_tensors
-from formats import kernels
-from formats.base import Format, Tensors
-from formats.table import format_named
+from bitplan.formats import kernels
+from bitplan.formats.base import Format, Tensors
+from bitplan.formats.table import format_named
 
 SIDES = ((4096, 14336), (14336, 4096))
 BATCHES = (1, 4, 16, 64)

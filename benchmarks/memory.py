@@ -24,20 +24,20 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.machine import described
 from benchmarks.shapes import LLAMA_8B
-from formats.kernels import machine
-from planner.card import save
-from planner.device import plan_needs
-from planner.materialize import find_for, materialize, resident_bytes
-from planner.plan import Budget, KVCache, Plan
-from planner.running import Allocated
-from planner.session import _describe
-from planner.show import table
-from planner.uniform import uniform_plan
-from planner.workspace import Setting
-from sensitivity import source as sources
-from sensitivity.graph import build_graph
-from sensitivity.profile import read, write
-from sensitivity.text import Blocks, Texts
+from bitplan.formats.kernels import machine
+from bitplan.planner.card import save
+from bitplan.planner.device import plan_needs
+from bitplan.planner.materialize import find_for, materialize, resident_bytes
+from bitplan.planner.plan import Budget, KVCache, Plan
+from bitplan.planner.running import Allocated
+from bitplan.planner.session import _describe
+from bitplan.planner.show import table
+from bitplan.planner.uniform import uniform_plan
+from bitplan.planner.workspace import Setting
+from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.graph import build_graph
+from bitplan.sensitivity.profile import read, write
+from bitplan.sensitivity.text import Blocks, Texts
 
 SMALL = LlamaConfig(
     vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16,

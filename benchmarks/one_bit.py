@@ -10,14 +10,14 @@ import sys
 import torch
 from torch import Tensor
 
-from planner.demo import CALIBRATION, HELDOUT, MODEL
-from planner.heal import round_missing
-from planner.materialize import materialize, resident_bytes
-from planner.session import open_session, read_texts
-from planner.show import table
-from planner.uniform import uniform_plan
-from sensitivity import source as sources
-from sensitivity.loss import Reference
+from bitplan.planner.demo import CALIBRATION, HELDOUT, MODEL
+from bitplan.planner.heal import round_missing
+from bitplan.planner.materialize import materialize, resident_bytes
+from bitplan.planner.session import open_session, read_texts
+from bitplan.planner.show import table
+from bitplan.planner.uniform import uniform_plan
+from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.loss import Reference
 
 FORMATS = ("binary-g64",)
 PARTS = [i / 20 for i in range(20)]

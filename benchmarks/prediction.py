@@ -14,13 +14,13 @@ import time
 import torch
 from scipy.stats import spearmanr
 
-from formats.table import FORMATS
-from planner.audit import audit
-from planner.demo import CALIBRATION, HELDOUT, MODEL
-from planner.session import open_session, read_texts
-from planner.show import table
-from sensitivity import source as sources
-from sensitivity.bank import Choice
+from bitplan.formats.table import FORMATS
+from bitplan.planner.audit import audit
+from bitplan.planner.demo import CALIBRATION, HELDOUT, MODEL
+from bitplan.planner.session import open_session, read_texts
+from bitplan.planner.show import table
+from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.bank import Choice
 
 MENU = ("int6-g64", "int4-g64", "int3-g64", "int2-g64")
 

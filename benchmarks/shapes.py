@@ -11,11 +11,11 @@ from torch import nn
 from transformers import LlamaConfig, PreTrainedModel
 
 from benchmarks.peers.pace import DEVIATION, empty_model, fill, normal_, weight_bytes
-from formats.base import Format, Tensors, as_bits
-from formats.floats import FP8, Float8Format, FloatFormat
-from formats.modules import Packed, pack_parameter
-from formats.packed import TRITS
-from formats.table import format_named
+from bitplan.formats.base import Format, Tensors, as_bits
+from bitplan.formats.floats import FP8, Float8Format, FloatFormat
+from bitplan.formats.modules import Packed, pack_parameter
+from bitplan.formats.packed import TRITS
+from bitplan.formats.table import format_named
 
 LLAMA_8B = LlamaConfig(
     vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,

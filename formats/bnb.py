@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from formats.base import Format, Specs, Tensors, as_bits, as_floats, needs_grad
+from bitplan.formats.base import Format, Specs, Tensors, as_bits, as_floats, needs_grad
 
 BLOCK = 64
 

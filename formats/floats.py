@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from formats.base import Format, Specs, Tensors, as_bits, as_floats
+from bitplan.formats.base import Format, Specs, Tensors, as_bits, as_floats
 
 FP8 = torch.float8_e4m3fn
 

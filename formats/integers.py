@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from formats.base import Format, Specs, Tensors, as_bits, as_floats
-from formats.packed import TRITS, pack, pack_trits, unpack, unpack_at, unpack_trits, words_per_row
+from bitplan.formats.base import Format, Specs, Tensors, as_bits, as_floats
+from bitplan.formats.packed import TRITS, pack, pack_trits, unpack, unpack_at, unpack_trits, words_per_row
 
 SHRINK = [1 - 0.025 * i for i in range(21)]
 SIGN_FACTORS = [0.6 + 0.05 * i for i in range(17)]

@@ -13,11 +13,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from formats import numba_kernel, triton_kernel
-from formats.base import LARGE_TILE, TILE, Format, Tensors, needs_grad
-from formats.bnb import Bnb4Format, Int8BnbFormat
-from formats.errors import UsageError
-from formats.floats import FP8, Float8Format, FloatFormat
+from bitplan.formats import numba_kernel, triton_kernel
+from bitplan.formats.base import LARGE_TILE, TILE, Format, Tensors, needs_grad
+from bitplan.formats.bnb import Bnb4Format, Int8BnbFormat
+from bitplan.formats.errors import UsageError
+from bitplan.formats.floats import FP8, Float8Format, FloatFormat
 
 FP8_ROWS = 16
 """Rows of input above which fp8 weights are multiplied by fp8 inputs, where the GPU can."""

@@ -20,8 +20,8 @@ from transformers.cache_utils import (
 )
 from transformers.generation.configuration_utils import GenerationMode
 
-from formats.errors import FormatUnavailable, UsageError
-from formats.kv_rows import KV_FORMATS, KVFormat, kv_format_named
+from bitplan.formats.errors import FormatUnavailable, UsageError
+from bitplan.formats.kv_rows import KV_FORMATS, KVFormat, kv_format_named
 
 __all__ = ["KV_FORMATS", "KVCache", "kv_format_named", "new_cache", "use_kv_format"]
 

@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache
 
-from formats.errors import FormatUnavailable
-from formats.kv_cache import keeps_tokens
-from formats.kv_rows import KVFormat, kv_format_named
+from bitplan.formats.errors import FormatUnavailable
+from bitplan.formats.kv_cache import keeps_tokens
+from bitplan.formats.kv_rows import KVFormat, kv_format_named
 
 
 @dataclass(frozen=True)

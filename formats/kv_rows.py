@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from formats.errors import UnknownFormat
+from bitplan.formats.errors import UnknownFormat
 
 CHUNK = 1 << 16
 """Rows rounded or read at a time: both go through float32, and that room does not grow with the context."""

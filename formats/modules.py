@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from formats.base import Format, Tensors
-from formats.kernels import linear
+from bitplan.formats.base import Format, Tensors
+from bitplan.formats.kernels import linear
 
 
 @dataclass(frozen=True)

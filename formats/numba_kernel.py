@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from formats.base import Format, Tensors
-from formats.bnb import Int8BnbFormat
-from formats.floats import Float8Format
-from formats.integers import IntegerFormat
-from formats.packed import TRITS
+from bitplan.formats.base import Format, Tensors
+from bitplan.formats.bnb import Int8BnbFormat
+from bitplan.formats.floats import Float8Format
+from bitplan.formats.integers import IntegerFormat
+from bitplan.formats.packed import TRITS
 
 FEW = 8
 """Rows of input up to which multiplying each row as it is dequantized is quicker than a tile and torch's product.
@@ -109,7 +109,7 @@ def _groups(kind: str, bits: int, columns: int, group: int) -> Any:
 
 @cache
 def _programs(kind: str, bits: int) -> tuple[Callable, Callable]:
-    from formats import numba_programs
+    from bitplan.formats import numba_programs
 
     return numba_programs.programs(kind, bits, _period(kind, bits))
 

@@ -13,7 +13,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from formats.packed import TRITS
+from bitplan.formats.packed import TRITS
 
 HALVES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
 """The value of every fp16, by its bits."""

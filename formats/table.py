@@ -4,11 +4,11 @@ import difflib
 
 import torch
 
-from formats.base import Format
-from formats.bnb import Bnb4Format, Int8BnbFormat
-from formats.errors import UnknownFormat
-from formats.floats import Float8Format, FloatFormat
-from formats.integers import IntegerFormat
+from bitplan.formats.base import Format
+from bitplan.formats.bnb import Bnb4Format, Int8BnbFormat
+from bitplan.formats.errors import UnknownFormat
+from bitplan.formats.floats import Float8Format, FloatFormat
+from bitplan.formats.integers import IntegerFormat
 
 GROUPS = (128, 64, 32)
 ROWS: list[Format] = [

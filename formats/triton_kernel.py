@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from formats.base import Format, Tensors
-from formats.floats import Float8Format
-from formats.integers import IntegerFormat
+from bitplan.formats.base import Format, Tensors
+from bitplan.formats.floats import Float8Format
+from bitplan.formats.integers import IntegerFormat
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OLDEST = (8, 0)
@@ -64,7 +64,7 @@ def linear(format: Format, x: Tensor, tensors: Tensors, columns: int, bias: Tens
 
 @cache
 def _programs() -> Any:
-    from formats import triton_programs
+    from bitplan.formats import triton_programs
 
     return triton_programs
 

@@ -5,15 +5,15 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from formats.errors import FormatUnavailable
-from formats.kv_cache import KV_FORMATS
-from planner.session import Session
-from sensitivity.bank import Choice, choices_for, unit_bytes
-from sensitivity.graph import Kept, Unit
-from sensitivity.loss import Reference
-from sensitivity.measured import measure
-from sensitivity.profile import CacheRow, KeptEntry, Profile, Row, UnitEntry
-from sensitivity.progress import progress
+from bitplan.formats.errors import FormatUnavailable
+from bitplan.formats.kv_cache import KV_FORMATS
+from bitplan.planner.session import Session
+from bitplan.sensitivity.bank import Choice, choices_for, unit_bytes
+from bitplan.sensitivity.graph import Kept, Unit
+from bitplan.sensitivity.loss import Reference
+from bitplan.sensitivity.measured import measure
+from bitplan.sensitivity.profile import CacheRow, KeptEntry, Profile, Row, UnitEntry
+from bitplan.sensitivity.progress import progress
 
 Rows = dict[tuple[str, Choice], dict[str, Any]]
 

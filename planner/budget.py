@@ -3,7 +3,7 @@
 import math
 import re
 
-from formats.errors import UsageError
+from bitplan.formats.errors import UsageError
 
 SIZES = {
     "B": 1,

@@ -12,13 +12,13 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel
 
-from formats.errors import BitplanError, ModelUnreadable, UsageError
-from planner.plan import Plan
-from planner.show import plan_text
-from sensitivity import source as sources
-from sensitivity.profile import write
-from sensitivity.source import Source
-from sensitivity.store import refuse_overwrite
+from bitplan.formats.errors import BitplanError, ModelUnreadable, UsageError
+from bitplan.planner.plan import Plan
+from bitplan.planner.show import plan_text
+from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.profile import write
+from bitplan.sensitivity.source import Source
+from bitplan.sensitivity.store import refuse_overwrite
 
 CARD = """---
 {facts}
@@ -53,7 +53,7 @@ OWN = Layout(
     """Mixed precision by bitplan. Load it in plain transformers:
 
 ```python
-import planner  # pip install bitplan; registers the packed formats with transformers
+import bitplan  # pip install bitplan; registers the packed formats with transformers
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 ```""",

@@ -6,21 +6,32 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
-from formats.errors import BitplanError
-from formats.rounding import refuse_misfit, rounding_for
-from formats.table import FORMATS
-from planner.heal import round_missing
-from planner.judge import Judge
-from planner.materialize import materialize
-from planner.menu import Menu, refuse_infeasible
-from planner.plan import DTYPES, NATIVE_KV, Budget, KVCache, Measured, Plan, PlannedUnit, Predicted, Search, Uniform
-from planner.session import Session
-from search import knapsack
-from search.knapsack import Solution
-from search.study import Allocation, search
-from sensitivity.bank import Choice
-from sensitivity.store import sha256
-from sensitivity.task import Task
+from bitplan.formats.errors import BitplanError
+from bitplan.formats.rounding import refuse_misfit, rounding_for
+from bitplan.formats.table import FORMATS
+from bitplan.planner.heal import round_missing
+from bitplan.planner.judge import Judge
+from bitplan.planner.materialize import materialize
+from bitplan.planner.menu import Menu, refuse_infeasible
+from bitplan.planner.plan import (
+    DTYPES,
+    NATIVE_KV,
+    Budget,
+    KVCache,
+    Measured,
+    Plan,
+    PlannedUnit,
+    Predicted,
+    Search,
+    Uniform,
+)
+from bitplan.planner.session import Session
+from bitplan.search import knapsack
+from bitplan.search.knapsack import Solution
+from bitplan.search.study import Allocation, search
+from bitplan.sensitivity.bank import Choice
+from bitplan.sensitivity.store import sha256
+from bitplan.sensitivity.task import Task
 
 JUDGED_UNIFORM = 3
 """Uniform plans, of least predicted loss, that are judged on the search text."""

@@ -13,8 +13,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from formats.errors import BitplanError
-from planner import __version__
+from bitplan import __version__
+from bitplan.formats.errors import BitplanError
 
 EPILOG = "Run `bitplan COMMAND --help` for a command's options. The cache ($BITPLAN_CACHE) may be deleted at any time."
 
@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     _quiet_libraries()
     try:
-        import_module(f"planner.commands.{arguments.command}").run(arguments)
+        import_module(f"bitplan.planner.commands.{arguments.command}").run(arguments)
         return 0
     except BitplanError as error:
         print(f"bitplan: {error}", file=sys.stderr)
@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _unforeseen(error: Exception) -> str:
-    from sensitivity.store import cache_folder
+    from bitplan.sensitivity.store import cache_folder
 
     if "out of memory" in str(error).lower() or isinstance(error, MemoryError):
         return "out of memory: give a smaller --block, fewer --formats, or --device cpu"

@@ -14,22 +14,22 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-import planner
-from formats.errors import BitplanError
-from formats.table import FORMATS
-from planner.heal import round_missing
-from planner.materialize import materialize, resident_bytes
-from planner.plan import Plan
-from planner.running import Running, run
-from planner.session import Session, pick_device
-from planner.uniform import is_float, uniform_plan
-from sensitivity import source as sources
-from sensitivity.loss import Judgement, Reference
-from sensitivity.paired import Paired, paired
-from sensitivity.score import Scores, score
-from sensitivity.source import Source
-from sensitivity.store import sha256, write_text
-from sensitivity.task import Task
+import bitplan
+from bitplan.formats.errors import BitplanError
+from bitplan.formats.table import FORMATS
+from bitplan.planner.heal import round_missing
+from bitplan.planner.materialize import materialize, resident_bytes
+from bitplan.planner.plan import Plan
+from bitplan.planner.running import Running, run
+from bitplan.planner.session import Session, pick_device
+from bitplan.planner.uniform import is_float, uniform_plan
+from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.loss import Judgement, Reference
+from bitplan.sensitivity.paired import Paired, paired
+from bitplan.sensitivity.score import Scores, score
+from bitplan.sensitivity.source import Source
+from bitplan.sensitivity.store import sha256, write_text
+from bitplan.sensitivity.task import Task
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def _journal(session: Session, row: Plan | str, tasks: Sequence[Task], device: s
     facts, device = session.provenance, pick_device(device)
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"cpu {torch.get_num_threads()}"
     texts = [facts.text.heldout.sha256, facts.text.calibration.sha256, *(task.fingerprint for task in tasks)]
-    key = sha256(str(made), name, planner.__version__, torch.__version__, *texts)[:24]
+    key = sha256(str(made), name, bitplan.__version__, torch.__version__, *texts)[:24]
     return session.compared / f"{key}.json"
 
 

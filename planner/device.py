@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from formats.errors import BitplanError, UsageError
-from formats.kernels import Machine, machine
-from planner.budget import human, parse_size
-from planner.plan import KVCache, Plan
-from planner.session import pick_device
-from planner.workspace import Needs, Setting, foresee, meta_model
-from sensitivity.source import Source
+from bitplan.formats.errors import BitplanError, UsageError
+from bitplan.formats.kernels import Machine, machine
+from bitplan.planner.budget import human, parse_size
+from bitplan.planner.plan import KVCache, Plan
+from bitplan.planner.session import pick_device
+from bitplan.planner.workspace import Needs, Setting, foresee, meta_model
+from bitplan.sensitivity.source import Source
 
 CUDA_CONTEXT = 512 << 20
 """Bytes that a process's CUDA context and kernels take before the first tensor: an allowance, used where the memory is

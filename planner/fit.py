@@ -12,21 +12,21 @@ from typing import Any
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedModel
 
-from formats.errors import BitplanError, ModelUnreadable, first_line
-from formats.table import MENU
-from planner.audit import unit_entry
-from planner.budget import human
-from planner.device import Device, setting_of
-from planner.plan import DTYPES, KVCache
-from planner.room import Room, alike, neediest, reserved, what_fits
-from planner.show import table
-from planner.workspace import Needs, foresee, meta_model
-from sensitivity import source as sources
-from sensitivity.bank import unit_bytes
-from sensitivity.graph import Kept, Unit, find_units
-from sensitivity.progress import progress
-from sensitivity.source import Source
-from sensitivity.store import sha256
+from bitplan.formats.errors import BitplanError, ModelUnreadable, first_line
+from bitplan.formats.table import MENU
+from bitplan.planner.audit import unit_entry
+from bitplan.planner.budget import human
+from bitplan.planner.device import Device, setting_of
+from bitplan.planner.plan import DTYPES, KVCache
+from bitplan.planner.room import Room, alike, neediest, reserved, what_fits
+from bitplan.planner.show import table
+from bitplan.planner.workspace import Needs, foresee, meta_model
+from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.bank import unit_bytes
+from bitplan.sensitivity.graph import Kept, Unit, find_units
+from bitplan.sensitivity.progress import progress
+from bitplan.sensitivity.source import Source
+from bitplan.sensitivity.store import sha256
 
 SHOWN = ("int8", "int4-g128", "int3-g64")
 """Formats of the table, between the checkpoint's own type and the floor of what plans choose from. What a format needs

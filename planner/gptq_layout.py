@@ -24,15 +24,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from formats.base import Tensors
-from formats.errors import FormatUnavailable
-from formats.integers import IntegerFormat
-from formats.modules import Packed, is_experts
-from formats.packed import pack, unpack
-from formats.table import FORMATS, MENU
-from planner.card import Layout, write_papers, written_beside
-from planner.plan import Plan, PlannedUnit
-from sensitivity.source import Source
+from bitplan.formats.base import Tensors
+from bitplan.formats.errors import FormatUnavailable
+from bitplan.formats.integers import IntegerFormat
+from bitplan.formats.modules import Packed, is_experts
+from bitplan.formats.packed import pack, unpack
+from bitplan.formats.table import FORMATS, MENU
+from bitplan.planner.card import Layout, write_papers, written_beside
+from bitplan.planner.plan import Plan, PlannedUnit
+from bitplan.sensitivity.source import Source
 
 BITS = (2, 3, 4, 8)
 RUN = 32

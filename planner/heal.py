@@ -14,19 +14,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from formats.base import as_bits, as_floats
-from formats.errors import RoundingFailed
-from formats.modules import Packed
-from formats.table import format_named
-from planner.plan import Plan, PlannedUnit
-from planner.pretrained import PlanConfig, codes_folder, holders, kept_path, missing_codes, unit_path
-from planner.sequence import Sequence
-from planner.session import SEED, Session, load_reference
-from sensitivity import source as sources
-from sensitivity.bank import for_file
-from sensitivity.loss import Reference
-from sensitivity.progress import progress
-from sensitivity.store import IN_MEMORY, load_tensors, save_tensors
+from bitplan.formats.base import as_bits, as_floats
+from bitplan.formats.errors import RoundingFailed
+from bitplan.formats.modules import Packed
+from bitplan.formats.table import format_named
+from bitplan.planner.plan import Plan, PlannedUnit
+from bitplan.planner.pretrained import PlanConfig, codes_folder, holders, kept_path, missing_codes, unit_path
+from bitplan.planner.sequence import Sequence
+from bitplan.planner.session import SEED, Session, load_reference
+from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.bank import for_file
+from bitplan.sensitivity.loss import Reference
+from bitplan.sensitivity.progress import progress
+from bitplan.sensitivity.store import IN_MEMORY, load_tensors, save_tensors
 
 STEPS = 200
 TOKENS = 2048

@@ -5,12 +5,12 @@ May import: sensitivity, planner.plan/session.
 
 from transformers import PreTrainedModel
 
-from planner.plan import Measured, TaskFacts, TaskMeasured
-from planner.session import Session
-from sensitivity.loss import Judgement, Reference, standard_error
-from sensitivity.paired import paired
-from sensitivity.score import Scores, likelihoods, losses, score
-from sensitivity.task import Task
+from bitplan.planner.plan import Measured, TaskFacts, TaskMeasured
+from bitplan.planner.session import Session
+from bitplan.sensitivity.loss import Judgement, Reference, standard_error
+from bitplan.sensitivity.paired import paired
+from bitplan.sensitivity.score import Scores, likelihoods, losses, score
+from bitplan.sensitivity.task import Task
 
 
 class Judge:

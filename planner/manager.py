@@ -5,23 +5,23 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from formats.errors import FormatUnavailable, UsageError
-from formats.rounding import refuse_misfit
-from formats.table import MENU, format_named
-from planner.audit import audit
-from planner.budget import budget_bytes
-from planner.choose import Finish, make_plan
-from planner.compare import load_float
-from planner.heal import round_missing
-from planner.materialize import materialize, resident_bytes
-from planner.menu import menu_of
-from planner.plan import Budget, Plan
-from planner.session import Session, load_reference, open_session, read_texts
-from planner.uniform import is_float, uniform_plan
-from sensitivity import source as sources
-from sensitivity.paired import paired
-from sensitivity.score import Scores, score
-from sensitivity.task import Task, read_task
+from bitplan.formats.errors import FormatUnavailable, UsageError
+from bitplan.formats.rounding import refuse_misfit
+from bitplan.formats.table import MENU, format_named
+from bitplan.planner.audit import audit
+from bitplan.planner.budget import budget_bytes
+from bitplan.planner.choose import Finish, make_plan
+from bitplan.planner.compare import load_float
+from bitplan.planner.heal import round_missing
+from bitplan.planner.materialize import materialize, resident_bytes
+from bitplan.planner.menu import menu_of
+from bitplan.planner.plan import Budget, Plan
+from bitplan.planner.session import Session, load_reference, open_session, read_texts
+from bitplan.planner.uniform import is_float, uniform_plan
+from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.paired import paired
+from bitplan.sensitivity.score import Scores, score
+from bitplan.sensitivity.task import Task, read_task
 
 
 class QuantizationManager:

@@ -6,15 +6,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from formats.errors import ModelUnreadable, PlanMismatch
-from planner.device import refuse_full
-from planner.heal import round_missing
-from planner.plan import Plan
-from planner.pretrained import PlanConfig, missing_codes, refuse_unavailable
-from planner.session import open_session, pick_device, recall_texts
-from sensitivity import source as sources
-from sensitivity.profile import read
-from sensitivity.source import Source
+from bitplan.formats.errors import ModelUnreadable, PlanMismatch
+from bitplan.planner.device import refuse_full
+from bitplan.planner.heal import round_missing
+from bitplan.planner.plan import Plan
+from bitplan.planner.pretrained import PlanConfig, missing_codes, refuse_unavailable
+from bitplan.planner.session import open_session, pick_device, recall_texts
+from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.profile import read
+from bitplan.sensitivity.source import Source
 
 
 def resident_bytes(model: nn.Module) -> int:

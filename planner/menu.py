@@ -4,15 +4,15 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from formats.errors import BudgetInfeasible
-from formats.table import FORMATS
-from planner.budget import human
-from planner.plan import DTYPES, Budget
-from search import knapsack
-from search.knapsack import Option, Problem
-from search.study import Allocation
-from sensitivity.bank import Choice
-from sensitivity.profile import Profile, Row
+from bitplan.formats.errors import BudgetInfeasible
+from bitplan.formats.table import FORMATS
+from bitplan.planner.budget import human
+from bitplan.planner.plan import DTYPES, Budget
+from bitplan.search import knapsack
+from bitplan.search.knapsack import Option, Problem
+from bitplan.search.study import Allocation
+from bitplan.sensitivity.bank import Choice
+from bitplan.sensitivity.profile import Profile, Row
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,17 @@ from transformers.integrations.accelerate import get_device
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from formats.errors import BitplanError, CodesMissing, FormatUnavailable, PlanMismatch
-from formats.kv_cache import use_kv_format
-from formats.modules import canonical, is_transposed, pack_parameter
-from formats.table import format_named
-from planner.plan import Plan, PlannedUnit
-from planner.register import METHOD
-from planner.streaming import RoundOnLoad, refuse_disk, rounded
-from sensitivity.bank import from_file, workspace
-from sensitivity.profile import read
-from sensitivity.source import weights_fingerprint
-from sensitivity.store import is_whole, load_tensors, sha256
+from bitplan.formats.errors import BitplanError, CodesMissing, FormatUnavailable, PlanMismatch
+from bitplan.formats.kv_cache import use_kv_format
+from bitplan.formats.modules import canonical, is_transposed, pack_parameter
+from bitplan.formats.table import format_named
+from bitplan.planner.plan import Plan, PlannedUnit
+from bitplan.planner.register import METHOD
+from bitplan.planner.streaming import RoundOnLoad, refuse_disk, rounded
+from bitplan.sensitivity.bank import from_file, workspace
+from bitplan.sensitivity.profile import read
+from bitplan.sensitivity.source import weights_fingerprint
+from bitplan.sensitivity.store import is_whole, load_tensors, sha256
 
 
 def _answer_dtype(model: Any, dtype: torch.dtype) -> None:
@@ -93,7 +93,7 @@ def refuse_missing(plan: Plan) -> None:
         raise CodesMissing(
             f"{len(units)} units, {units[0].name} first, are to be rounded ({plan.rounding}) on the plan's calibration"
             f" text ({plan.provenance.text.source}): run `bitplan apply PLAN --text FILE …` once with it, or"
-            f" planner.load(plan, text=[…])"
+            f" bitplan.load(plan, text=[…])"
         )
 
 

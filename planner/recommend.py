@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from formats.errors import FormatUnavailable
-from formats.table import FORMATS
-from planner.compare import Line, recalled
-from planner.session import SEED, Session, open_session
-from planner.uniform import is_float, uniform_plan
-from sensitivity.bank import workspace
-from sensitivity.loss import Judgement
-from sensitivity.source import Source
-from sensitivity.text import Texts
+from bitplan.formats.errors import FormatUnavailable
+from bitplan.formats.table import FORMATS
+from bitplan.planner.compare import Line, recalled
+from bitplan.planner.session import SEED, Session, open_session
+from bitplan.planner.uniform import is_float, uniform_plan
+from bitplan.sensitivity.bank import workspace
+from bitplan.sensitivity.loss import Judgement
+from bitplan.sensitivity.source import Source
+from bitplan.sensitivity.text import Texts
 
 PURPOSES = {
     "training": (

@@ -22,10 +22,10 @@ class _Later:
         self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
-        return getattr(getattr(import_module("planner.pretrained"), self._name), attribute)
+        return getattr(getattr(import_module("bitplan.planner.pretrained"), self._name), attribute)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return getattr(import_module("planner.pretrained"), self._name)(*args, **kwargs)
+        return getattr(import_module("bitplan.planner.pretrained"), self._name)(*args, **kwargs)
 
 
 def _fill(table: Any) -> None:

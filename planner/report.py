@@ -7,7 +7,7 @@ from html import escape
 from math import ceil, floor, log2, log10
 from typing import Any
 
-from planner.compare import Line
+from bitplan.planner.compare import Line
 
 PLANS, FORMATS = "#c2410c", "#1d4ed8"
 PAGE = """<!doctype html>

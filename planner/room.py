@@ -9,20 +9,20 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from formats.errors import BudgetInfeasible, FormatUnavailable, UsageError
-from formats.kv_cache import kv_format_named, new_cache
-from formats.kv_facts import kv_facts
-from planner.budget import human, parse_size
-from planner.device import Device, changed, largest, setting_of
-from planner.menu import Menu, refuse_infeasible
-from planner.plan import DTYPES, Budget, KVCache
-from planner.show import table
-from planner.workspace import Needs, Setting, foresee, meta_model
-from search.knapsack import floor
-from sensitivity import source as sources
-from sensitivity.profile import UnitEntry
-from sensitivity.progress import progress
-from sensitivity.source import Source
+from bitplan.formats.errors import BudgetInfeasible, FormatUnavailable, UsageError
+from bitplan.formats.kv_cache import kv_format_named, new_cache
+from bitplan.formats.kv_facts import kv_facts
+from bitplan.planner.budget import human, parse_size
+from bitplan.planner.device import Device, changed, largest, setting_of
+from bitplan.planner.menu import Menu, refuse_infeasible
+from bitplan.planner.plan import DTYPES, Budget, KVCache
+from bitplan.planner.show import table
+from bitplan.planner.workspace import Needs, Setting, foresee, meta_model
+from bitplan.search.knapsack import floor
+from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.profile import UnitEntry
+from bitplan.sensitivity.progress import progress
+from bitplan.sensitivity.source import Source
 
 CONTEXT = 4096
 """Tokens of context that a device is budgeted for unless told otherwise, or what the model takes where that is less."""

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from formats.kv_cache import new_cache
+from bitplan.formats.kv_cache import new_cache
 
 STEPS = 16
 """Tokens decoded one by one; the median step counts."""

@@ -16,23 +16,23 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from formats.base import Tensors
-from formats.errors import RoundingFailed
-from formats.integers import IntegerFormat
-from formats.modules import canonical, is_transposed
-from formats.rounding.awq import clipped_codes, search_scale
-from formats.rounding.gptq import Hessian, gptq_codes
-from formats.rounding.tuned import STEPS, Learned, tune
-from formats.table import format_named
-from planner.plan import Plan
-from planner.pretrained import codes_folder, kept_path, unit_path
-from planner.session import SEED, Session
-from sensitivity.bank import Choice, for_file, from_file
-from sensitivity.chain import BATCH, Chain
-from sensitivity.graph import Unit
-from sensitivity.progress import progress
-from sensitivity.store import load_tensors, save_tensors, scratch
-from sensitivity.trace import Trace, Use
+from bitplan.formats.base import Tensors
+from bitplan.formats.errors import RoundingFailed
+from bitplan.formats.integers import IntegerFormat
+from bitplan.formats.modules import canonical, is_transposed
+from bitplan.formats.rounding.awq import clipped_codes, search_scale
+from bitplan.formats.rounding.gptq import Hessian, gptq_codes
+from bitplan.formats.rounding.tuned import STEPS, Learned, tune
+from bitplan.formats.table import format_named
+from bitplan.planner.plan import Plan
+from bitplan.planner.pretrained import codes_folder, kept_path, unit_path
+from bitplan.planner.session import SEED, Session
+from bitplan.sensitivity.bank import Choice, for_file, from_file
+from bitplan.sensitivity.chain import BATCH, Chain
+from bitplan.sensitivity.graph import Unit
+from bitplan.sensitivity.progress import progress
+from bitplan.sensitivity.store import load_tensors, save_tensors, scratch
+from bitplan.sensitivity.trace import Trace, Use
 
 
 class Sequence:

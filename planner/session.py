@@ -12,16 +12,16 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-import planner
-from formats.errors import ModelUnreadable, PlanMismatch, UsageError
-from sensitivity import source as sources
-from sensitivity import text as texts
-from sensitivity.bank import Bank, Workbench, workspace
-from sensitivity.curvature import StatisticsStore, gather
-from sensitivity.graph import Graph, Unit, build_graph
-from sensitivity.profile import ModelFacts, Provenance, TextFacts, TextPart
-from sensitivity.source import Source
-from sensitivity.text import Blocks, Texts
+import bitplan
+from bitplan.formats.errors import ModelUnreadable, PlanMismatch, UsageError
+from bitplan.sensitivity import source as sources
+from bitplan.sensitivity import text as texts
+from bitplan.sensitivity.bank import Bank, Workbench, workspace
+from bitplan.sensitivity.curvature import StatisticsStore, gather
+from bitplan.sensitivity.graph import Graph, Unit, build_graph
+from bitplan.sensitivity.profile import ModelFacts, Provenance, TextFacts, TextPart
+from bitplan.sensitivity.source import Source
+from bitplan.sensitivity.text import Blocks, Texts
 
 SEED = 0
 PARTS = ("calibration", "search", "heldout")
@@ -139,7 +139,7 @@ def _describe(source: Source, session_texts: Texts, dtype: str, parameters: int,
         seed=SEED,
         device=torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
         versions={
-            "bitplan": planner.__version__,
+            "bitplan": bitplan.__version__,
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "optuna")},
         },

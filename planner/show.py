@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from formats.kernels import Kernel, Machine, choose
-from formats.table import FORMATS
-from planner.budget import human
-from planner.compare import Line, TaskLine
-from planner.plan import KVCache, Plan, PlannedUnit, TaskFacts, TaskMeasured
-from planner.recommend import Advice
-from sensitivity.profile import Profile
+from bitplan.formats.kernels import Kernel, Machine, choose
+from bitplan.formats.table import FORMATS
+from bitplan.planner.budget import human
+from bitplan.planner.compare import Line, TaskLine
+from bitplan.planner.plan import KVCache, Plan, PlannedUnit, TaskFacts, TaskMeasured
+from bitplan.planner.recommend import Advice
+from bitplan.sensitivity.profile import Profile
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps
 
-from formats.base import Format, Tensors
-from formats.errors import UsageError
+from bitplan.formats.base import Format, Tensors
+from bitplan.formats.errors import UsageError
 
 RUN = {"cpu": 1 << 20}
 """Weights rounded at once. Rounding holds some 16 bytes a weight: in a CPU's cache that is also the fastest."""

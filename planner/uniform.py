@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 
-from formats.errors import FormatUnavailable, UsageError
-from formats.floats import FloatFormat
-from formats.rounding import refuse_misfit, rounding_for
-from formats.table import FORMATS, format_named
-from planner.audit import kept_entry, unit_entry
-from planner.plan import Budget, Plan, PlannedUnit
-from planner.session import Session
-from sensitivity.bank import Choice, unit_bytes
+from bitplan.formats.errors import FormatUnavailable, UsageError
+from bitplan.formats.floats import FloatFormat
+from bitplan.formats.rounding import refuse_misfit, rounding_for
+from bitplan.formats.table import FORMATS, format_named
+from bitplan.planner.audit import kept_entry, unit_entry
+from bitplan.planner.plan import Budget, Plan, PlannedUnit
+from bitplan.planner.session import Session
+from bitplan.sensitivity.bank import Choice, unit_bytes
 
 COMPARED = ("fp32", "bf16", "fp16", "fp8", "int8", "int4-g64", "nf4", "binary-g64")
 """What `compare` shows unless told otherwise."""

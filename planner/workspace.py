@@ -20,14 +20,14 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from formats.errors import BitplanError
-from formats.kernels import Machine, as_if_on
-from formats.kv_cache import new_cache
-from formats.kv_facts import cache_bytes
-from formats.modules import pack_parameter
-from formats.table import format_named
-from sensitivity.profile import UnitEntry
-from sensitivity.source import Source
+from bitplan.formats.errors import BitplanError
+from bitplan.formats.kernels import Machine, as_if_on
+from bitplan.formats.kv_cache import new_cache
+from bitplan.formats.kv_facts import cache_bytes
+from bitplan.formats.modules import pack_parameter
+from bitplan.formats.table import format_named
+from bitplan.sensitivity.profile import UnitEntry
+from bitplan.sensitivity.source import Source
 
 CUBLAS = {9: 32 << 20, 10: 32 << 20}
 """Bytes that cuBLAS takes once, by major compute capability; 8.125 MiB elsewhere (torch's CUDAHooks)."""

@@ -16,8 +16,8 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from formats.errors import BitplanError, BudgetInfeasible
-from sensitivity.bank import Choice
+from bitplan.formats.errors import BitplanError, BudgetInfeasible
+from bitplan.sensitivity.bank import Choice
 
 GAP = 1e-4
 """Where the proven distance to the optimum falls below this fraction of the loss, the solver stops."""

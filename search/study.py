@@ -16,9 +16,9 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
-from search.knapsack import Problem, Solution, solve
-from sensitivity.bank import Choice
-from sensitivity.progress import progress
+from bitplan.search.knapsack import Problem, Solution, solve
+from bitplan.sensitivity.bank import Choice
+from bitplan.sensitivity.progress import progress
 
 POWER = (0.7, 1.4)
 SLOPE = 1.0

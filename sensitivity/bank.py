@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from formats.base import Tensors
-from formats.errors import BitplanError, CodesMissing, RoundingFailed
-from formats.modules import canonical, is_transposed
-from formats.rounding import ROUNDINGS, rounding_alone
-from formats.table import format_named
-from sensitivity.curvature import StatisticsStore
-from sensitivity.graph import Unit
-from sensitivity.store import cache_folder, load_tensors, save_tensors, sha256
+from bitplan.formats.base import Tensors
+from bitplan.formats.errors import BitplanError, CodesMissing, RoundingFailed
+from bitplan.formats.modules import canonical, is_transposed
+from bitplan.formats.rounding import ROUNDINGS, rounding_alone
+from bitplan.formats.table import format_named
+from bitplan.sensitivity.curvature import StatisticsStore
+from bitplan.sensitivity.graph import Unit
+from bitplan.sensitivity.store import cache_folder, load_tensors, save_tensors, sha256
 
 VERSION = "2"
 """Changes when the same inputs would give other codes."""

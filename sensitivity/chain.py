@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from sensitivity.graph import Graph, Unit
+from bitplan.sensitivity.graph import Graph, Unit
 
 BATCH = 8
 """Token blocks that run through a segment at once."""

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from formats.errors import RoundingFailed
-from formats.rounding import Hessian
-from sensitivity.graph import Graph, Unit
-from sensitivity.progress import progress
-from sensitivity.store import load_tensors, save_tensors
-from sensitivity.text import Blocks
-from sensitivity.trace import Trace, Use
+from bitplan.formats.errors import RoundingFailed
+from bitplan.formats.rounding import Hessian
+from bitplan.sensitivity.graph import Graph, Unit
+from bitplan.sensitivity.progress import progress
+from bitplan.sensitivity.store import load_tensors, save_tensors
+from bitplan.sensitivity.text import Blocks
+from bitplan.sensitivity.trace import Trace, Use
 
 PASS_BYTES = 8 << 30
 """Second moments gathered at once; what does not fit is gathered in further passes."""

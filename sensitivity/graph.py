@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from formats.errors import UsageError
-from formats.modules import is_experts, is_transposed
-from formats.table import NATIVE
-from sensitivity.trace import Trace, Use
+from bitplan.formats.errors import UsageError
+from bitplan.formats.modules import is_experts, is_transposed
+from bitplan.formats.table import NATIVE
+from bitplan.sensitivity.trace import Trace, Use
 
 GENERIC = ("modeling_utils.py", "module.py")
 """Files of transformers and torch that ask all parameters alike for their type or device."""

@@ -10,8 +10,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from formats.errors import UsageError, first_line
-from sensitivity.task import Question
+from bitplan.formats.errors import UsageError, first_line
+from bitplan.sensitivity.task import Question
 
 FEWSHOT_SEED = 1234
 """What `lm_eval run` seeds the choice of few-shot examples with."""

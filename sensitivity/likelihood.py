@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from sensitivity.loss import log_probabilities, taken
-from sensitivity.progress import progress
-from sensitivity.task import Row
+from bitplan.sensitivity.loss import log_probabilities, taken
+from bitplan.sensitivity.progress import progress
+from bitplan.sensitivity.task import Row
 
 ROWS = 32
 AT_ONCE = 1 << 26

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from formats.kv_cache import new_cache
-from sensitivity.store import scratch
-from sensitivity.text import Blocks
+from bitplan.formats.kv_cache import new_cache
+from bitplan.sensitivity.store import scratch
+from bitplan.sensitivity.text import Blocks
 
 
 @dataclass(frozen=True)

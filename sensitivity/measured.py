@@ -7,10 +7,10 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from sensitivity.bank import Bank, Choice, Workbench
-from sensitivity.graph import Unit
-from sensitivity.loss import Judgement, Reference
-from sensitivity.progress import progress
+from bitplan.sensitivity.bank import Bank, Choice, Workbench
+from bitplan.sensitivity.graph import Unit
+from bitplan.sensitivity.loss import Judgement, Reference
+from bitplan.sensitivity.progress import progress
 
 Measured = dict[tuple[str, Choice], Judgement]
 

@@ -8,8 +8,8 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from formats.errors import FileInvalid
-from sensitivity.store import write_text
+from bitplan.formats.errors import FileInvalid
+from bitplan.sensitivity.store import write_text
 
 Bytes = Annotated[int, Field(ge=0, strict=True)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from formats.kv_cache import new_cache
-from sensitivity.likelihood import log_likelihoods
-from sensitivity.progress import progress
-from sensitivity.task import SLACK, Item, Kind, Task
+from bitplan.formats.kv_cache import new_cache
+from bitplan.sensitivity.likelihood import log_likelihoods
+from bitplan.sensitivity.progress import progress
+from bitplan.sensitivity.task import SLACK, Item, Kind, Task
 
 
 @dataclass(frozen=True)

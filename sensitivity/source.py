@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from formats.errors import BitplanError, ModelUnreadable, first_line
-from sensitivity.store import sha256
+from bitplan.formats.errors import BitplanError, ModelUnreadable, first_line
+from bitplan.sensitivity.store import sha256
 
 SAMPLE = 4096
 """Bytes hashed at the start and in the middle of every tensor."""

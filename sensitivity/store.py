@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from formats.errors import BitplanError, UsageError
+from bitplan.formats.errors import BitplanError, UsageError
 
 IN_MEMORY = 1 << 30
 """Bytes above which a tensor of hidden states or probabilities lies in a file."""

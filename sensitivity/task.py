@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from formats.errors import UsageError
-from sensitivity.store import sha256
-from sensitivity.text import _encode, _first_token, read_file
+from bitplan.formats.errors import UsageError
+from bitplan.sensitivity.store import sha256
+from bitplan.sensitivity.text import _encode, _first_token, read_file
 
 Kind = Literal["choice", "exact", "text"]
 SLACK = 4
@@ -106,7 +106,7 @@ def read_task(
     path = Path(path_or_name)
     if path.is_file() or path.suffix in (".json", ".jsonl"):
         return make_task(path.stem, read_questions(path)[:limit], tokenizer, length)
-    from sensitivity.harness import harness_questions
+    from bitplan.sensitivity.harness import harness_questions
 
     return make_task(str(path_or_name), harness_questions(str(path_or_name), limit), tokenizer, length)
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from formats.errors import TextTooShort, UsageError, first_line
-from sensitivity import stdlib
-from sensitivity.store import cache_folder, load_tensors, save_tensors, sha256
+from bitplan.formats.errors import TextTooShort, UsageError, first_line
+from bitplan.sensitivity import stdlib
+from bitplan.sensitivity.store import cache_folder, load_tensors, save_tensors, sha256
 
 TOKENS = 32_768
 """Calibration tokens unless asked otherwise; search text takes a quarter as many, held-out text half."""

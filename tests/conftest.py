@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from planner.session import Session, open_session, read_texts
-from sensitivity import source as sources
+from bitplan.planner.session import Session, open_session, read_texts
+from bitplan.sensitivity import source as sources
 from tests import tiny
 
 torch.set_num_threads(1)

@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from formats.rounding import awq
-from formats.rounding.awq import EXPONENTS, clipped_codes, search_scale
-from formats.table import format_named
+from bitplan.formats.rounding import awq
+from bitplan.formats.rounding.awq import EXPONENTS, clipped_codes, search_scale
+from bitplan.formats.table import format_named
 
 COLUMNS = 96
 

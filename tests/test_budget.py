@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from formats.errors import UsageError
-from planner.budget import SIZES, budget_bytes, human, parse_size
+from bitplan.formats.errors import UsageError
+from bitplan.planner.budget import SIZES, budget_bytes, human, parse_size
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,10 @@ import re
 import pytest
 from huggingface_hub import ModelCard
 
-from planner.card import OWN, card_text
-from planner.gptq_layout import LAYOUT
-from planner.plan import Plan
-from sensitivity.profile import read
+from bitplan.planner.card import OWN, card_text
+from bitplan.planner.gptq_layout import LAYOUT
+from bitplan.planner.plan import Plan
+from bitplan.sensitivity.profile import read
 from tests.test_readme import ROOT
 
 

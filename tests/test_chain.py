@@ -5,8 +5,8 @@ import torch
 from torch.testing import assert_close
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
-from sensitivity.chain import Chain, find_blocks
-from sensitivity.graph import build_graph
+from bitplan.sensitivity.chain import Chain, find_blocks
+from bitplan.sensitivity.graph import build_graph
 from tests import tiny
 
 IDS = torch.randint(0, 256, (3, 20), generator=torch.Generator().manual_seed(0))

@@ -8,10 +8,10 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from formats.kv_cache import KV_FORMATS
-from planner.cli import main
-from planner.plan import Plan
-from sensitivity.profile import Profile, read
+from bitplan.formats.kv_cache import KV_FORMATS
+from bitplan.planner.cli import main
+from bitplan.planner.plan import Plan
+from bitplan.sensitivity.profile import Profile, read
 
 LITTLE = ["--tokens", "1024", "--block", "64", "--device", "cpu"]
 MENU = ["--formats", "int8,int4-g64,int3-g32,int2-g64"]
@@ -110,7 +110,7 @@ def test_another_budget_runs_no_model(run, checkpoint, tmp_path, monkeypatch):
 
 
 def test_an_interrupted_measurement_goes_on(run, checkpoint, tmp_path, monkeypatch):
-    from sensitivity.loss import Reference
+    from bitplan.sensitivity.loss import Reference
 
     judged = Reference.judge
     model = checkpoint("opt")
@@ -139,7 +139,7 @@ def test_an_interrupted_measurement_goes_on(run, checkpoint, tmp_path, monkeypat
 def quick(monkeypatch):
     """Learning and healing in a few steps."""
     for name, value in {"sequence.STEPS": 3, "heal.STEPS": 4, "heal.LOOK": 2, "heal.TOKENS": 256}.items():
-        monkeypatch.setattr(f"planner.{name}", value)
+        monkeypatch.setattr(f"bitplan.planner.{name}", value)
 
 
 def test_apply_makes_the_codes_in_another_way(run, checkpoint, text, tmp_path, quick):

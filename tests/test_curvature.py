@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sensitivity.bank import Workbench
-from sensitivity.curvature import Statistics, StatisticsStore, gather
-from sensitivity.graph import build_graph
-from sensitivity.loss import Reference
-from sensitivity.text import Blocks
+from bitplan.sensitivity.bank import Workbench
+from bitplan.sensitivity.curvature import Statistics, StatisticsStore, gather
+from bitplan.sensitivity.graph import build_graph
+from bitplan.sensitivity.loss import Reference
+from bitplan.sensitivity.text import Blocks
 from tests import tiny
 
 IDS = torch.randint(0, 256, (6, 24), generator=torch.Generator().manual_seed(0))

@@ -6,17 +6,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from formats.errors import BitplanError, UsageError
-from formats.kernels import Machine, named_machine
-from formats.kv_cache import KVCache
-from planner import device as devices
-from planner.device import CUDA_CONTEXT, find_device, plan_needs
-from planner.materialize import load
-from planner.plan import KVCache as PlannedCache
-from planner.plan import Plan
-from planner.room import RESERVE
-from planner.workspace import Setting
-from sensitivity import source as sources
+from bitplan.formats.errors import BitplanError, UsageError
+from bitplan.formats.kernels import Machine, named_machine
+from bitplan.formats.kv_cache import KVCache
+from bitplan.planner import device as devices
+from bitplan.planner.device import CUDA_CONTEXT, find_device, plan_needs
+from bitplan.planner.materialize import load
+from bitplan.planner.plan import KVCache as PlannedCache
+from bitplan.planner.plan import Plan
+from bitplan.planner.room import RESERVE
+from bitplan.planner.workspace import Setting
+from bitplan.sensitivity import source as sources
 from tests.test_cli import LITTLE, run, text  # noqa: F401 (fixtures)
 
 MENU = ["--formats", "int8,int4-g64,int3-g32"]

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from formats.errors import FormatUnavailable, PlanMismatch, UsageError
-from formats.table import FORMATS
-from planner.export import NEED_MODEL, TARGETS, export, export_text, write_export
-from planner.gptq_layout import save_gptq
-from planner.materialize import materialize
-from planner.plan import KVCache, PlannedUnit
-from planner.session import Session
-from planner.uniform import uniform_plan
-from sensitivity.profile import Profile, Row
+from bitplan.formats.errors import FormatUnavailable, PlanMismatch, UsageError
+from bitplan.formats.table import FORMATS
+from bitplan.planner.export import NEED_MODEL, TARGETS, export, export_text, write_export
+from bitplan.planner.gptq_layout import save_gptq
+from bitplan.planner.materialize import materialize
+from bitplan.planner.plan import KVCache, PlannedUnit
+from bitplan.planner.session import Session
+from bitplan.planner.uniform import uniform_plan
+from bitplan.sensitivity.profile import Profile, Row
 from tests.test_export_gguf import fake_gguf, resized
 from tests.test_gptq_layout import HEADS, opened, spread_plan
 

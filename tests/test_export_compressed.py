@@ -8,15 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from formats.errors import BitplanError
-from formats.integers import Grid, IntegerFormat
-from formats.modules import Packed
-from formats.table import FORMATS
-from planner.export import export, write_export
-from planner.export.compressed_tensors import to_compressed
-from planner.materialize import materialize
-from planner.plan import PlannedUnit
-from planner.uniform import uniform_plan
+from bitplan.formats.errors import BitplanError
+from bitplan.formats.integers import Grid, IntegerFormat
+from bitplan.formats.modules import Packed
+from bitplan.formats.table import FORMATS
+from bitplan.planner.export import export, write_export
+from bitplan.planner.export.compressed_tensors import to_compressed
+from bitplan.planner.materialize import materialize
+from bitplan.planner.plan import PlannedUnit
+from bitplan.planner.uniform import uniform_plan
 from tests.test_gptq_layout import HEADS, opened, spread_plan, stream
 
 FORMATS_THERE = ("int8", "int4-g32", "int3-g32", "fp8", "native")

@@ -7,13 +7,13 @@ from types import ModuleType
 import pytest
 import torch
 
-from formats.errors import FormatUnavailable
-from formats.table import FORMATS
-from planner.export import export
-from planner.export.gguf import SIZES
-from planner.plan import Plan
-from planner.session import Session
-from planner.uniform import uniform_plan
+from bitplan.formats.errors import FormatUnavailable
+from bitplan.formats.table import FORMATS
+from bitplan.planner.export import export
+from bitplan.planner.export.gguf import SIZES
+from bitplan.planner.plan import Plan
+from bitplan.planner.session import Session
+from bitplan.planner.uniform import uniform_plan
 from tests.test_gptq_layout import HEADS, opened
 
 

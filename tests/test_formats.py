@@ -4,12 +4,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from formats.base import as_bits, as_floats
-from formats.bnb import Bnb4Format, Int8BnbFormat
-from formats.errors import UnknownFormat, UsageError
-from formats.integers import SHRINK, SIGN_FACTORS, IntegerFormat
-from formats.rounding import ROUNDINGS, Hessian, refuse_misfit, rounding_alone, rounding_for, rounding_named
-from formats.table import FORMATS, MENU, format_named
+from bitplan.formats.base import as_bits, as_floats
+from bitplan.formats.bnb import Bnb4Format, Int8BnbFormat
+from bitplan.formats.errors import UnknownFormat, UsageError
+from bitplan.formats.integers import SHRINK, SIGN_FACTORS, IntegerFormat
+from bitplan.formats.rounding import ROUNDINGS, Hessian, refuse_misfit, rounding_alone, rounding_for, rounding_named
+from bitplan.formats.table import FORMATS, MENU, format_named
 
 SHAPES = [(5, 172), (3, 33), (2, 256)]
 CASES = [(f, r) for f in FORMATS.values() for r in ROUNDINGS.values() if r.alone and r.fits(f)]

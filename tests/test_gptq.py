@@ -2,11 +2,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from formats.errors import RoundingFailed
-from formats.integers import Grid, IntegerFormat
-from formats.rounding import Hessian
-from formats.rounding.gptq import AIM_DAMPING, DAMPING, gptq, gptq_codes
-from formats.table import format_named
+from bitplan.formats.errors import RoundingFailed
+from bitplan.formats.integers import Grid, IntegerFormat
+from bitplan.formats.rounding import Hessian
+from bitplan.formats.rounding.gptq import AIM_DAMPING, DAMPING, gptq, gptq_codes
+from bitplan.formats.table import format_named
 
 
 def inputs(columns: int, tokens: int = 600) -> torch.Tensor:

@@ -11,18 +11,18 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from formats.base import as_bits
-from formats.errors import BitplanError, FormatUnavailable
-from formats.integers import Grid, IntegerFormat
-from formats.modules import Packed
-from formats.table import FORMATS
-from planner.gptq_layout import config_for, quantization_config, refuse_unsayable, save_gptq, to_gptq
-from planner.materialize import materialize
-from planner.plan import Plan
-from planner.session import Session, open_session, read_texts
-from planner.uniform import uniform_plan
-from sensitivity import source as sources
-from sensitivity.bank import unit_bytes
+from bitplan.formats.base import as_bits
+from bitplan.formats.errors import BitplanError, FormatUnavailable
+from bitplan.formats.integers import Grid, IntegerFormat
+from bitplan.formats.modules import Packed
+from bitplan.formats.table import FORMATS
+from bitplan.planner.gptq_layout import config_for, quantization_config, refuse_unsayable, save_gptq, to_gptq
+from bitplan.planner.materialize import materialize
+from bitplan.planner.plan import Plan
+from bitplan.planner.session import Session, open_session, read_texts
+from bitplan.planner.uniform import uniform_plan
+from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.bank import unit_bytes
 
 HEADS = {"llama": ("model.embed_tokens", "lm_head"), "llama-tied": ("model.embed_tokens",)}
 HEADS |= {"gpt2": ("transformer.wte", "transformer.wpe"), "opt": ("model.decoder.embed_*",)}

@@ -2,8 +2,8 @@ import networkx as nx
 import pytest
 import torch
 
-from formats.errors import UsageError
-from sensitivity.graph import build_graph
+from bitplan.formats.errors import UsageError
+from bitplan.sensitivity.graph import build_graph
 from tests import tiny
 
 LAYERS = (0, 1)

@@ -8,21 +8,21 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from formats.base import as_floats
-from formats.errors import RoundingFailed
-from formats.rounding import rounding_for
-from formats.table import FORMATS, format_named
-from planner import heal, sequence
-from planner.heal import Healing, round_missing
-from planner.materialize import load, materialize, resident_bytes
-from planner.plan import Plan, PlannedUnit
-from planner.pretrained import PlanConfig, codes_folder, kept_path, missing_codes, unit_path
-from planner.session import Session
-from planner.uniform import uniform_plan
-from sensitivity import source as sources
-from sensitivity.bank import from_file, unit_bytes
-from sensitivity.loss import Reference
-from sensitivity.store import load_tensors
+from bitplan.formats.base import as_floats
+from bitplan.formats.errors import RoundingFailed
+from bitplan.formats.rounding import rounding_for
+from bitplan.formats.table import FORMATS, format_named
+from bitplan.planner import heal, sequence
+from bitplan.planner.heal import Healing, round_missing
+from bitplan.planner.materialize import load, materialize, resident_bytes
+from bitplan.planner.plan import Plan, PlannedUnit
+from bitplan.planner.pretrained import PlanConfig, codes_folder, kept_path, missing_codes, unit_path
+from bitplan.planner.session import Session
+from bitplan.planner.uniform import uniform_plan
+from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.bank import from_file, unit_bytes
+from bitplan.sensitivity.loss import Reference
+from bitplan.sensitivity.store import load_tensors
 
 IDS = torch.arange(3, 43).unsqueeze(0)
 

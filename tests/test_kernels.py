@@ -5,12 +5,12 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from formats import base, kernels, numba_kernel
-from formats.base import as_floats
-from formats.integers import Grid, IntegerFormat
-from formats.kernels import Machine, choose, linear
-from formats.modules import pack_parameter
-from formats.table import FORMATS
+from bitplan.formats import base, kernels, numba_kernel
+from bitplan.formats.base import as_floats
+from bitplan.formats.integers import Grid, IntegerFormat
+from bitplan.formats.kernels import Machine, choose, linear
+from bitplan.formats.modules import pack_parameter
+from bitplan.formats.table import FORMATS
 
 pytest.importorskip("numba")
 CPU, HOPPER, AMPERE = Machine("cpu"), Machine("cuda", (9, 0)), Machine("cuda", (8, 0))

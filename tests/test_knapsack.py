@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from formats.errors import BudgetInfeasible
-from search.knapsack import GAP, Option, ceiling, floor, solve, undominated
-from sensitivity.bank import Choice
+from bitplan.formats.errors import BudgetInfeasible
+from bitplan.search.knapsack import GAP, Option, ceiling, floor, solve, undominated
+from bitplan.sensitivity.bank import Choice
 
 options = st.lists(st.tuples(st.integers(1, 60), st.floats(0, 10, allow_nan=False)), min_size=1, max_size=4).map(
     lambda pairs: [Option(Choice(f"f{i}", "nearest"), nbytes, loss) for i, (nbytes, loss) in enumerate(pairs)]

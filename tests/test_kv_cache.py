@@ -21,10 +21,10 @@ from transformers import (
     StaticCache,
 )
 
-from formats.errors import FormatUnavailable, UnknownFormat, UsageError
-from formats.kv_cache import KVCache, new_cache, use_kv_format
-from formats.kv_facts import cache_bytes, kv_bytes, kv_facts
-from formats.kv_rows import FP8, INT4, INT8, KV_FORMATS
+from bitplan.formats.errors import FormatUnavailable, UnknownFormat, UsageError
+from bitplan.formats.kv_cache import KVCache, new_cache, use_kv_format
+from bitplan.formats.kv_facts import cache_bytes, kv_bytes, kv_facts
+from bitplan.formats.kv_rows import FP8, INT4, INT8, KV_FORMATS
 from tests import tiny
 
 STATES = tiny.GQA | {"mamba_d_state": 8, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}

@@ -21,17 +21,17 @@ from transformers import (
 from transformers.integrations.accelerate import compute_module_sizes
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from formats.errors import CodesMissing, UsageError
-from formats.integers import IntegerFormat
-from formats.table import FORMATS
-from planner import pretrained, streaming
-from planner.heal import round_missing
-from planner.materialize import load
-from planner.plan import Plan
-from planner.pretrained import PlanConfig
-from planner.session import open_session, read_texts
-from planner.uniform import uniform_plan
-from sensitivity import source as sources
+from bitplan.formats.errors import CodesMissing, UsageError
+from bitplan.formats.integers import IntegerFormat
+from bitplan.formats.table import FORMATS
+from bitplan.planner import pretrained, streaming
+from bitplan.planner.heal import round_missing
+from bitplan.planner.materialize import load
+from bitplan.planner.plan import Plan
+from bitplan.planner.pretrained import PlanConfig
+from bitplan.planner.session import open_session, read_texts
+from bitplan.planner.uniform import uniform_plan
+from bitplan.sensitivity import source as sources
 from tests import tiny
 from tests.test_pretrained import logits, mixed_plan, on_disk
 

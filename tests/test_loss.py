@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sensitivity.loss import Reference
-from sensitivity.text import Blocks
+from bitplan.sensitivity.loss import Reference
+from bitplan.sensitivity.text import Blocks
 from tests import tiny
 
 IDS = torch.randint(0, 256, (5, 20), generator=torch.Generator().manual_seed(2))

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from formats.errors import FormatUnavailable, UnknownFormat, UsageError
-from planner import QuantizationManager
-from planner.materialize import resident_bytes
+from bitplan import QuantizationManager
+from bitplan.formats.errors import FormatUnavailable, UnknownFormat, UsageError
+from bitplan.planner.materialize import resident_bytes
 
 
 @pytest.fixture

@@ -5,15 +5,15 @@ import json
 import pytest
 import torch
 
-from formats.errors import UsageError
-from planner.judge import Judge
-from planner.materialize import materialize
-from planner.plan import Plan
-from sensitivity import source as sources
-from sensitivity.paired import paired
-from sensitivity.profile import read
-from sensitivity.score import losses, score
-from sensitivity.task import FEWEST, read_task
+from bitplan.formats.errors import UsageError
+from bitplan.planner.judge import Judge
+from bitplan.planner.materialize import materialize
+from bitplan.planner.plan import Plan
+from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.paired import paired
+from bitplan.sensitivity.profile import read
+from bitplan.sensitivity.score import losses, score
+from bitplan.sensitivity.task import FEWEST, read_task
 from tests import tiny
 from tests.test_cli import LITTLE, MENU, run, text  # noqa: F401 (fixtures)
 

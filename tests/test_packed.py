@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from formats.packed import pack, unpack, unpack_at, words_per_row
+from bitplan.formats.packed import pack, unpack, unpack_at, words_per_row
 
 BITS = st.integers(1, 8)
 

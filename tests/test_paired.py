@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sensitivity.paired import Paired, paired, proportion_interval
+from bitplan.sensitivity.paired import Paired, paired, proportion_interval
 
 
 def as_tensors(base: np.ndarray, other: np.ndarray) -> Paired:

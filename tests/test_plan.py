@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from formats.errors import FileInvalid
-from formats.table import FORMATS
-from planner.plan import Plan
-from planner.show import folded, layers, plan_text
-from sensitivity.profile import Profile, read, write
+from bitplan.formats.errors import FileInvalid
+from bitplan.formats.table import FORMATS
+from bitplan.planner.plan import Plan
+from bitplan.planner.show import folded, layers, plan_text
+from bitplan.sensitivity.profile import Profile, read, write
 
 SHA = "0" * 64
 PART = {"sha256": SHA, "blocks": 4, "length": 64}

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from planner.demo import CALIBRATION, HELDOUT, MODEL
-from planner.materialize import load, resident_bytes
-from planner.plan import Plan
-from planner.session import load_reference, read_texts
-from sensitivity import source as sources
-from sensitivity.loss import Reference
-from sensitivity.profile import read
+from bitplan.planner.demo import CALIBRATION, HELDOUT, MODEL
+from bitplan.planner.materialize import load, resident_bytes
+from bitplan.planner.plan import Plan
+from bitplan.planner.session import load_reference, read_texts
+from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.loss import Reference
+from bitplan.sensitivity.profile import read
 
 ROOT = Path(__file__).parent.parent
 PLANS = sorted((ROOT / "plans").glob("*.json"))

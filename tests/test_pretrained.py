@@ -13,18 +13,18 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-import planner
-from formats.errors import CodesMissing, ModelUnreadable, PlanMismatch
-from formats.modules import Packed
-from formats.table import format_named
-from planner.heal import round_missing
-from planner.materialize import load, resident_bytes
-from planner.plan import Plan
-from planner.pretrained import PlanConfig, codes_folder, unit_path
-from planner.uniform import uniform_plan
-from sensitivity import source as sources
-from sensitivity.bank import Choice, from_file, unit_bytes
-from sensitivity.store import load_tensors
+import bitplan
+from bitplan.formats.errors import CodesMissing, ModelUnreadable, PlanMismatch
+from bitplan.formats.modules import Packed
+from bitplan.formats.table import format_named
+from bitplan.planner.heal import round_missing
+from bitplan.planner.materialize import load, resident_bytes
+from bitplan.planner.plan import Plan
+from bitplan.planner.pretrained import PlanConfig, codes_folder, unit_path
+from bitplan.planner.uniform import uniform_plan
+from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.bank import Choice, from_file, unit_bytes
+from bitplan.sensitivity.store import load_tensors
 from tests import tiny
 
 IDS = torch.arange(3, 43).unsqueeze(0)
@@ -159,8 +159,8 @@ def test_load_makes_the_codes_from_the_plans_text(session_of, checkpoint, monkey
 def test_a_checkpoint_that_holds_a_tied_pair_twice(checkpoint, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    from planner.session import open_session, read_texts
-    from sensitivity import source as sources
+    from bitplan.planner.session import open_session, read_texts
+    from bitplan.sensitivity import source as sources
 
     shutil.copytree(checkpoint("llama-tied"), tmp_path / "twice")
     file = tmp_path / "twice" / "model.safetensors"
@@ -181,8 +181,8 @@ def test_a_model_whose_every_parameter_is_packed_has_a_dtype(tmp_path):
     from transformers import AutoModelForCausalLM as Auto
     from transformers import OlmoConfig
 
-    from planner.session import open_session, read_texts
-    from sensitivity import source as sources
+    from bitplan.planner.session import open_session, read_texts
+    from bitplan.sensitivity import source as sources
 
     config = OlmoConfig(**tiny.GQA, pad_token_id=0)
     Auto.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path / "olmo")
@@ -243,7 +243,7 @@ def test_configs_are_equal_where_plans_are(session_of):
     assert PlanConfig(one) != PlanConfig(other)
 
 
-@pytest.mark.parametrize("order", ["import planner; import transformers", "import transformers; import planner"])
+@pytest.mark.parametrize("order", ["import bitplan; import transformers", "import transformers; import bitplan"])
 def test_a_saved_folder_loads_after_importing_planner_in_either_order(order, session_of, checkpoint, tmp_path):
     plan = uniform_plan(session_of("llama"), "int4-g64", "nearest")
     load(plan, checkpoint("llama"), device="cpu").save_pretrained(tmp_path)
@@ -266,7 +266,7 @@ def test_a_saved_folder_without_planner_fails_instead_of_guessing(session_of, ch
 
 def test_importing_planner_imports_neither_torch_nor_transformers():
     code = (
-        "import sys, planner; print([m for m in ('torch', 'transformers', 'optuna', 'pydantic') if m in sys.modules])"
+        "import sys, bitplan; print([m for m in ('torch', 'transformers', 'optuna', 'pydantic') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
@@ -287,7 +287,7 @@ def test_device_maps_see_packed_sizes(session_of, checkpoint):
 
 def test_packed_classes_keep_their_ancestry():
     model = tiny.build("gemma")
-    from formats.modules import pack_parameter
+    from bitplan.formats.modules import pack_parameter
 
     original = type(model.model.embed_tokens)
     packed = pack_parameter(model.model.embed_tokens, "weight", format_named("int8"))
@@ -302,7 +302,7 @@ def test_config_file_holds_the_plan(session_of, checkpoint, tmp_path):
     load(plan, checkpoint("llama"), device="cpu").save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert content["quant_method"] == "bitplan"
-    assert planner.Plan.model_validate(content["plan"]) == plan
+    assert bitplan.Plan.model_validate(content["plan"]) == plan
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from planner.cli import main
+from bitplan.planner.cli import main
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -74,7 +74,7 @@ def value(formula: str, **numbers: int) -> int:
 
 
 def test_the_table_of_formats_has_them_all_and_their_bytes():
-    from formats.table import FORMATS
+    from bitplan.formats.table import FORMATS
 
     formulas = {
         re.compile(name.replace("intB", r"int(?P<B>\d)").replace("-gN", r"-(g(?P<N>\d+)|row)")): formula
@@ -100,8 +100,8 @@ def test_the_rules_and_the_kernels_are_told_of_every_kind_of_format():
 def test_the_table_of_kernels_is_right(column, on):
     import torch
 
-    from formats.kernels import choose, named_machine
-    from formats.table import FORMATS
+    from bitplan.formats.kernels import choose, named_machine
+    from bitplan.formats.table import FORMATS
 
     told = re.search(r"## What runs it\n(.*?)\n## ", PAGES["formats.md"], re.S).group(1)
     rows = [line.split("|")[1:-1] for line in told.splitlines() if line.startswith("| `")]

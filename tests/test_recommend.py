@@ -7,10 +7,10 @@ import shutil
 import pytest
 import torch
 
-from planner.compare import Line
-from planner.recommend import verdict
-from planner.running import Running
-from sensitivity.loss import Judgement
+from bitplan.planner.compare import Line
+from bitplan.planner.recommend import verdict
+from bitplan.planner.running import Running
+from bitplan.sensitivity.loss import Judgement
 from tests.test_cli import LITTLE, run, text  # noqa: F401 (fixtures)
 
 
@@ -84,8 +84,8 @@ class TestFit:
     def fit(self, run, checkpoint, monkeypatch):  # noqa: F811
         """fit(model, gpu, …) → data; no model is loaded and no text is read."""
         monkeypatch.setattr("sensitivity.source.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
-        monkeypatch.setattr("planner.commands.asked.read_texts", lambda *a, **k: pytest.fail("a text was read"))
-        monkeypatch.setattr("planner.commands.recommend.cache_folder", lambda: checkpoint("llama"))
+        monkeypatch.setattr("bitplan.planner.commands.asked.read_texts", lambda *a, **k: pytest.fail("a text was read"))
+        monkeypatch.setattr("bitplan.planner.commands.recommend.cache_folder", lambda: checkpoint("llama"))
 
         def call(model: object, gpu: str, *more: str) -> dict:
             code, out, err = run("recommend", model, "--for", "fit", "--gpu", gpu, *more, "--json")

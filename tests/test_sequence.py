@@ -9,23 +9,23 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from formats.errors import RoundingFailed
-from formats.modules import Packed, canonical, is_transposed
-from formats.rounding import Hessian, rounding_for
-from formats.rounding.gptq import gptq_codes
-from formats.table import FORMATS, format_named
-from planner import sequence
-from planner.heal import round_missing
-from planner.materialize import load, make_codes, materialize, resident_bytes
-from planner.plan import Plan
-from planner.pretrained import codes_folder, kept_path, missing_codes, unit_path
-from planner.sequence import Segment, Sequence
-from planner.session import Session, open_session, read_texts
-from planner.uniform import uniform_plan
-from sensitivity import source as sources
-from sensitivity.bank import from_file, unit_bytes
-from sensitivity.loss import Reference
-from sensitivity.store import load_tensors
+from bitplan.formats.errors import RoundingFailed
+from bitplan.formats.modules import Packed, canonical, is_transposed
+from bitplan.formats.rounding import Hessian, rounding_for
+from bitplan.formats.rounding.gptq import gptq_codes
+from bitplan.formats.table import FORMATS, format_named
+from bitplan.planner import sequence
+from bitplan.planner.heal import round_missing
+from bitplan.planner.materialize import load, make_codes, materialize, resident_bytes
+from bitplan.planner.plan import Plan
+from bitplan.planner.pretrained import codes_folder, kept_path, missing_codes, unit_path
+from bitplan.planner.sequence import Segment, Sequence
+from bitplan.planner.session import Session, open_session, read_texts
+from bitplan.planner.uniform import uniform_plan
+from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.bank import from_file, unit_bytes
+from bitplan.sensitivity.loss import Reference
+from bitplan.sensitivity.store import load_tensors
 from tests import tiny
 
 ARCHITECTURES = ["llama", "gpt2", "opt", "mixtral", "qwen3-moe", "gemma2"]

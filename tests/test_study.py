@@ -1,8 +1,8 @@
 import pytest
 
-from search.knapsack import Option, solve
-from search.study import bend, role, search
-from sensitivity.bank import Choice
+from bitplan.search.knapsack import Option, solve
+from bitplan.search.study import bend, role, search
+from bitplan.sensitivity.bank import Choice
 
 CHOICES = [Choice(f"int{bits}-g64", "gptq") for bits in (2, 3, 4, 6)]
 PROBLEM = {

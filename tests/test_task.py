@@ -11,17 +11,17 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from formats.errors import UsageError
-from planner import demo
-from planner.demo import make_task as maker
-from planner.demo.make_task import make
-from sensitivity import source as sources
-from sensitivity import stdlib
-from sensitivity.harness import harness_questions
-from sensitivity.likelihood import log_likelihoods
-from sensitivity.paired import paired
-from sensitivity.score import likelihoods, losses, score, verdict, writes
-from sensitivity.task import Question, Row, encode, make_task, read_task
+from bitplan.formats.errors import UsageError
+from bitplan.planner import demo
+from bitplan.planner.demo import make_task as maker
+from bitplan.planner.demo.make_task import make
+from bitplan.sensitivity import source as sources
+from bitplan.sensitivity import stdlib
+from bitplan.sensitivity.harness import harness_questions
+from bitplan.sensitivity.likelihood import log_likelihoods
+from bitplan.sensitivity.paired import paired
+from bitplan.sensitivity.score import likelihoods, losses, score, verdict, writes
+from bitplan.sensitivity.task import Question, Row, encode, make_task, read_task
 from tests import tiny
 
 BUNDLED = Path(demo.__file__).parent / "task" / "completion.jsonl"

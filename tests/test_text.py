@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from formats.errors import TextTooShort, UsageError
-from sensitivity import stdlib
-from sensitivity.text import prepare, recall, remember
+from bitplan.formats.errors import TextTooShort, UsageError
+from bitplan.sensitivity import stdlib
+from bitplan.sensitivity.text import prepare, recall, remember
 from tests import tiny
 
 

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from formats.integers import Grid, IntegerFormat
-from formats.rounding import Hessian, tuned
-from formats.rounding.gptq import gptq_codes
-from formats.rounding.tuned import CLIP, OFFSET, Learned, tune
+from bitplan.formats.integers import Grid, IntegerFormat
+from bitplan.formats.rounding import Hessian, tuned
+from bitplan.formats.rounding.gptq import gptq_codes
+from bitplan.formats.rounding.tuned import CLIP, OFFSET, Learned, tune
 
 FORMATS = [
     IntegerFormat("integer", 3, group=32),

@@ -6,14 +6,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from formats.errors import BitplanError
-from formats.kernels import Machine
-from formats.kv_cache import new_cache
-from formats.kv_facts import cache_bytes
-from formats.modules import pack_parameter
-from formats.table import FORMATS
-from planner.running import Allocated
-from planner.workspace import INSIDE, SMALL, Setting, foresee
+from bitplan.formats.errors import BitplanError
+from bitplan.formats.kernels import Machine
+from bitplan.formats.kv_cache import new_cache
+from bitplan.formats.kv_facts import cache_bytes
+from bitplan.formats.modules import pack_parameter
+from bitplan.formats.table import FORMATS
+from bitplan.planner.running import Allocated
+from bitplan.planner.workspace import INSIDE, SMALL, Setting, foresee
 from tests import tiny
 
 CPU = Machine("cpu")

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from formats.base import Format, Tensors
-from formats.errors import UsageError
-from formats.integers import IntegerFormat
-from formats.rounding.gptq import Hessian, gptq
+from bitplan.formats.base import Format, Tensors
+from bitplan.formats.errors import UsageError
+from bitplan.formats.integers import IntegerFormat
+from bitplan.formats.rounding.gptq import Hessian, gptq
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from formats.integers import Grid, IntegerFormat
+from bitplan.formats.integers import Grid, IntegerFormat
 
 EXPONENTS = [i / 10 for i in range(11)]
 

@@ -12,9 +12,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from formats.base import Format, Tensors
-from formats.errors import RoundingFailed
-from formats.integers import Grid, IntegerFormat
+from bitplan.formats.base import Format, Tensors
+from bitplan.formats.errors import RoundingFailed
+from bitplan.formats.integers import Grid, IntegerFormat
 
 DAMPING = (0.01, 0.1, 1.0)
 AIM_DAMPING = 0.05

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from formats.base import Tensors
-from formats.integers import Grid, IntegerFormat
+from bitplan.formats.base import Tensors
+from bitplan.formats.integers import Grid, IntegerFormat
 
 STEPS = 200
 OFFSET_RATE, CLIP_RATE = 1e-2, 2e-3

@@ -5,19 +5,19 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from formats.errors import UsageError
-from planner.budget import human
-from planner.card import refuse_folder, save
-from planner.choose import refinished
-from planner.commands.asked import put, texts_of
-from planner.gptq_layout import refuse_unsayable, save_gptq
-from planner.materialize import find_for, make_codes, materialize, resident_bytes
-from planner.plan import Plan
-from planner.pretrained import refuse_missing
-from planner.session import load_reference
-from sensitivity import source as sources
-from sensitivity.loss import Reference
-from sensitivity.profile import read
+from bitplan.formats.errors import UsageError
+from bitplan.planner.budget import human
+from bitplan.planner.card import refuse_folder, save
+from bitplan.planner.choose import refinished
+from bitplan.planner.commands.asked import put, texts_of
+from bitplan.planner.gptq_layout import refuse_unsayable, save_gptq
+from bitplan.planner.materialize import find_for, make_codes, materialize, resident_bytes
+from bitplan.planner.plan import Plan
+from bitplan.planner.pretrained import refuse_missing
+from bitplan.planner.session import load_reference
+from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.loss import Reference
+from bitplan.sensitivity.profile import read
 
 
 def run(arguments: Namespace) -> None:

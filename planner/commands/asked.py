@@ -5,15 +5,15 @@ import sys
 from argparse import Namespace
 from typing import Any
 
-from formats.errors import FormatUnavailable, UsageError
-from formats.rounding import refuse_misfit
-from formats.table import FORMATS, MENU
-from planner.session import read_texts
-from planner.uniform import parse_formats
-from sensitivity import source as sources
-from sensitivity.source import Source
-from sensitivity.task import Task, read_task
-from sensitivity.text import Texts
+from bitplan.formats.errors import FormatUnavailable, UsageError
+from bitplan.formats.rounding import refuse_misfit
+from bitplan.formats.table import FORMATS, MENU
+from bitplan.planner.session import read_texts
+from bitplan.planner.uniform import parse_formats
+from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.source import Source
+from bitplan.sensitivity.task import Task, read_task
+from bitplan.sensitivity.text import Texts
 
 
 def put(arguments: Namespace, data: Any, text: str) -> None:

@@ -2,13 +2,13 @@
 
 from argparse import Namespace
 
-from planner.audit import audit, audit_cache
-from planner.commands.asked import menu_formats, put, say, texts_of
-from planner.session import open_session
-from planner.show import profile_text
-from sensitivity import source as sources
-from sensitivity.profile import write
-from sensitivity.store import refuse_overwrite
+from bitplan.planner.audit import audit, audit_cache
+from bitplan.planner.commands.asked import menu_formats, put, say, texts_of
+from bitplan.planner.session import open_session
+from bitplan.planner.show import profile_text
+from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.profile import write
+from bitplan.sensitivity.store import refuse_overwrite
 
 
 def run(arguments: Namespace) -> None:

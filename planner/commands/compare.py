@@ -2,20 +2,20 @@
 
 from argparse import Namespace
 
-from formats.errors import FormatUnavailable
-from formats.rounding import refuse_misfit
-from formats.table import FORMATS
-from planner.commands.asked import put, say, tasks_of, texts_of
-from planner.compare import FAILURES, compare, why_not
-from planner.materialize import check_plan_fits, make_codes
-from planner.plan import Plan
-from planner.report import csv_text, html_text
-from planner.session import open_session
-from planner.show import compare_cells, compare_text
-from planner.uniform import COMPARED, parse_formats
-from sensitivity import source as sources
-from sensitivity.profile import read
-from sensitivity.store import refuse_overwrite, write_text
+from bitplan.formats.errors import FormatUnavailable
+from bitplan.formats.rounding import refuse_misfit
+from bitplan.formats.table import FORMATS
+from bitplan.planner.commands.asked import put, say, tasks_of, texts_of
+from bitplan.planner.compare import FAILURES, compare, why_not
+from bitplan.planner.materialize import check_plan_fits, make_codes
+from bitplan.planner.plan import Plan
+from bitplan.planner.report import csv_text, html_text
+from bitplan.planner.session import open_session
+from bitplan.planner.show import compare_cells, compare_text
+from bitplan.planner.uniform import COMPARED, parse_formats
+from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.profile import read
+from bitplan.sensitivity.store import refuse_overwrite, write_text
 
 
 def run(arguments: Namespace) -> None:

@@ -2,11 +2,11 @@
 
 from argparse import Namespace
 
-from planner.commands.asked import put, say
-from planner.demo import run as run_demo
-from planner.show import compare_text
-from sensitivity.profile import write
-from sensitivity.store import refuse_overwrite
+from bitplan.planner.commands.asked import put, say
+from bitplan.planner.demo import run as run_demo
+from bitplan.planner.show import compare_text
+from bitplan.sensitivity.profile import write
+from bitplan.sensitivity.store import refuse_overwrite
 
 
 def run(arguments: Namespace) -> None:

@@ -2,13 +2,13 @@
 
 from argparse import Namespace
 
-from planner.card import refuse_folder
-from planner.commands.asked import put, say
-from planner.export import NEED_MODEL, TARGETS, export, export_text, write_export
-from planner.materialize import find_for
-from planner.plan import Plan
-from sensitivity.profile import Profile, read
-from sensitivity.store import refuse_overwrite
+from bitplan.planner.card import refuse_folder
+from bitplan.planner.commands.asked import put, say
+from bitplan.planner.export import NEED_MODEL, TARGETS, export, export_text, write_export
+from bitplan.planner.materialize import find_for
+from bitplan.planner.plan import Plan
+from bitplan.sensitivity.profile import Profile, read
+from bitplan.sensitivity.store import refuse_overwrite
 
 
 def run(arguments: Namespace) -> None:

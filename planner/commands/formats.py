@@ -3,9 +3,9 @@
 from argparse import Namespace
 from typing import Any
 
-from formats.table import FORMATS, MENU
-from planner.commands.asked import put
-from planner.show import table
+from bitplan.formats.table import FORMATS, MENU
+from bitplan.planner.commands.asked import put
+from bitplan.planner.show import table
 
 
 def run(arguments: Namespace) -> None:

@@ -2,22 +2,22 @@
 
 from argparse import Namespace
 
-from formats.errors import PlanMismatch, UsageError
-from planner.audit import audit, sizes
-from planner.budget import budget_bytes, refuse_unclear
-from planner.choose import Finish, make_plan, quick_plan
-from planner.commands.asked import menu_formats, put, say, tasks_of, texts_of
-from planner.device import find_device
-from planner.menu import menu_of, refuse_infeasible
-from planner.plan import Budget
-from planner.room import CONTEXT, asked_cache, device_budget
-from planner.session import open_session, recall_texts
-from planner.show import plan_text
-from sensitivity import source as sources
-from sensitivity.profile import Profile, read, write
-from sensitivity.source import Source
-from sensitivity.store import refuse_overwrite
-from sensitivity.text import Texts
+from bitplan.formats.errors import PlanMismatch, UsageError
+from bitplan.planner.audit import audit, sizes
+from bitplan.planner.budget import budget_bytes, refuse_unclear
+from bitplan.planner.choose import Finish, make_plan, quick_plan
+from bitplan.planner.commands.asked import menu_formats, put, say, tasks_of, texts_of
+from bitplan.planner.device import find_device
+from bitplan.planner.menu import menu_of, refuse_infeasible
+from bitplan.planner.plan import Budget
+from bitplan.planner.room import CONTEXT, asked_cache, device_budget
+from bitplan.planner.session import open_session, recall_texts
+from bitplan.planner.show import plan_text
+from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.profile import Profile, read, write
+from bitplan.sensitivity.source import Source
+from bitplan.sensitivity.store import refuse_overwrite
+from bitplan.sensitivity.text import Texts
 
 
 def run(arguments: Namespace) -> None:

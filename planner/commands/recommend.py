@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from formats.errors import ModelUnreadable, UsageError
-from planner.cli import build_parser
-from planner.commands.asked import put, texts_of
-from planner.device import find_device
-from planner.fit import find_shape, fit, fit_text
-from planner.recommend import PURPOSES, recommend
-from planner.room import CONTEXT, asked_cache
-from planner.show import advice_text
-from sensitivity import source as sources
-from sensitivity.store import cache_folder
+from bitplan.formats.errors import ModelUnreadable, UsageError
+from bitplan.planner.cli import build_parser
+from bitplan.planner.commands.asked import put, texts_of
+from bitplan.planner.device import find_device
+from bitplan.planner.fit import find_shape, fit, fit_text
+from bitplan.planner.recommend import PURPOSES, recommend
+from bitplan.planner.room import CONTEXT, asked_cache
+from bitplan.planner.show import advice_text
+from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.store import cache_folder
 
 TEXT = ("text", "dataset", "heldout", "tokens", "block")
 DEVICE = ("gpu", "context", "batch", "kv_dtype", "prefill_chunk", "reserve")

@@ -2,11 +2,11 @@
 
 from argparse import Namespace
 
-from formats.kernels import named_machine
-from planner.commands.asked import put
-from planner.plan import Plan
-from planner.show import kernel_rows, kernels_text, plan_text
-from sensitivity.profile import read
+from bitplan.formats.kernels import named_machine
+from bitplan.planner.commands.asked import put
+from bitplan.planner.plan import Plan
+from bitplan.planner.show import kernel_rows, kernels_text, plan_text
+from bitplan.sensitivity.profile import read
 
 
 def run(arguments: Namespace) -> None:

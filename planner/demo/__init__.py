@@ -3,15 +3,15 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from formats.table import MENU
-from planner.audit import audit
-from planner.choose import Finish, make_plan
-from planner.compare import Line, compare
-from planner.menu import menu_of
-from planner.plan import Budget, Plan
-from planner.session import open_session, read_texts
-from planner.uniform import uniform_plan
-from sensitivity import source as sources
+from bitplan.formats.table import MENU
+from bitplan.planner.audit import audit
+from bitplan.planner.choose import Finish, make_plan
+from bitplan.planner.compare import Line, compare
+from bitplan.planner.menu import menu_of
+from bitplan.planner.plan import Budget, Plan
+from bitplan.planner.session import open_session, read_texts
+from bitplan.planner.uniform import uniform_plan
+from bitplan.sensitivity import source as sources
 
 MODEL = Path(__file__).parent / "model"
 CALIBRATION = Path(__file__).parent / "text" / "calibration.txt"

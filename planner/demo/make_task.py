@@ -1,4 +1,4 @@
-"""Make the bundled task: `python -m planner.demo.make_task`.
+"""Make the bundled task: `python -m bitplan.planner.demo.make_task`.
 
 Each item is some lines of a held-out module of the standard library and four candidates for the line after them: the
 one that follows, whose names the prompt mostly has, and three from other places of the module, of like length and
@@ -16,7 +16,7 @@ import re
 import tokenize
 from pathlib import Path
 
-from sensitivity import stdlib
+from bitplan.sensitivity import stdlib
 
 BEGINNING = 6_500
 """Characters of each module in `text/heldout.txt` (`planner.demo.train.write_texts`)."""

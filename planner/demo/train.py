@@ -1,4 +1,4 @@
-"""Train the embedded model from scratch: `python -m planner.demo.train --out planner/demo/model`.
+"""Train the embedded model from scratch: `python -m bitplan.planner.demo.train --out planner/demo/model`.
 
 A Llama of 3.9M parameters on the standard library's sources. Matrices are trained with Muon
 (Jordan et al. 2024), embeddings and norms with AdamW; the learning rate warms up, stays, then falls
@@ -20,7 +20,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sensitivity import stdlib
+from bitplan.sensitivity import stdlib
 
 VOCABULARY = 2048
 CONTEXT = 512

@@ -9,21 +9,21 @@ that the target has, and `exported.changes` lists every unit that is another or 
 
 from pathlib import Path
 
-from formats.errors import PlanMismatch, UsageError
-from planner.export.auto_round import AutoRound
-from planner.export.compressed_tensors import CompressedTensors, save_compressed
-from planner.export.gguf import Gguf
-from planner.export.gptqmodel import GptqModel
-from planner.export.settle import settled
-from planner.export.show import export_text
-from planner.export.target import Exported, Line, Target
-from planner.export.torchao import TorchAo
-from planner.materialize import make_codes, materialize
-from planner.plan import Plan
-from planner.pretrained import refuse_missing
-from sensitivity.profile import Profile
-from sensitivity.source import Source
-from sensitivity.store import write_text
+from bitplan.formats.errors import PlanMismatch, UsageError
+from bitplan.planner.export.auto_round import AutoRound
+from bitplan.planner.export.compressed_tensors import CompressedTensors, save_compressed
+from bitplan.planner.export.gguf import Gguf
+from bitplan.planner.export.gptqmodel import GptqModel
+from bitplan.planner.export.settle import settled
+from bitplan.planner.export.show import export_text
+from bitplan.planner.export.target import Exported, Line, Target
+from bitplan.planner.export.torchao import TorchAo
+from bitplan.planner.materialize import make_codes, materialize
+from bitplan.planner.plan import Plan
+from bitplan.planner.pretrained import refuse_missing
+from bitplan.sensitivity.profile import Profile
+from bitplan.sensitivity.source import Source
+from bitplan.sensitivity.store import write_text
 
 TARGETS: dict[str, type[Target]] = {
     target.name: target for target in (GptqModel, CompressedTensors, TorchAo, Gguf, AutoRound)

@@ -3,8 +3,8 @@
 import json
 from typing import Any
 
-from planner.export.target import KINDS, Target, group_size, integer, uneven
-from planner.plan import Plan, PlannedUnit
+from bitplan.planner.export.target import KINDS, Target, group_size, integer, uneven
+from bitplan.planner.plan import Plan, PlannedUnit
 
 SIDE = 32
 """auto-round leaves a layer in 16 bits, whatever is asked, where this does not divide both of its sides."""

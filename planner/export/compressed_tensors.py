@@ -22,16 +22,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from formats.base import Tensors
-from formats.floats import FP8, Float8Format
-from formats.integers import IntegerFormat
-from formats.modules import Packed
-from formats.packed import pack, unpack, words_per_row
-from formats.table import FORMATS
-from planner.card import Layout, write_papers, written_beside
-from planner.export.target import KINDS, Exported, Target, group_size, integer, uneven
-from planner.gptq_layout import FUSED
-from planner.plan import Plan, PlannedUnit
+from bitplan.formats.base import Tensors
+from bitplan.formats.floats import FP8, Float8Format
+from bitplan.formats.integers import IntegerFormat
+from bitplan.formats.modules import Packed
+from bitplan.formats.packed import pack, unpack, words_per_row
+from bitplan.formats.table import FORMATS
+from bitplan.planner.card import Layout, write_papers, written_beside
+from bitplan.planner.export.target import KINDS, Exported, Target, group_size, integer, uneven
+from bitplan.planner.gptq_layout import FUSED
+from bitplan.planner.plan import Plan, PlannedUnit
 
 LAYOUT = Layout(
     "planned, in compressed-tensors' layouts",

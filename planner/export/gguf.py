@@ -10,11 +10,11 @@ from collections.abc import Callable
 from functools import cached_property
 from math import prod
 
-from formats.errors import FormatUnavailable, UsageError
-from formats.table import FORMATS
-from planner.export.target import Target
-from planner.plan import DTYPES, Plan, PlannedUnit
-from sensitivity.profile import KeptEntry
+from bitplan.formats.errors import FormatUnavailable, UsageError
+from bitplan.formats.table import FORMATS
+from bitplan.planner.export.target import Target
+from bitplan.planner.plan import DTYPES, Plan, PlannedUnit
+from bitplan.sensitivity.profile import KeptEntry
 
 SIZES = {
     "f32": (1, 4),

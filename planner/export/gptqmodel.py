@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from formats.errors import ModelUnreadable
-from formats.modules import is_experts
-from planner.export.target import Target, group_size, integer
-from planner.gptq_layout import joined_experts, quantization_config, refuse_unsayable, settings, unsayable
-from planner.plan import Plan, PlannedUnit
-from sensitivity.source import Source
+from bitplan.formats.errors import ModelUnreadable
+from bitplan.formats.modules import is_experts
+from bitplan.planner.export.target import Target, group_size, integer
+from bitplan.planner.gptq_layout import joined_experts, quantization_config, refuse_unsayable, settings, unsayable
+from bitplan.planner.plan import Plan, PlannedUnit
+from bitplan.sensitivity.source import Source
 
 
 class GptqModel(Target):

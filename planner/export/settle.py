@@ -6,12 +6,12 @@ May import: formats, sensitivity, planner.plan/gptq_layout, planner.export.targe
 from collections import defaultdict
 from collections.abc import Iterable
 
-from formats.errors import FormatUnavailable
-from formats.rounding import ROUNDINGS, rounding_for
-from formats.table import FORMATS, MENU
-from planner.export.target import Target
-from planner.gptq_layout import FUSED
-from planner.plan import DTYPES, Plan, PlannedUnit
+from bitplan.formats.errors import FormatUnavailable
+from bitplan.formats.rounding import ROUNDINGS, rounding_for
+from bitplan.formats.table import FORMATS, MENU
+from bitplan.planner.export.target import Target
+from bitplan.planner.gptq_layout import FUSED
+from bitplan.planner.plan import DTYPES, Plan, PlannedUnit
 
 CANDIDATES = (*MENU, "fp8")
 """What `nearest` tries, beside each weight's own float type."""

@@ -2,8 +2,8 @@
 
 from collections import defaultdict
 
-from planner.export.target import Exported, Line
-from planner.show import NUMBER, table
+from bitplan.planner.export.target import Exported, Line
+from bitplan.planner.show import NUMBER, table
 
 
 def export_text(exported: Exported) -> str:

@@ -10,11 +10,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-from formats.integers import IntegerFormat
-from formats.table import FORMATS
-from planner.plan import Plan, PlannedUnit
-from sensitivity.profile import KeptEntry
-from sensitivity.source import Source
+from bitplan.formats.integers import IntegerFormat
+from bitplan.formats.table import FORMATS
+from bitplan.planner.plan import Plan, PlannedUnit
+from bitplan.sensitivity.profile import KeptEntry
+from bitplan.sensitivity.source import Source
 
 KINDS = {"tied": "an embedding and the head", "embedding": "an embedding", "experts": "the joined experts of a block"}
 """Why a unit of a kind is no plain matrix product."""

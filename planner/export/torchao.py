@@ -5,11 +5,11 @@ planner.export.target.
 import json
 from typing import Any
 
-from formats.floats import Float8Format
-from formats.integers import IntegerFormat
-from formats.table import FORMATS
-from planner.export.target import KINDS, Target, uneven
-from planner.plan import Plan, PlannedUnit
+from bitplan.formats.floats import Float8Format
+from bitplan.formats.integers import IntegerFormat
+from bitplan.formats.table import FORMATS
+from bitplan.planner.export.target import KINDS, Target, uneven
+from bitplan.planner.plan import Plan, PlannedUnit
 
 ROWS = {"granularity": {"_type": "PerRow", "_version": 1, "_data": {"dim": -1}}}
 TILE = (8, 1024)
