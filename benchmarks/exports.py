@@ -24,16 +24,16 @@ from torch import Tensor
 
 from benchmarks.gptq_layout import LIMIT, PEERS, READERS
 from benchmarks.gptq_layout import read as read_checkpoint
+from bitplan.planner.assemble import uniform_plan
 from bitplan.planner.demo import CALIBRATION, HELDOUT, MODEL
 from bitplan.planner.export import Exported, export, write_export
 from bitplan.planner.export.gguf import SIZES, Gguf
-from bitplan.planner.gptq_layout import save_gptq
-from bitplan.planner.materialize import materialize
+from bitplan.planner.export.gptq_layout import save_gptq
+from bitplan.planner.load import materialize
 from bitplan.planner.plan import Plan
-from bitplan.planner.session import Session, open_session, read_texts
-from bitplan.planner.show import table
-from bitplan.planner.uniform import uniform_plan
+from bitplan.planner.report.show import table
 from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.session import Session, open_session, read_texts
 
 TEXTS = 8
 HALF_LIMIT = 5e-3

@@ -19,15 +19,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bitplan.planner.assemble import uniform_plan
 from bitplan.planner.demo import CALIBRATION, HELDOUT, MODEL
-from bitplan.planner.gptq_layout import save_gptq
-from bitplan.planner.heal import round_missing
-from bitplan.planner.materialize import materialize
+from bitplan.planner.export.gptq_layout import save_gptq
+from bitplan.planner.load import materialize
 from bitplan.planner.plan import Plan
-from bitplan.planner.session import Session, open_session, read_texts
-from bitplan.planner.show import table
-from bitplan.planner.uniform import uniform_plan
+from bitplan.planner.quantize.distillation import round_missing
+from bitplan.planner.report.show import table
 from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.session import Session, open_session, read_texts
 
 PEERS = Path(__file__).parent / "peers"
 TEXTS = 8

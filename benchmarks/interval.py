@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import described
+from bitplan.planner.assemble import uniform_plan
 from bitplan.planner.demo import HELDOUT, MODEL
-from bitplan.planner.materialize import materialize
-from bitplan.planner.session import open_session, read_texts
-from bitplan.planner.show import table
-from bitplan.planner.uniform import uniform_plan
+from bitplan.planner.load import materialize
+from bitplan.planner.report.show import table
 from bitplan.sensitivity import source as sources
-from bitplan.sensitivity.paired import paired
 from bitplan.sensitivity.progress import progress
-from bitplan.sensitivity.score import score
-from bitplan.sensitivity.task import Question, Task, make_task
-from bitplan.sensitivity.text import read_file
+from bitplan.sensitivity.session import open_session, read_texts
+from bitplan.sensitivity.tasks.paired import paired
+from bitplan.sensitivity.tasks.score import score
+from bitplan.sensitivity.tasks.task import Question, Task, make_task
+from bitplan.sensitivity.texts.text import read_file
 
 ITEMS, REPETITIONS, PAIRS = 200, 1000, (50, 200)
 FORMATS = ("int8", "int4-g64", "int2-g64")

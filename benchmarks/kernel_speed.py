@@ -15,8 +15,8 @@ from torch.nn.functional import linear as multiply
 from benchmarks.machine import described
 from benchmarks.peers.pace import DTYPES, copy_bandwidth, graphed, normal_, timed
 from benchmarks.shapes import random_tensors
-from bitplan.formats import kernels
 from bitplan.formats.base import Format, Tensors
+from bitplan.formats.kernels import dispatch as kernels
 from bitplan.formats.table import format_named
 
 SIDES = ((4096, 14336), (14336, 4096))

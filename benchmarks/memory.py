@@ -24,20 +24,20 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.machine import described
 from benchmarks.shapes import LLAMA_8B
-from bitplan.formats.kernels import machine
-from bitplan.planner.card import save
-from bitplan.planner.device import plan_needs
-from bitplan.planner.materialize import find_for, materialize, resident_bytes
+from bitplan.formats.kernels.dispatch import machine
+from bitplan.planner.assemble import uniform_plan
+from bitplan.planner.evaluate.throughput import Allocated
+from bitplan.planner.load import find_for, materialize, resident_bytes
+from bitplan.planner.memory.device import plan_needs
+from bitplan.planner.memory.footprint import Setting
 from bitplan.planner.plan import Budget, KVCache, Plan
-from bitplan.planner.running import Allocated
-from bitplan.planner.session import _describe
-from bitplan.planner.show import table
-from bitplan.planner.uniform import uniform_plan
-from bitplan.planner.workspace import Setting
+from bitplan.planner.report.model_card import save
+from bitplan.planner.report.show import table
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.graph import build_graph
 from bitplan.sensitivity.profile import read, write
-from bitplan.sensitivity.text import Blocks, Texts
+from bitplan.sensitivity.session import _describe
+from bitplan.sensitivity.texts.text import Blocks, Texts
 
 SMALL = LlamaConfig(
     vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16,

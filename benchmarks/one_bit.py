@@ -10,14 +10,14 @@ import sys
 import torch
 from torch import Tensor
 
+from bitplan.planner.assemble import uniform_plan
 from bitplan.planner.demo import CALIBRATION, HELDOUT, MODEL
-from bitplan.planner.heal import round_missing
-from bitplan.planner.materialize import materialize, resident_bytes
-from bitplan.planner.session import open_session, read_texts
-from bitplan.planner.show import table
-from bitplan.planner.uniform import uniform_plan
+from bitplan.planner.load import materialize, resident_bytes
+from bitplan.planner.quantize.distillation import round_missing
+from bitplan.planner.report.show import table
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.loss import Reference
+from bitplan.sensitivity.session import open_session, read_texts
 
 FORMATS = ("binary-g64",)
 PARTS = [i / 20 for i in range(20)]

@@ -15,12 +15,12 @@ import torch
 from scipy.stats import spearmanr
 
 from bitplan.formats.table import FORMATS
-from bitplan.planner.audit import audit
 from bitplan.planner.demo import CALIBRATION, HELDOUT, MODEL
-from bitplan.planner.session import open_session, read_texts
-from bitplan.planner.show import table
+from bitplan.planner.report.show import table
 from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.audit import audit
 from bitplan.sensitivity.bank import Choice
+from bitplan.sensitivity.session import open_session, read_texts
 
 MENU = ("int6-g64", "int4-g64", "int3-g64", "int2-g64")
 

@@ -25,15 +25,15 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from bitplan.planner.assemble import uniform_plan
 from bitplan.planner.demo import CALIBRATION, HELDOUT, MODEL
-from bitplan.planner.heal import round_missing
-from bitplan.planner.materialize import materialize
-from bitplan.planner.session import load_reference, open_session, read_texts
-from bitplan.planner.show import table
-from bitplan.planner.uniform import uniform_plan
+from bitplan.planner.load import materialize
+from bitplan.planner.quantize.distillation import round_missing
+from bitplan.planner.report.show import table
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.loss import Reference
-from bitplan.sensitivity.text import Texts
+from bitplan.sensitivity.session import load_reference, open_session, read_texts
+from bitplan.sensitivity.texts.text import Texts
 
 HERE = Path(__file__).parent
 RESULTS = HERE / ".results"

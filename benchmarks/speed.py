@@ -34,7 +34,7 @@ from benchmarks.machine import described
 from benchmarks.peers.pace import BATCHES, DTYPES, PREFILL, empty_model, measure
 from benchmarks.shapes import MIXED, SHAPES, formats_of, random_model
 from benchmarks.speed_goals import goals
-from bitplan.formats import kernels
+from bitplan.formats.kernels import dispatch as kernels
 
 HERE = Path(__file__).parent
 PATIENCE = 900

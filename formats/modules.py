@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bitplan.formats.base import Format, Tensors
-from bitplan.formats.kernels import linear
+from bitplan.formats.kernels.dispatch import linear
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,8 @@ ROWS: list[Format] = [
 FORMATS: dict[str, Format] = {row.name: row for row in ROWS}
 NATIVE = {row.dtype: row.name for row in ROWS if isinstance(row, FloatFormat)}
 """The name of a checkpoint's own float type."""
+DTYPES = {str(dtype).removeprefix("torch."): name for dtype, name in NATIVE.items()}
+"""The same by the dtype's name, as files have it: "bfloat16" → "bf16"."""
 
 MENU = (
     *("int8", "int6-g64", "int5-g64", "int4-g128", "int4-g64", "int4-g32"),

@@ -8,20 +8,20 @@ from transformers import PreTrainedModel
 from bitplan.formats.errors import FormatUnavailable, UsageError
 from bitplan.formats.rounding import refuse_misfit
 from bitplan.formats.table import MENU, format_named
-from bitplan.planner.audit import audit
-from bitplan.planner.budget import budget_bytes
-from bitplan.planner.choose import Finish, make_plan
-from bitplan.planner.compare import load_float
-from bitplan.planner.heal import round_missing
-from bitplan.planner.materialize import materialize, resident_bytes
-from bitplan.planner.menu import menu_of
+from bitplan.planner.assemble import is_float, uniform_plan
+from bitplan.planner.evaluate.compare import load_float
+from bitplan.planner.load import materialize, resident_bytes
+from bitplan.planner.memory.budget import budget_bytes
 from bitplan.planner.plan import Budget, Plan
-from bitplan.planner.session import Session, load_reference, open_session, read_texts
-from bitplan.planner.uniform import is_float, uniform_plan
+from bitplan.planner.quantize.distillation import round_missing
+from bitplan.planner.select import Finish, make_plan
+from bitplan.search.problem import menu_of
 from bitplan.sensitivity import source as sources
-from bitplan.sensitivity.paired import paired
-from bitplan.sensitivity.score import Scores, score
-from bitplan.sensitivity.task import Task, read_task
+from bitplan.sensitivity.audit import audit
+from bitplan.sensitivity.session import Session, load_reference, open_session, read_texts
+from bitplan.sensitivity.tasks.paired import paired
+from bitplan.sensitivity.tasks.score import Scores, score
+from bitplan.sensitivity.tasks.task import Task, read_task
 
 
 class QuantizationManager:

@@ -5,13 +5,10 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from bitplan.formats.kv_cache import KV_FORMATS
+from bitplan.formats.kv.cache import KV_FORMATS
 from bitplan.formats.rounding import ROUNDINGS
-from bitplan.formats.table import FORMATS, NATIVE
+from bitplan.formats.table import DTYPES, FORMATS
 from bitplan.sensitivity.profile import Bytes, KeptEntry, Name, Provenance, Strict, UnitEntry
-
-DTYPES = {str(dtype).removeprefix("torch."): name for dtype, name in NATIVE.items()}
-"""A dtype as files write it → its format."""
 
 
 class PlannedUnit(UnitEntry):

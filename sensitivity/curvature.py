@@ -23,7 +23,7 @@ from bitplan.formats.rounding import Hessian
 from bitplan.sensitivity.graph import Graph, Unit
 from bitplan.sensitivity.progress import progress
 from bitplan.sensitivity.store import load_tensors, save_tensors
-from bitplan.sensitivity.text import Blocks
+from bitplan.sensitivity.texts.text import Blocks
 from bitplan.sensitivity.trace import Trace, Use
 
 PASS_BYTES = 8 << 30

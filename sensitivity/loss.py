@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitplan.formats.kv_cache import new_cache
+from bitplan.formats.kv.cache import new_cache
 from bitplan.sensitivity.store import scratch
-from bitplan.sensitivity.text import Blocks
+from bitplan.sensitivity.texts.text import Blocks
 
 
 @dataclass(frozen=True)

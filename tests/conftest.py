@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from bitplan.planner.session import Session, open_session, read_texts
 from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.session import Session, open_session, read_texts
 from tests import tiny
 
 torch.set_num_threads(1)

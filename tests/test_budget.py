@@ -3,7 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitplan.formats.errors import UsageError
-from bitplan.planner.budget import SIZES, budget_bytes, human, parse_size
+from bitplan.formats.sizes import SIZES, format_bytes, parse_size
+from bitplan.planner.memory.budget import budget_bytes
 
 
 @pytest.mark.parametrize(
@@ -51,4 +52,4 @@ def test_one_way_of_saying():
 
 
 def test_human():
-    assert (human(900), human(3 << 20), human(5 << 30)) == ("900 B", "3.00 MiB", "5.00 GiB")
+    assert (format_bytes(900), format_bytes(3 << 20), format_bytes(5 << 30)) == ("900 B", "3.00 MiB", "5.00 GiB")

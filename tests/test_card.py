@@ -5,9 +5,9 @@ import re
 import pytest
 from huggingface_hub import ModelCard
 
-from bitplan.planner.card import OWN, card_text
-from bitplan.planner.gptq_layout import LAYOUT
+from bitplan.planner.export.gptq_layout import LAYOUT
 from bitplan.planner.plan import Plan
+from bitplan.planner.report.model_card import OWN, card_text
 from bitplan.sensitivity.profile import read
 from tests.test_readme import ROOT
 

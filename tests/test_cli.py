@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from bitplan.formats.kv_cache import KV_FORMATS
+from bitplan.formats.kv.cache import KV_FORMATS
 from bitplan.planner.cli import main
 from bitplan.planner.plan import Plan
 from bitplan.sensitivity.profile import Profile, read
@@ -101,7 +101,7 @@ def test_a_profile_is_planned_from_its_own_text_on_another_machine(run, checkpoi
 def test_another_budget_runs_no_model(run, checkpoint, tmp_path, monkeypatch):
     model, profile = checkpoint("gpt2"), tmp_path / "profile.json"
     assert run("audit", model, *LITTLE, *MENU, "-o", profile)[0] == 0
-    monkeypatch.setattr("sensitivity.source.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("bitplan.sensitivity.source.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
     code, out, _ = run("plan", model, "--fraction", "0.4", "--profile", profile, "--trials", "0", "--json")
     assert code == 0
     made = json.loads(out)
@@ -221,7 +221,9 @@ def test_compare(run, checkpoint, tmp_path):
 
 
 def test_a_format_that_cannot_run_is_a_row_that_says_so(run, checkpoint, monkeypatch):
-    monkeypatch.setattr("formats.bnb.missing", lambda: "bitsandbytes is not installed: pip install bitsandbytes")
+    monkeypatch.setattr(
+        "bitplan.formats.bnb.missing", lambda: "bitsandbytes is not installed: pip install bitsandbytes"
+    )
     code, out, _ = run("compare", checkpoint("gpt2"), *LITTLE, "--formats", "nf4,int8", "--json")
     assert code == 0
     rows = json.loads(out)["rows"]
@@ -295,7 +297,7 @@ class TestBadInput:
         def raising(*_, **__):
             raise error
 
-        monkeypatch.setattr("sensitivity.source.load_model", raising)
+        monkeypatch.setattr("bitplan.sensitivity.source.load_model", raising)
         refused(1, "out of memory: give a smaller --block, fewer --formats", "audit", checkpoint("llama"), *LITTLE)
 
     def test_models(self, refused, tmp_path, checkpoint):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bitplan import QuantizationManager
-from bitplan.planner.running import Running
+from bitplan.planner.evaluate.throughput import Running
 from bitplan.sensitivity.loss import Reference
 from tests.test_cli import LITTLE, run, text  # noqa: F401 (fixtures)
 
@@ -59,13 +59,13 @@ def test_tasks_pages_and_finished_rows(run, checkpoint, text, tasks, tmp_path, m
     assert "<svg" in told and all(row["name"] in told for row in rows)
     assert run(*arguments, "--html", page)[0] == 2  # it exists
 
-    monkeypatch.setattr(bitplan.planner.compare, "Reference", None)  # nothing is run again
+    monkeypatch.setattr(bitplan.planner.evaluate.compare, "Reference", None)  # nothing is run again
     assert json.loads(run(*arguments)[1])["rows"] == rows
 
 
 def test_a_comparison_goes_on_where_it_was_cut_off(run, checkpoint, text, monkeypatch):  # noqa: F811
     arguments = ("compare", checkpoint("qwen3"), "--text", text, *LITTLE, "--formats", "fp32,bf16,fp8", "--json")
-    measured, calls = bitplan.planner.compare._measured, []
+    measured, calls = bitplan.planner.evaluate.compare._measured, []
 
     def once(name, *rest):
         calls.append(name)
@@ -73,7 +73,7 @@ def test_a_comparison_goes_on_where_it_was_cut_off(run, checkpoint, text, monkey
             raise KeyboardInterrupt
         return measured(name, *rest)
 
-    monkeypatch.setattr(bitplan.planner.compare, "_measured", once)
+    monkeypatch.setattr(bitplan.planner.evaluate.compare, "_measured", once)
     assert run(*arguments)[0] == 130
     code, out, _ = run(*arguments)
     assert code == 0 and len(json.loads(out)["rows"]) == 3
@@ -126,7 +126,7 @@ class TestRowsThatFail:
         return check
 
     def test_a_format_that_the_device_cannot_run(self, told, monkeypatch):
-        monkeypatch.setattr("formats.floats.Float8Format.unavailable", lambda self: "no device here has fp8")
+        monkeypatch.setattr("bitplan.formats.floats.Float8Format.unavailable", lambda self: "no device here has fp8")
         told("fp8", "fp8 cannot run here: no device here has fp8")
 
     @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ class TestRowsThatFail:
         told("plan.json", "out of memory", "--plan", plan)
 
     def test_other_errors_are_not_hidden(self, run, checkpoint, text, monkeypatch):  # noqa: F811
-        monkeypatch.setattr("bitplan.planner.compare.load_float", lambda *_: 1 / 0)
+        monkeypatch.setattr("bitplan.planner.evaluate.compare.load_float", lambda *_: 1 / 0)
         code, out, err = run("compare", checkpoint("llama"), "--text", text, *LITTLE, "--formats", "fp16")
         assert (code, out) == (1, "") and "ZeroDivisionError" in err
 
@@ -199,7 +199,7 @@ def test_bytes_are_those_of_the_loaded_tensors_and_of_the_saved_file(
             saved.append(file.seek(0, 2) - 8 - header)
         return Running(1.0, 1.0, 1)
 
-    monkeypatch.setattr(bitplan.planner.compare, "run", look)
+    monkeypatch.setattr(bitplan.planner.evaluate.compare, "run", look)
     arguments = ("compare", checkpoint(name, torch.bfloat16), "--text", text, *LITTLE, "--rounding", "nearest")
     code, out, err = run(*arguments, "--formats", ",".join(formats), "--json")
     assert code == 0, err

@@ -8,7 +8,7 @@ from bitplan.sensitivity.bank import Workbench
 from bitplan.sensitivity.curvature import Statistics, StatisticsStore, gather
 from bitplan.sensitivity.graph import build_graph
 from bitplan.sensitivity.loss import Reference
-from bitplan.sensitivity.text import Blocks
+from bitplan.sensitivity.texts.text import Blocks
 from tests import tiny
 
 IDS = torch.randint(0, 256, (6, 24), generator=torch.Generator().manual_seed(0))
@@ -103,7 +103,7 @@ def test_loss_is_half_the_weighted_quadratic_form():
 
 def test_gathering_in_passes_changes_nothing(tmp_path, monkeypatch):
     _, units, whole = gathered("llama-tied", tmp_path / "whole")
-    monkeypatch.setattr("sensitivity.curvature.PASS_BYTES", 40_000)
+    monkeypatch.setattr("bitplan.sensitivity.curvature.PASS_BYTES", 40_000)
     _, _, parts = gathered("llama-tied", tmp_path / "parts")
     for unit in units.values():
         for name, tensor in vars(whole[unit]).items():
@@ -113,7 +113,7 @@ def test_gathering_in_passes_changes_nothing(tmp_path, monkeypatch):
 
 def test_gathering_again_does_nothing(tmp_path, monkeypatch):
     model, _, store = gathered("llama", tmp_path)
-    monkeypatch.setattr("sensitivity.curvature._one_pass", lambda *a: pytest.fail("gathered twice"))
+    monkeypatch.setattr("bitplan.sensitivity.curvature._one_pass", lambda *a: pytest.fail("gathered twice"))
     gather(model, build_graph(model).units, Blocks(IDS), store, seed=5)
 
 

@@ -7,15 +7,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bitplan.formats.errors import BitplanError, UsageError
-from bitplan.formats.kernels import Machine, named_machine
-from bitplan.formats.kv_cache import KVCache
-from bitplan.planner import device as devices
-from bitplan.planner.device import CUDA_CONTEXT, find_device, plan_needs
-from bitplan.planner.materialize import load
+from bitplan.formats.kernels.dispatch import Machine, named_machine
+from bitplan.formats.kv.cache import KVCache
+from bitplan.planner.load import load
+from bitplan.planner.memory import device as devices
+from bitplan.planner.memory.budget import RESERVE
+from bitplan.planner.memory.device import CUDA_CONTEXT, find_device, plan_needs
+from bitplan.planner.memory.footprint import Setting
 from bitplan.planner.plan import KVCache as PlannedCache
 from bitplan.planner.plan import Plan
-from bitplan.planner.room import RESERVE
-from bitplan.planner.workspace import Setting
 from bitplan.sensitivity import source as sources
 from tests.test_cli import LITTLE, run, text  # noqa: F401 (fixtures)
 

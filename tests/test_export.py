@@ -9,13 +9,13 @@ import torch
 
 from bitplan.formats.errors import FormatUnavailable, PlanMismatch, UsageError
 from bitplan.formats.table import FORMATS
+from bitplan.planner.assemble import uniform_plan
 from bitplan.planner.export import NEED_MODEL, TARGETS, export, export_text, write_export
-from bitplan.planner.gptq_layout import save_gptq
-from bitplan.planner.materialize import materialize
+from bitplan.planner.export.gptq_layout import save_gptq
+from bitplan.planner.load import materialize
 from bitplan.planner.plan import KVCache, PlannedUnit
-from bitplan.planner.session import Session
-from bitplan.planner.uniform import uniform_plan
 from bitplan.sensitivity.profile import Profile, Row
+from bitplan.sensitivity.session import Session
 from tests.test_export_gguf import fake_gguf, resized
 from tests.test_gptq_layout import HEADS, opened, spread_plan
 

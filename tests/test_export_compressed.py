@@ -12,11 +12,11 @@ from bitplan.formats.errors import BitplanError
 from bitplan.formats.integers import Grid, IntegerFormat
 from bitplan.formats.modules import Packed
 from bitplan.formats.table import FORMATS
+from bitplan.planner.assemble import uniform_plan
 from bitplan.planner.export import export, write_export
 from bitplan.planner.export.compressed_tensors import to_compressed
-from bitplan.planner.materialize import materialize
+from bitplan.planner.load import materialize
 from bitplan.planner.plan import PlannedUnit
-from bitplan.planner.uniform import uniform_plan
 from tests.test_gptq_layout import HEADS, opened, spread_plan, stream
 
 FORMATS_THERE = ("int8", "int4-g32", "int3-g32", "fp8", "native")

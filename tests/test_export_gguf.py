@@ -9,11 +9,11 @@ import torch
 
 from bitplan.formats.errors import FormatUnavailable
 from bitplan.formats.table import FORMATS
+from bitplan.planner.assemble import uniform_plan
 from bitplan.planner.export import export
 from bitplan.planner.export.gguf import SIZES
 from bitplan.planner.plan import Plan
-from bitplan.planner.session import Session
-from bitplan.planner.uniform import uniform_plan
+from bitplan.sensitivity.session import Session
 from tests.test_gptq_layout import HEADS, opened
 
 

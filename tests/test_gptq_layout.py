@@ -16,13 +16,13 @@ from bitplan.formats.errors import BitplanError, FormatUnavailable
 from bitplan.formats.integers import Grid, IntegerFormat
 from bitplan.formats.modules import Packed
 from bitplan.formats.table import FORMATS
-from bitplan.planner.gptq_layout import config_for, quantization_config, refuse_unsayable, save_gptq, to_gptq
-from bitplan.planner.materialize import materialize
+from bitplan.planner.assemble import uniform_plan
+from bitplan.planner.export.gptq_layout import config_for, quantization_config, refuse_unsayable, save_gptq, to_gptq
+from bitplan.planner.load import materialize
 from bitplan.planner.plan import Plan
-from bitplan.planner.session import Session, open_session, read_texts
-from bitplan.planner.uniform import uniform_plan
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.bank import unit_bytes
+from bitplan.sensitivity.session import Session, open_session, read_texts
 
 HEADS = {"llama": ("model.embed_tokens", "lm_head"), "llama-tied": ("model.embed_tokens",)}
 HEADS |= {"gpt2": ("transformer.wte", "transformer.wpe"), "opt": ("model.decoder.embed_*",)}

@@ -12,16 +12,17 @@ from bitplan.formats.base import as_floats
 from bitplan.formats.errors import RoundingFailed
 from bitplan.formats.rounding import rounding_for
 from bitplan.formats.table import FORMATS, format_named
-from bitplan.planner import heal, sequence
-from bitplan.planner.heal import Healing, round_missing
-from bitplan.planner.materialize import load, materialize, resident_bytes
+from bitplan.planner.assemble import uniform_plan
+from bitplan.planner.hf.quantizer import PlanConfig, codes_folder, kept_path, missing_codes, unit_path
+from bitplan.planner.load import load, materialize, resident_bytes
 from bitplan.planner.plan import Plan, PlannedUnit
-from bitplan.planner.pretrained import PlanConfig, codes_folder, kept_path, missing_codes, unit_path
-from bitplan.planner.session import Session
-from bitplan.planner.uniform import uniform_plan
+from bitplan.planner.quantize import distillation as heal
+from bitplan.planner.quantize import sequential as sequence
+from bitplan.planner.quantize.distillation import Healing, round_missing
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.bank import from_file, unit_bytes
 from bitplan.sensitivity.loss import Reference
+from bitplan.sensitivity.session import Session
 from bitplan.sensitivity.store import load_tensors
 
 IDS = torch.arange(3, 43).unsqueeze(0)

@@ -5,10 +5,12 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from bitplan.formats import base, kernels, numba_kernel
+from bitplan.formats import base
 from bitplan.formats.base import as_floats
 from bitplan.formats.integers import Grid, IntegerFormat
-from bitplan.formats.kernels import Machine, choose, linear
+from bitplan.formats.kernels import cpu as numba_kernel
+from bitplan.formats.kernels import dispatch as kernels
+from bitplan.formats.kernels.dispatch import Machine, choose, linear
 from bitplan.formats.modules import pack_parameter
 from bitplan.formats.table import FORMATS
 

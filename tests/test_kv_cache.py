@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from bitplan.formats.errors import FormatUnavailable, UnknownFormat, UsageError
-from bitplan.formats.kv_cache import KVCache, new_cache, use_kv_format
-from bitplan.formats.kv_facts import cache_bytes, kv_bytes, kv_facts
-from bitplan.formats.kv_rows import FP8, INT4, INT8, KV_FORMATS
+from bitplan.formats.kv.cache import KVCache, new_cache, use_kv_format
+from bitplan.formats.kv.rows import FP8, INT4, INT8, KV_FORMATS
+from bitplan.planner.memory.kv_size import cache_bytes, kv_bytes, kv_facts
 from tests import tiny
 
 STATES = tiny.GQA | {"mamba_d_state": 8, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
@@ -199,7 +199,7 @@ class TestRows:
         states = torch.randn(2, 3, 5, 75)
         rows = ROWS[name].encode(states)
         values = ROWS[name].decode(rows, 75, torch.float32)
-        monkeypatch.setattr("formats.kv_rows.CHUNK", 7)
+        monkeypatch.setattr("bitplan.formats.kv.rows.CHUNK", 7)
         assert torch.equal(ROWS[name].encode(states), rows)
         assert torch.equal(ROWS[name].decode(rows, 75, torch.float32), values)
 

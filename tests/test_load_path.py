@@ -24,14 +24,15 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from bitplan.formats.errors import CodesMissing, UsageError
 from bitplan.formats.integers import IntegerFormat
 from bitplan.formats.table import FORMATS
-from bitplan.planner import pretrained, streaming
-from bitplan.planner.heal import round_missing
-from bitplan.planner.materialize import load
+from bitplan.planner.assemble import uniform_plan
+from bitplan.planner.hf import quantizer as pretrained
+from bitplan.planner.hf import streaming
+from bitplan.planner.hf.quantizer import PlanConfig
+from bitplan.planner.load import load
 from bitplan.planner.plan import Plan
-from bitplan.planner.pretrained import PlanConfig
-from bitplan.planner.session import open_session, read_texts
-from bitplan.planner.uniform import uniform_plan
+from bitplan.planner.quantize.distillation import round_missing
 from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.session import open_session, read_texts
 from tests import tiny
 from tests.test_pretrained import logits, mixed_plan, on_disk
 

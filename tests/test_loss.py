@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from bitplan.sensitivity.loss import Reference
-from bitplan.sensitivity.text import Blocks
+from bitplan.sensitivity.texts.text import Blocks
 from tests import tiny
 
 IDS = torch.randint(0, 256, (5, 20), generator=torch.Generator().manual_seed(2))
@@ -20,7 +20,7 @@ def test_a_model_beside_itself_loses_nothing():
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_against_torchs_own_losses(in_memory, monkeypatch):
     if not in_memory:
-        monkeypatch.setattr("sensitivity.store.IN_MEMORY", 0)
+        monkeypatch.setattr("bitplan.sensitivity.store.IN_MEMORY", 0)
     model = tiny.build("llama")
     other = copy.deepcopy(model)
     for parameter in other.parameters():

@@ -3,7 +3,7 @@ import torch
 
 from bitplan import QuantizationManager
 from bitplan.formats.errors import FormatUnavailable, UnknownFormat, UsageError
-from bitplan.planner.materialize import resident_bytes
+from bitplan.planner.load import resident_bytes
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_what_cannot_be_loaded_is_told_and_leaves_what_is_loaded(manager, monkey
             manager.load(format, rounding="awq")
     with pytest.raises(UsageError, match="bf16 has no codes to heal"):
         manager.load("bf16", heal=True)
-    monkeypatch.setattr("formats.floats.Float8Format.unavailable", lambda self: "no device here has fp8")
+    monkeypatch.setattr("bitplan.formats.floats.Float8Format.unavailable", lambda self: "no device here has fp8")
     with pytest.raises(FormatUnavailable, match="fp8 cannot run here: no device here has fp8"):
         manager.load("fp8")
     assert manager.memory_info()["format"] == "nf4"

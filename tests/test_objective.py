@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from bitplan.formats.errors import UsageError
-from bitplan.planner.judge import Judge
-from bitplan.planner.materialize import materialize
+from bitplan.planner.evaluate.objective import Judge
+from bitplan.planner.load import materialize
 from bitplan.planner.plan import Plan
 from bitplan.sensitivity import source as sources
-from bitplan.sensitivity.paired import paired
 from bitplan.sensitivity.profile import read
-from bitplan.sensitivity.score import losses, score
-from bitplan.sensitivity.task import FEWEST, read_task
+from bitplan.sensitivity.tasks.paired import paired
+from bitplan.sensitivity.tasks.score import losses, score
+from bitplan.sensitivity.tasks.task import FEWEST, read_task
 from tests import tiny
 from tests.test_cli import LITTLE, MENU, run, text  # noqa: F401 (fixtures)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from bitplan.sensitivity.paired import Paired, paired, proportion_interval
+from bitplan.sensitivity.tasks.paired import Paired, paired, proportion_interval
 
 
 def as_tensors(base: np.ndarray, other: np.ndarray) -> Paired:
@@ -35,7 +35,7 @@ CONTINUOUS = {
 
 @pytest.mark.parametrize("kind", CONTINUOUS)
 def test_nats_cover_a_known_difference(kind, monkeypatch):
-    monkeypatch.setattr("sensitivity.paired.RESAMPLES", 300)
+    monkeypatch.setattr("bitplan.sensitivity.tasks.paired.RESAMPLES", 300)
     draw, true = CONTINUOUS[kind]
     generator = np.random.default_rng(0)
     base = generator.exponential(3, 100)

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from bitplan.formats.errors import FileInvalid
 from bitplan.formats.table import FORMATS
 from bitplan.planner.plan import Plan
-from bitplan.planner.show import folded, layers, plan_text
+from bitplan.planner.report.show import folded, layers, plan_text
 from bitplan.sensitivity.profile import Profile, read, write
 
 SHA = "0" * 64

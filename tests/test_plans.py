@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from bitplan.planner.demo import CALIBRATION, HELDOUT, MODEL
-from bitplan.planner.materialize import load, resident_bytes
+from bitplan.planner.load import load, resident_bytes
 from bitplan.planner.plan import Plan
-from bitplan.planner.session import load_reference, read_texts
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.loss import Reference
 from bitplan.sensitivity.profile import read
+from bitplan.sensitivity.session import load_reference, read_texts
 
 ROOT = Path(__file__).parent.parent
 PLANS = sorted((ROOT / "plans").glob("*.json"))

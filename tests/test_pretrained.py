@@ -17,11 +17,11 @@ import bitplan
 from bitplan.formats.errors import CodesMissing, ModelUnreadable, PlanMismatch
 from bitplan.formats.modules import Packed
 from bitplan.formats.table import format_named
-from bitplan.planner.heal import round_missing
-from bitplan.planner.materialize import load, resident_bytes
+from bitplan.planner.assemble import uniform_plan
+from bitplan.planner.hf.quantizer import PlanConfig, codes_folder, unit_path
+from bitplan.planner.load import load, resident_bytes
 from bitplan.planner.plan import Plan
-from bitplan.planner.pretrained import PlanConfig, codes_folder, unit_path
-from bitplan.planner.uniform import uniform_plan
+from bitplan.planner.quantize.distillation import round_missing
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.bank import Choice, from_file, unit_bytes
 from bitplan.sensitivity.store import load_tensors
@@ -159,8 +159,8 @@ def test_load_makes_the_codes_from_the_plans_text(session_of, checkpoint, monkey
 def test_a_checkpoint_that_holds_a_tied_pair_twice(checkpoint, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    from bitplan.planner.session import open_session, read_texts
     from bitplan.sensitivity import source as sources
+    from bitplan.sensitivity.session import open_session, read_texts
 
     shutil.copytree(checkpoint("llama-tied"), tmp_path / "twice")
     file = tmp_path / "twice" / "model.safetensors"
@@ -181,8 +181,8 @@ def test_a_model_whose_every_parameter_is_packed_has_a_dtype(tmp_path):
     from transformers import AutoModelForCausalLM as Auto
     from transformers import OlmoConfig
 
-    from bitplan.planner.session import open_session, read_texts
     from bitplan.sensitivity import source as sources
+    from bitplan.sensitivity.session import open_session, read_texts
 
     config = OlmoConfig(**tiny.GQA, pad_token_id=0)
     Auto.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path / "olmo")

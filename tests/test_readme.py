@@ -100,7 +100,7 @@ def test_the_rules_and_the_kernels_are_told_of_every_kind_of_format():
 def test_the_table_of_kernels_is_right(column, on):
     import torch
 
-    from bitplan.formats.kernels import choose, named_machine
+    from bitplan.formats.kernels.dispatch import choose, named_machine
     from bitplan.formats.table import FORMATS
 
     told = re.search(r"## What runs it\n(.*?)\n## ", PAGES["formats.md"], re.S).group(1)

@@ -7,9 +7,9 @@ import shutil
 import pytest
 import torch
 
-from bitplan.planner.compare import Line
-from bitplan.planner.recommend import verdict
-from bitplan.planner.running import Running
+from bitplan.planner.evaluate.compare import Line
+from bitplan.planner.evaluate.recommend import verdict
+from bitplan.planner.evaluate.throughput import Running
 from bitplan.sensitivity.loss import Judgement
 from tests.test_cli import LITTLE, run, text  # noqa: F401 (fixtures)
 
@@ -83,8 +83,10 @@ class TestFit:
     @pytest.fixture
     def fit(self, run, checkpoint, monkeypatch):  # noqa: F811
         """fit(model, gpu, …) → data; no model is loaded and no text is read."""
-        monkeypatch.setattr("sensitivity.source.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
-        monkeypatch.setattr("bitplan.planner.commands.asked.read_texts", lambda *a, **k: pytest.fail("a text was read"))
+        monkeypatch.setattr("bitplan.sensitivity.source.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+        monkeypatch.setattr(
+            "bitplan.planner.commands.common.read_texts", lambda *a, **k: pytest.fail("a text was read")
+        )
         monkeypatch.setattr("bitplan.planner.commands.recommend.cache_folder", lambda: checkpoint("llama"))
 
         def call(model: object, gpu: str, *more: str) -> dict:

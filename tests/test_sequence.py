@@ -14,17 +14,17 @@ from bitplan.formats.modules import Packed, canonical, is_transposed
 from bitplan.formats.rounding import Hessian, rounding_for
 from bitplan.formats.rounding.gptq import gptq_codes
 from bitplan.formats.table import FORMATS, format_named
-from bitplan.planner import sequence
-from bitplan.planner.heal import round_missing
-from bitplan.planner.materialize import load, make_codes, materialize, resident_bytes
+from bitplan.planner.assemble import uniform_plan
+from bitplan.planner.hf.quantizer import codes_folder, kept_path, missing_codes, unit_path
+from bitplan.planner.load import load, make_codes, materialize, resident_bytes
 from bitplan.planner.plan import Plan
-from bitplan.planner.pretrained import codes_folder, kept_path, missing_codes, unit_path
-from bitplan.planner.sequence import Segment, Sequence
-from bitplan.planner.session import Session, open_session, read_texts
-from bitplan.planner.uniform import uniform_plan
+from bitplan.planner.quantize import sequential as sequence
+from bitplan.planner.quantize.distillation import round_missing
+from bitplan.planner.quantize.sequential import Segment, Sequence
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.bank import from_file, unit_bytes
 from bitplan.sensitivity.loss import Reference
+from bitplan.sensitivity.session import Session, open_session, read_texts
 from bitplan.sensitivity.store import load_tensors
 from tests import tiny
 

@@ -16,12 +16,12 @@ from bitplan.planner import demo
 from bitplan.planner.demo import make_task as maker
 from bitplan.planner.demo.make_task import make
 from bitplan.sensitivity import source as sources
-from bitplan.sensitivity import stdlib
-from bitplan.sensitivity.harness import harness_questions
-from bitplan.sensitivity.likelihood import log_likelihoods
-from bitplan.sensitivity.paired import paired
-from bitplan.sensitivity.score import likelihoods, losses, score, verdict, writes
-from bitplan.sensitivity.task import Question, Row, encode, make_task, read_task
+from bitplan.sensitivity.tasks.harness import harness_questions
+from bitplan.sensitivity.tasks.likelihood import log_likelihoods
+from bitplan.sensitivity.tasks.paired import paired
+from bitplan.sensitivity.tasks.score import likelihoods, losses, score, verdict, writes
+from bitplan.sensitivity.tasks.task import Question, Row, encode, make_task, read_task
+from bitplan.sensitivity.texts import stdlib
 from tests import tiny
 
 BUNDLED = Path(demo.__file__).parent / "task" / "completion.jsonl"
@@ -224,7 +224,7 @@ class TestScore:
     def test_a_cache_that_cannot_be_handed_on_is_not(self, task_of, monkeypatch):
         task, model = task_of(CHOICE, CHOICE), tiny.build("llama")
         expected = likelihoods(model, task)
-        monkeypatch.setattr("sensitivity.likelihood._keeps_plainly", lambda model: False)
+        monkeypatch.setattr("bitplan.sensitivity.tasks.likelihood._keeps_plainly", lambda model: False)
         torch.testing.assert_close(likelihoods(model, task), expected, atol=1e-5, rtol=1e-5)
 
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from bitplan.formats.errors import TextTooShort, UsageError
-from bitplan.sensitivity import stdlib
-from bitplan.sensitivity.text import prepare, recall, remember
+from bitplan.sensitivity.texts import stdlib
+from bitplan.sensitivity.texts.text import prepare, recall, remember
 from tests import tiny
 
 

@@ -11,9 +11,9 @@ import torch
 from torch.nn.functional import linear as dense
 from torch.testing import assert_close
 
-from bitplan.formats import triton_kernel
 from bitplan.formats.floats import Float8Format
 from bitplan.formats.integers import IntegerFormat
+from bitplan.formats.kernels import cuda as triton_kernel
 from bitplan.formats.table import format_named
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -25,7 +25,7 @@ if DEVICE == "cpu" and not MISSING:
     # Triton decides when functions are defined whether they are compiled or interpreted.
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        import bitplan.formats.triton_programs  # noqa: F401
+        import bitplan.formats.kernels.cuda_programs  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
@@ -193,7 +193,7 @@ import re
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from bitplan.formats import triton_programs
+from bitplan.formats.kernels import cuda_programs as triton_programs
 
 def built(name, capability, bits, kind, warps, **blocks):
     program = getattr(triton_programs, name)

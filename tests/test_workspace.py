@@ -7,13 +7,13 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from bitplan.formats.errors import BitplanError
-from bitplan.formats.kernels import Machine
-from bitplan.formats.kv_cache import new_cache
-from bitplan.formats.kv_facts import cache_bytes
+from bitplan.formats.kernels.dispatch import Machine
+from bitplan.formats.kv.cache import new_cache
 from bitplan.formats.modules import pack_parameter
 from bitplan.formats.table import FORMATS
-from bitplan.planner.running import Allocated
-from bitplan.planner.workspace import INSIDE, SMALL, Setting, foresee
+from bitplan.planner.evaluate.throughput import Allocated
+from bitplan.planner.memory.footprint import INSIDE, SMALL, Setting, foresee
+from bitplan.planner.memory.kv_size import cache_bytes
 from tests import tiny
 
 CPU = Machine("cpu")

@@ -6,18 +6,18 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bitplan.formats.errors import UsageError
-from bitplan.planner.budget import human
-from bitplan.planner.card import refuse_folder, save
-from bitplan.planner.choose import refinished
-from bitplan.planner.commands.asked import put, texts_of
-from bitplan.planner.gptq_layout import refuse_unsayable, save_gptq
-from bitplan.planner.materialize import find_for, make_codes, materialize, resident_bytes
+from bitplan.formats.sizes import format_bytes
+from bitplan.planner.commands.common import put, texts_of
+from bitplan.planner.export.gptq_layout import refuse_unsayable, save_gptq
+from bitplan.planner.hf.quantizer import refuse_missing
+from bitplan.planner.load import find_for, make_codes, materialize, resident_bytes
 from bitplan.planner.plan import Plan
-from bitplan.planner.pretrained import refuse_missing
-from bitplan.planner.session import load_reference
+from bitplan.planner.report.model_card import refuse_folder, save
+from bitplan.planner.select import refinished
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.loss import Reference
 from bitplan.sensitivity.profile import read
+from bitplan.sensitivity.session import load_reference
 
 
 def run(arguments: Namespace) -> None:
@@ -46,7 +46,7 @@ def run(arguments: Namespace) -> None:
         "rounding": plan.rounding,
     }
     text = [
-        f"resident {size:,} bytes ({human(size)}), planned {plan.bytes:,};"
+        f"resident {size:,} bytes ({format_bytes(size)}), planned {plan.bytes:,};"
         f" {data['bits_per_weight']:.3f} bits per weight; rounding: {plan.rounding}"
     ]
     if plan.research:

@@ -2,12 +2,12 @@
 
 from argparse import Namespace
 
-from bitplan.planner.audit import audit, audit_cache
-from bitplan.planner.commands.asked import menu_formats, put, say, texts_of
-from bitplan.planner.session import open_session
-from bitplan.planner.show import profile_text
+from bitplan.planner.commands.common import menu_formats, put, say, texts_of
+from bitplan.planner.report.show import profile_text
 from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.audit import audit, audit_cache
 from bitplan.sensitivity.profile import write
+from bitplan.sensitivity.session import open_session
 from bitplan.sensitivity.store import refuse_overwrite
 
 

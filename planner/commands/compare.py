@@ -5,16 +5,16 @@ from argparse import Namespace
 from bitplan.formats.errors import FormatUnavailable
 from bitplan.formats.rounding import refuse_misfit
 from bitplan.formats.table import FORMATS
-from bitplan.planner.commands.asked import put, say, tasks_of, texts_of
-from bitplan.planner.compare import FAILURES, compare, why_not
-from bitplan.planner.materialize import check_plan_fits, make_codes
+from bitplan.planner.assemble import COMPARED, parse_formats
+from bitplan.planner.commands.common import put, say, tasks_of, texts_of
+from bitplan.planner.evaluate.compare import FAILURES, compare, why_not
+from bitplan.planner.load import check_plan_fits, make_codes
 from bitplan.planner.plan import Plan
-from bitplan.planner.report import csv_text, html_text
-from bitplan.planner.session import open_session
-from bitplan.planner.show import compare_cells, compare_text
-from bitplan.planner.uniform import COMPARED, parse_formats
+from bitplan.planner.report.html import csv_text, html_text
+from bitplan.planner.report.show import compare_cells, compare_text
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.profile import read
+from bitplan.sensitivity.session import open_session
 from bitplan.sensitivity.store import refuse_overwrite, write_text
 
 

@@ -2,9 +2,9 @@
 
 from argparse import Namespace
 
-from bitplan.planner.commands.asked import put, say
+from bitplan.planner.commands.common import put, say
 from bitplan.planner.demo import run as run_demo
-from bitplan.planner.show import compare_text
+from bitplan.planner.report.show import compare_text
 from bitplan.sensitivity.profile import write
 from bitplan.sensitivity.store import refuse_overwrite
 

@@ -2,11 +2,11 @@
 
 from argparse import Namespace
 
-from bitplan.planner.card import refuse_folder
-from bitplan.planner.commands.asked import put, say
+from bitplan.planner.commands.common import put, say
 from bitplan.planner.export import NEED_MODEL, TARGETS, export, export_text, write_export
-from bitplan.planner.materialize import find_for
+from bitplan.planner.load import find_for
 from bitplan.planner.plan import Plan
+from bitplan.planner.report.model_card import refuse_folder
 from bitplan.sensitivity.profile import Profile, read
 from bitplan.sensitivity.store import refuse_overwrite
 

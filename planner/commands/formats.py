@@ -4,8 +4,8 @@ from argparse import Namespace
 from typing import Any
 
 from bitplan.formats.table import FORMATS, MENU
-from bitplan.planner.commands.asked import put
-from bitplan.planner.show import table
+from bitplan.planner.commands.common import put
+from bitplan.planner.report.show import table
 
 
 def run(arguments: Namespace) -> None:

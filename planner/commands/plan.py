@@ -3,21 +3,20 @@
 from argparse import Namespace
 
 from bitplan.formats.errors import PlanMismatch, UsageError
-from bitplan.planner.audit import audit, sizes
-from bitplan.planner.budget import budget_bytes, refuse_unclear
-from bitplan.planner.choose import Finish, make_plan, quick_plan
-from bitplan.planner.commands.asked import menu_formats, put, say, tasks_of, texts_of
-from bitplan.planner.device import find_device
-from bitplan.planner.menu import menu_of, refuse_infeasible
+from bitplan.planner.commands.common import menu_formats, put, say, tasks_of, texts_of
+from bitplan.planner.memory.budget import CONTEXT, asked_cache, budget_bytes, device_budget, refuse_unclear
+from bitplan.planner.memory.device import find_device
 from bitplan.planner.plan import Budget
-from bitplan.planner.room import CONTEXT, asked_cache, device_budget
-from bitplan.planner.session import open_session, recall_texts
-from bitplan.planner.show import plan_text
+from bitplan.planner.report.show import plan_text
+from bitplan.planner.select import Finish, make_plan, quick_plan
+from bitplan.search.problem import menu_of, refuse_infeasible
 from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.audit import audit, sizes
 from bitplan.sensitivity.profile import Profile, read, write
+from bitplan.sensitivity.session import open_session, recall_texts
 from bitplan.sensitivity.source import Source
 from bitplan.sensitivity.store import refuse_overwrite
-from bitplan.sensitivity.text import Texts
+from bitplan.sensitivity.texts.text import Texts
 
 
 def run(arguments: Namespace) -> None:
@@ -52,7 +51,7 @@ def run(arguments: Namespace) -> None:
             arguments.budget, arguments.bpw, arguments.fraction, profile.provenance.model.parameters
         )
         budget = Budget(asked=asked, weights=size)
-        refuse_infeasible(menu, budget)
+        refuse_infeasible(menu, budget.weights, budget.asked)
         return budget
 
     if arguments.profile:

@@ -8,12 +8,12 @@ from dataclasses import replace
 
 from bitplan.formats.errors import ModelUnreadable, UsageError
 from bitplan.planner.cli import build_parser
-from bitplan.planner.commands.asked import put, texts_of
-from bitplan.planner.device import find_device
-from bitplan.planner.fit import find_shape, fit, fit_text
-from bitplan.planner.recommend import PURPOSES, recommend
-from bitplan.planner.room import CONTEXT, asked_cache
-from bitplan.planner.show import advice_text
+from bitplan.planner.commands.common import put, texts_of
+from bitplan.planner.evaluate.recommend import PURPOSES, recommend
+from bitplan.planner.memory.budget import CONTEXT, asked_cache
+from bitplan.planner.memory.device import find_device
+from bitplan.planner.memory.fit import find_shape, fit, fit_text
+from bitplan.planner.report.show import advice_text
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.store import cache_folder
 

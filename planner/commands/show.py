@@ -2,10 +2,10 @@
 
 from argparse import Namespace
 
-from bitplan.formats.kernels import named_machine
-from bitplan.planner.commands.asked import put
+from bitplan.formats.kernels.dispatch import named_machine
+from bitplan.planner.commands.common import put
 from bitplan.planner.plan import Plan
-from bitplan.planner.show import kernel_rows, kernels_text, plan_text
+from bitplan.planner.report.show import kernel_rows, kernels_text, plan_text
 from bitplan.sensitivity.profile import read
 
 

@@ -4,14 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bitplan.formats.table import MENU
-from bitplan.planner.audit import audit
-from bitplan.planner.choose import Finish, make_plan
-from bitplan.planner.compare import Line, compare
-from bitplan.planner.menu import menu_of
+from bitplan.planner.assemble import uniform_plan
+from bitplan.planner.evaluate.compare import Line, compare
 from bitplan.planner.plan import Budget, Plan
-from bitplan.planner.session import open_session, read_texts
-from bitplan.planner.uniform import uniform_plan
+from bitplan.planner.select import Finish, make_plan
+from bitplan.search.problem import menu_of
 from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.audit import audit
+from bitplan.sensitivity.session import open_session, read_texts
 
 MODEL = Path(__file__).parent / "model"
 CALIBRATION = Path(__file__).parent / "text" / "calibration.txt"

@@ -16,7 +16,7 @@ import re
 import tokenize
 from pathlib import Path
 
-from bitplan.sensitivity import stdlib
+from bitplan.sensitivity.texts import stdlib
 
 BEGINNING = 6_500
 """Characters of each module in `text/heldout.txt` (`planner.demo.train.write_texts`)."""

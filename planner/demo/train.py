@@ -20,7 +20,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from bitplan.sensitivity import stdlib
+from bitplan.sensitivity.texts import stdlib
 
 VOCABULARY = 2048
 CONTEXT = 512

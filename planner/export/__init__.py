@@ -14,13 +14,13 @@ from bitplan.planner.export.auto_round import AutoRound
 from bitplan.planner.export.compressed_tensors import CompressedTensors, save_compressed
 from bitplan.planner.export.gguf import Gguf
 from bitplan.planner.export.gptqmodel import GptqModel
-from bitplan.planner.export.settle import settled
+from bitplan.planner.export.lower import settled
 from bitplan.planner.export.show import export_text
 from bitplan.planner.export.target import Exported, Line, Target
 from bitplan.planner.export.torchao import TorchAo
-from bitplan.planner.materialize import make_codes, materialize
+from bitplan.planner.hf.quantizer import refuse_missing
+from bitplan.planner.load import make_codes, materialize
 from bitplan.planner.plan import Plan
-from bitplan.planner.pretrained import refuse_missing
 from bitplan.sensitivity.profile import Profile
 from bitplan.sensitivity.source import Source
 from bitplan.sensitivity.store import write_text

@@ -28,10 +28,10 @@ from bitplan.formats.integers import IntegerFormat
 from bitplan.formats.modules import Packed
 from bitplan.formats.packed import pack, unpack, words_per_row
 from bitplan.formats.table import FORMATS
-from bitplan.planner.card import Layout, write_papers, written_beside
+from bitplan.planner.export.gptq_layout import FUSED
 from bitplan.planner.export.target import KINDS, Exported, Target, group_size, integer, uneven
-from bitplan.planner.gptq_layout import FUSED
 from bitplan.planner.plan import Plan, PlannedUnit
+from bitplan.planner.report.model_card import Layout, write_papers, written_beside
 
 LAYOUT = Layout(
     "planned, in compressed-tensors' layouts",

@@ -11,9 +11,9 @@ from functools import cached_property
 from math import prod
 
 from bitplan.formats.errors import FormatUnavailable, UsageError
-from bitplan.formats.table import FORMATS
+from bitplan.formats.table import DTYPES, FORMATS
 from bitplan.planner.export.target import Target
-from bitplan.planner.plan import DTYPES, Plan, PlannedUnit
+from bitplan.planner.plan import Plan, PlannedUnit
 from bitplan.sensitivity.profile import KeptEntry
 
 SIZES = {

@@ -10,8 +10,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitplan.formats.errors import ModelUnreadable
 from bitplan.formats.modules import is_experts
+from bitplan.planner.export.gptq_layout import (
+    joined_experts,
+    quantization_config,
+    refuse_unsayable,
+    settings,
+    unsayable,
+)
 from bitplan.planner.export.target import Target, group_size, integer
-from bitplan.planner.gptq_layout import joined_experts, quantization_config, refuse_unsayable, settings, unsayable
 from bitplan.planner.plan import Plan, PlannedUnit
 from bitplan.sensitivity.source import Source
 

@@ -3,7 +3,7 @@
 from collections import defaultdict
 
 from bitplan.planner.export.target import Exported, Line
-from bitplan.planner.show import NUMBER, table
+from bitplan.planner.report.show import NUMBER, table
 
 
 def export_text(exported: Exported) -> str:

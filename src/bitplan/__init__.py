@@ -10,13 +10,13 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from bitplan.planner.register import register_with_transformers
+from bitplan.planner.hf.register import register_with_transformers
 
 if TYPE_CHECKING:  # for type checkers, which do not run __getattr__
+    from bitplan.planner.hf.quantizer import PlanConfig
+    from bitplan.planner.load import load, resident_bytes
     from bitplan.planner.manager import QuantizationManager
-    from bitplan.planner.materialize import load, resident_bytes
     from bitplan.planner.plan import Plan
-    from bitplan.planner.pretrained import PlanConfig
 
 try:
     __version__ = version("bitplan")
@@ -25,10 +25,10 @@ except PackageNotFoundError:  # run from a source tree that is not installed
 
 _MODULES = {
     "Plan": "bitplan.planner.plan",
-    "PlanConfig": "bitplan.planner.pretrained",
+    "PlanConfig": "bitplan.planner.hf.quantizer",
     "QuantizationManager": "bitplan.planner.manager",
-    "load": "bitplan.planner.materialize",
-    "resident_bytes": "bitplan.planner.materialize",
+    "load": "bitplan.planner.load",
+    "resident_bytes": "bitplan.planner.load",
 }
 __all__ = ["Plan", "PlanConfig", "QuantizationManager", "__version__", "load", "resident_bytes"]
 

@@ -1,0 +1,1 @@
+"""The kernels that multiply packed weights, and which of them runs where."""

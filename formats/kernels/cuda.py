@@ -1,0 +1,143 @@
+"""Packed integer and fp8 weights multiplied on a CUDA GPU, straight from their words, by Triton programs.
+
+Up to four rows of inputs (decoding) wait for memory: each word is loaded once, in wide loads, and unpacked in
+registers. More go through the tensor cores, a tile of the weight dequantized at a time, never the whole of it.
+triton is imported when a weight is first run. May import: formats.base/floats/integers/triton_programs.
+"""
+
+from functools import cache
+from importlib.util import find_spec
+from math import gcd
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitplan.formats.base import Format, Tensors
+from bitplan.formats.floats import Float8Format
+from bitplan.formats.integers import IntegerFormat
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+OLDEST = (8, 0)
+"""The compute capability from which there are bfloat16, and copies to shared memory that do not wait."""
+FEW = 4
+"""Rows of inputs up to which one multiply-add each, outside the tensor cores, costs less than a tile's way there."""
+PROGRAMS = 264
+"""Programs that keep a GPU busy: two on each of an H100's 132 multiprocessors. Parts of the columns make up for few
+rows."""
+
+# Up to so many rows of x: (rows of x, rows of the weight, runs of 32 columns) to a tile, warps, stages of loads ahead.
+# A reasoned start, not measured: small tiles while words are what is waited for, then large ones while products are.
+TILES = {
+    16: (16, 64, 4, 4, 4),
+    32: (32, 64, 4, 4, 4),
+    64: (64, 64, 2, 4, 3),
+    1 << 62: (128, 128, 2, 8, 3),
+}
+WIDE_TILE = (32, 64, 1, 4, 2)
+"""The same for float32, which is multiplied outside the tensor cores."""
+
+
+def unsupported(format: Format, columns: int, dtype: torch.dtype, capability: tuple[int, int]) -> str | None:
+    """Why this kernel cannot take a weight of so many columns and inputs of `dtype` on such a GPU, or None."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if capability < OLDEST:
+        return "compute capability below {}.{}".format(*OLDEST)
+    if dtype not in DTYPES:
+        return f"inputs are {str(dtype).removeprefix('torch.')}"
+    fits = isinstance(format, Float8Format) or (isinstance(format, IntegerFormat) and not format.ternary)
+    return None if fits else "its codes are no bit fields"
+
+
+def linear(format: Format, x: Tensor, tensors: Tensors, columns: int, bias: Tensor | None) -> Tensor:
+    """x [..., columns] @ weight.T + bias: [..., rows] in x's dtype, summed in float32. No gradients; `tensors` as they
+    are stored, their scales no floats."""
+    if isinstance(format, Float8Format):
+        return _packed_linear(x, tensors[""], tensors["_scale"], None, bias, columns, 8, 0, "fp8")
+    assert isinstance(format, IntegerFormat)
+    zero = tensors.get("_zero")
+    return _packed_linear(
+        x, tensors[""], tensors["_scale"], zero, bias, columns, format.code_bits, format.group, format.zero_point
+    )
+
+
+@cache
+def _programs() -> Any:
+    from bitplan.formats.kernels import cuda_programs as triton_programs
+
+    return triton_programs
+
+
+def _vector_blocks(count: int, rows: int, runs: int, bits: int) -> tuple[int, int, int]:
+    """Rows of x, rows of the weight and runs to a program. A reasoned start, not measured: as many rows to share the
+    loaded inputs as registers hold, and programs stay many; a run to a thread, up to four warps, few of them idle."""
+    block_m = 1 << (count - 1).bit_length()
+    block_n = 2 if rows < 1024 else 4 if rows < 4096 or count > 1 or bits > 4 else 8
+    block_r = 128
+    while block_r > 32 and -(-runs // block_r) * block_r > 1.25 * -(-runs // (block_r // 2)) * (block_r // 2):
+        block_r //= 2
+    return block_m, block_n, block_r
+
+
+def _tile(count: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
+    """The row of TILES for so many rows of x."""
+    return WIDE_TILE if dtype == torch.float32 else next(tile for most, tile in TILES.items() if count <= most)
+
+
+# An op of torch's own: torch.compile and CUDA graphs see one node, meta tensors go round it.
+
+
+@torch.library.custom_op("bitplan::packed_linear", mutates_args=())
+def _packed_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    columns: int,
+    bits: int,
+    group: int,
+    kind: str,
+) -> Tensor:
+    flat = x.reshape(-1, columns).contiguous()
+    count, rows, runs = len(flat), len(codes), -(-columns // 32)
+    out = x.new_empty(count, rows)
+    if count == 0:
+        return out.view(*x.shape[:-1], rows)
+    vector = gcd(bits, 4, codes.shape[1])
+    top = (1 << bits) - 1
+    common = {
+        "bits": bits,
+        "kind": kind if kind in ("integer", "float", "fp8") else "fixed",
+        "fixed": {"middle": top // 2 + 1.0, "half": top / 2}.get(kind, 0.0),
+        "runs": group // 32 if group else 1 << 26,  # the whole row is group 0
+        "vector": vector,
+        "enable_fp_fusion": True,  # products and sums as one instruction: half the arithmetic; Triton's default changes
+    }
+    sizes = (count, columns, rows, codes.shape[1] // vector, scale.shape[1], 0 if zero is None else zero.numel())
+    grids = (scale, scale if zero is None else zero, None if bias is None else bias.contiguous())
+    with torch.cuda.device_of(x):
+        if count <= FEW:
+            block_m, block_n, block_r = _vector_blocks(count, rows, runs, bits)
+            blocks = {"block_m": block_m, "block_n": block_n, "block_r": block_r}
+            launch = _programs().vector_program[(-(-rows // block_n),)]
+            launch(flat, codes, *grids, out, *sizes, **common, **blocks, num_warps=block_r // 32)
+        else:
+            block_m, block_n, block_r, warps, stages = _tile(count, x.dtype)
+            blocks = {"block_m": block_m, "block_n": block_n, "block_r": block_r}
+            grid = (-(-rows // block_n), -(-count // block_m))
+            steps = -(-runs // block_r)
+            parts = max(1, min(PROGRAMS // (grid[0] * grid[1]), steps // 4))
+            part_runs = -(-steps // parts) * block_r
+            parts = -(-runs // part_runs)
+            into = out if parts == 1 else flat.new_empty(parts, count, rows, dtype=torch.float32)
+            launch = _programs().tile_program[(*grid, parts)]
+            launch(flat, codes, *grids, into, *sizes, part_runs, **common, **blocks, num_warps=warps, num_stages=stages)
+            out = out if parts == 1 else into.sum(0).to(x.dtype)
+    return out.view(*x.shape[:-1], rows)
+
+
+@_packed_linear.register_fake
+def _(x, codes, scale, zero, bias, columns, bits, group, kind):
+    return x.new_empty(*x.shape[:-1], codes.shape[0])

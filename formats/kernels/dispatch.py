@@ -1,0 +1,147 @@
+"""Which kernel multiplies a packed weight on which machine, and why; and the product itself.
+
+The choice hangs on the format, the columns, the type and the machine alone, so that `bitplan show` can tell it without
+the machine, and memory can be foretold on meta tensors (`as_if_on`). May import: the modules beside it.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from bitplan.formats.base import LARGE_TILE, TILE, Format, Tensors, needs_grad
+from bitplan.formats.bnb import Bnb4Format, Int8BnbFormat
+from bitplan.formats.errors import UsageError
+from bitplan.formats.floats import FP8, Float8Format, FloatFormat
+from bitplan.formats.kernels import cpu as numba_kernel
+from bitplan.formats.kernels import cuda as triton_kernel
+
+FP8_ROWS = 16
+"""Rows of input above which fp8 weights are multiplied by fp8 inputs, where the GPU can."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What decides a kernel: `cpu`, or `cuda` of a compute capability."""
+
+    kind: str
+    capability: tuple[int, int] = (0, 0)
+
+    def __str__(self) -> str:
+        return (
+            self.kind
+            if self.kind == "cpu"
+            else f"{self.kind} (compute capability {'.'.join(map(str, self.capability))})"
+        )
+
+
+@dataclass(frozen=True)
+class Kernel:
+    name: str
+    why: str
+
+
+@cache
+def machine(device: str) -> Machine:
+    """The machine that a device of this process is."""
+    kind = torch.device(device).type
+    return Machine(kind, torch.cuda.get_device_capability(device) if kind == "cuda" else (0, 0))
+
+
+def named_machine(name: str) -> Machine:
+    """The machine of cpu, cuda, cuda:N (a device here), or cuda:M.m (a compute capability). cuda where none is here is
+    taken for one of 9.0. Raises UsageError."""
+    found = re.fullmatch(r"cpu|cuda(?::(\d+)(?:\.(\d+))?)?", name)
+    if not found:
+        raise UsageError(f"unknown device {name!r}: cpu, cuda, cuda:0, or cuda:8.0 for a compute capability")
+    major, minor = found.groups()
+    if minor is not None:
+        return Machine("cuda", (int(major), int(minor)))
+    if name == "cuda" and not torch.cuda.is_available():
+        return Machine("cuda", (9, 0))
+    if major is not None and int(major) >= torch.cuda.device_count():
+        raise UsageError(f"device {name} is not here: there are {torch.cuda.device_count()} CUDA devices")
+    return machine(name)
+
+
+_ASSUMED = [Machine("cpu")]
+
+
+@contextmanager
+def as_if_on(assumed: Machine) -> Iterator[None]:
+    """While inside, meta tensors take the way that tensors on this machine would."""
+    before = _ASSUMED[0], TILE.get("meta", LARGE_TILE)
+    _ASSUMED[0], TILE["meta"] = assumed, TILE.get(assumed.kind, LARGE_TILE)
+    try:
+        yield
+    finally:
+        _ASSUMED[0], TILE["meta"] = before
+
+
+@cache
+def choose(format: Format, columns: int, dtype: torch.dtype, on: Machine) -> Kernel:
+    """The kernel for a weight of so many columns and inputs of `dtype` on a machine."""
+    if isinstance(format, FloatFormat):
+        return Kernel("torch", "a plain product")
+    return _on_cpu(format, columns) if on.kind == "cpu" else _on_cuda(format, columns, dtype, on)
+
+
+def _on_cpu(format: Format, columns: int) -> Kernel:
+    if isinstance(format, Bnb4Format):
+        return Kernel("bitsandbytes", "its dequantizer, a tile at a time")
+    if reason := numba_kernel.unsupported(format, columns):
+        return Kernel("dequantize", reason)
+    return Kernel("numba", "codes unpacked in cache, a row or a tile at a time")
+
+
+def _on_cuda(format: Format, columns: int, dtype: torch.dtype, on: Machine) -> Kernel:
+    if isinstance(format, Bnb4Format):
+        return Kernel("bitsandbytes", "its own format")
+    if isinstance(format, Int8BnbFormat):
+        return Kernel("bitsandbytes", "its own format; inputs are rounded to int8 too")
+    if reason := triton_kernel.unsupported(format, columns, dtype, on.capability):
+        return Kernel("dequantize", reason)
+    if isinstance(format, Float8Format) and on.capability >= (8, 9) and columns % 16 == 0:
+        return Kernel("scaled_mm", f"fp8 units; up to {FP8_ROWS} rows of input by triton, with unrounded inputs")
+    return Kernel("triton", "codes unpacked in registers")
+
+
+def linear(format: Format, x: Tensor, tensors: Tensors, columns: int, bias: Tensor | None) -> Tensor:
+    """x [..., columns] times the weight's transpose, plus bias: [..., rows] in x's dtype, by the chosen kernel; while
+    scales are trained, dequantized."""
+    on, kernel = _chosen(format, columns, x.dtype, x.device)
+    trained = needs_grad(x, tensors) or any(tensors[suffix].is_floating_point() for suffix in format.floats)
+    if trained or kernel in ("torch", "dequantize") or (kernel, on.kind) == ("bitsandbytes", "cpu"):
+        return format.linear(x, tensors, columns, bias)
+    if kernel == "numba":
+        return numba_kernel.linear(format, x, tensors, columns, bias)
+    if isinstance(format, Bnb4Format | Int8BnbFormat):
+        return format.multiply(x, tensors, columns, bias)
+    few, rows = x.numel() // columns, tensors[""].shape[0]
+    if kernel == "scaled_mm" and few > FP8_ROWS and rows % 16 == 0:
+        return _scaled_mm(x, tensors, bias)
+    return triton_kernel.linear(format, x, tensors, columns, bias)
+
+
+@torch.compiler.assume_constant_result
+def _chosen(format: Format, columns: int, dtype: torch.dtype, device: torch.device) -> tuple[Machine, str]:
+    on = _ASSUMED[0] if device.type == "meta" else machine(str(device))
+    return on, choose(format, columns, dtype, on).name
+
+
+def _scaled_mm(x: Tensor, tensors: Tensors, bias: Tensor | None) -> Tensor:
+    """fp8 times fp8: each row of x is scaled to e4m3's range and rounded to it, as LLM.int8 does with int8."""
+    flat = x.reshape(-1, x.shape[-1])
+    limit = torch.finfo(FP8).max
+    scale = flat.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / limit
+    rounded = (flat.float() / scale).clamp(-limit, limit).to(FP8)
+    one = torch.ones((), device=x.device)
+    wide = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    codes = tensors[""].view(torch.uint8).view(FP8)
+    product = torch._scaled_mm(rounded, codes.t(), scale_a=one, scale_b=one, out_dtype=wide)
+    out = product.float() * scale * tensors["_scale"].view(torch.float16).float().t()
+    return (out if bias is None else out + bias).to(x.dtype).unflatten(0, x.shape[:-1])

@@ -1,0 +1,70 @@
+"""What several commands ask for, and how they answer. May import: everything."""
+
+import json
+import sys
+from argparse import Namespace
+from typing import Any
+
+from bitplan.formats.errors import FormatUnavailable, UsageError
+from bitplan.formats.rounding import refuse_misfit
+from bitplan.formats.table import FORMATS, MENU
+from bitplan.planner.assemble import parse_formats
+from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.session import read_texts
+from bitplan.sensitivity.source import Source
+from bitplan.sensitivity.tasks.task import Task, read_task
+from bitplan.sensitivity.texts.text import Texts
+
+
+def put(arguments: Namespace, data: Any, text: str) -> None:
+    print(json.dumps(data, allow_nan=False) if arguments.json else text)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def texts_of(arguments: Namespace, source: Source) -> Texts:
+    if arguments.block < 8:
+        raise UsageError(f"--block {arguments.block}: it must be at least 8 tokens")
+    if arguments.text and arguments.dataset:
+        raise UsageError("give --text or --dataset, not both")
+    texts = read_texts(
+        source,
+        files=arguments.text,
+        dataset=arguments.dataset,
+        heldout=arguments.heldout,
+        tokens=arguments.tokens,
+        length=arguments.block,
+    )
+    parts = {name: getattr(texts, name).ids.shape for name in ("calibration", "search", "heldout")}
+    sizes = ", ".join(f"{name} {count} × {length} tokens" for name, (count, length) in parts.items())
+    say(f"text: {texts.source}: {sizes}")
+    found, length = texts.calibration.ids.numel(), texts.calibration.ids.shape[1]
+    if found < arguments.tokens // length * length:
+        say(f"the text gives {found:,} calibration tokens, fewer than the {arguments.tokens:,} asked for")
+    return texts
+
+
+def menu_formats(arguments: Namespace) -> tuple[str, ...]:
+    menu = parse_formats(arguments.formats, MENU)
+    refuse_misfit(arguments.rounding, [FORMATS[name] for name in menu])
+    for name in menu:
+        if reason := FORMATS[name].unavailable():
+            raise FormatUnavailable(f"{name} cannot run here: {reason}")
+    return menu
+
+
+def tasks_of(arguments: Namespace, source: Source) -> list[Task]:
+    if arguments.limit is not None and not arguments.task:
+        raise UsageError("--limit says how many items of a task: give --task too")
+    if not arguments.task:
+        return []
+    if arguments.limit is not None and arguments.limit < 1:
+        raise UsageError(f"--limit {arguments.limit}: it must be 1 or more")
+    tokenizer, length = sources.load_tokenizer(source), sources.block_length(source, 1 << 20)
+    tasks = [read_task(name, tokenizer, length, arguments.limit) for name in arguments.task]
+    for task in tasks:
+        if task.note:
+            say(task.note)
+    return tasks

@@ -1,0 +1,1 @@
+"""Plans and formats measured against the full-precision model."""

@@ -1,0 +1,210 @@
+"""Formats and plans side by side on held-out text and on tasks, one model in memory at a time.
+
+Finished rows lie in the cache, and are not run again. May import: formats, sensitivity, planner.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+import bitplan
+from bitplan.formats.errors import BitplanError
+from bitplan.formats.table import FORMATS
+from bitplan.planner.assemble import is_float, uniform_plan
+from bitplan.planner.evaluate.throughput import Running, run
+from bitplan.planner.load import materialize, resident_bytes
+from bitplan.planner.plan import Plan
+from bitplan.planner.quantize.distillation import round_missing
+from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.loss import Judgement, Reference
+from bitplan.sensitivity.session import Session, pick_device
+from bitplan.sensitivity.source import Source
+from bitplan.sensitivity.store import sha256, write_text
+from bitplan.sensitivity.tasks.paired import Paired, paired
+from bitplan.sensitivity.tasks.score import Scores, score
+from bitplan.sensitivity.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class TaskLine:
+    """A task's figure, and its difference from full precision on the same items with an interval."""
+
+    task: str
+    measure: str
+    """accuracy, or nats per token."""
+    result: Paired
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of the table. `note` says why a row has no figures."""
+
+    name: str
+    resident_bytes: int | None = None
+    bits_per_weight: float | None = None
+    times_smaller_than_fp32: float | None = None
+    judgement: Judgement | None = None
+    tasks: tuple[TaskLine, ...] = ()
+    running: Running | None = None
+    load_seconds: float | None = None
+    research: bool = False
+    """It has formats below 2 bits."""
+    note: str | None = None
+
+    @property
+    def times_smaller_than_bf16(self) -> float | None:
+        return self.times_smaller_than_fp32 and self.times_smaller_than_fp32 / 2
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Weights, and the most that one sequence of the held-out text's length takes beside them."""
+        return self.resident_bytes + self.running.peak_bytes if self.resident_bytes and self.running else None
+
+    def as_dict(self) -> dict[str, Any]:
+        facts = asdict(self)
+        judgement, running = facts.pop("judgement") or {}, facts.pop("running") or {}
+        running.pop("peak_bytes", None)
+        ppl = {"ppl": self.judgement.ppl} if self.judgement else {}
+        facts["tasks"] = [{"task": t.task, "measure": t.measure, **_finite(asdict(t.result))} for t in self.tasks]
+        derived = {"times_smaller_than_bf16": self.times_smaller_than_bf16, "peak_bytes": self.peak_bytes}
+        return {**facts, **derived, **judgement, **ppl, **running}
+
+
+def _finite(facts: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity: bounds of an interval that says nothing are null."""
+    return {name: None if isinstance(value, float) and not isfinite(value) else value for name, value in facts.items()}
+
+
+FAILURES = (BitplanError, MemoryError, RuntimeError)
+"""What may keep a row from being measured; of RuntimeErrors only want of memory, as torch tells it."""
+
+
+def why_not(error: Exception) -> str:
+    """A failure in a sentence. Raises what is no failure of a row's own."""
+    if isinstance(error, BitplanError):
+        return str(error)
+    if isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "allocate memory" in str(error):
+        return "out of memory: give a smaller --block, or another --device"
+    raise error
+
+
+def load_float(source: Source, format: str, device: str) -> PreTrainedModel:
+    """The whole model in fp32, bf16 or fp16, without a plan."""
+    return sources.load_model(source, pick_device(device), dtype=FORMATS[format].dtype)  # type: ignore[attr-defined]
+
+
+def compare(
+    session: Session,
+    formats: tuple[str, ...],
+    plans: dict[str, Plan],
+    rounding: str | None = None,
+    healed: bool = False,
+    device: str = "auto",
+    tasks: Sequence[Task] = (),
+    refused: Mapping[str, str] | None = None,
+) -> Iterator[Line]:
+    """Yield a line per format and plan (name → plan) as each is measured. The session's model is given up first; the
+    plans' codes must be in the cache (`materialize.make_codes`), but for those `refused` (name → why).
+
+    A row that fails for a reason of its own, memory among them, says so in `note`, and the others still run.
+    """
+    wanted: list[tuple[str, Plan | str]] = []
+    for name in formats:
+        try:
+            row = name if is_float(name) else uniform_plan(session, name, rounding, healed)
+            wanted.append((row.budget.asked if isinstance(row, Plan) else name, row))
+        except FAILURES as error:
+            yield Line(name, note=why_not(error))
+    wanted += plans.items()
+    rows = [(name, row, _journal(session, row, tasks, device)) for name, row in wanted]
+    if all(journal.exists() for _, _, journal in rows):
+        session.give_up_model()
+        yield from (_recalled(name, journal) for name, _, journal in rows)
+        return
+    refused = dict(refused or {})
+    for name, row, journal in rows:
+        if isinstance(row, Plan) and row not in plans.values() and not journal.exists():
+            try:
+                round_missing(row, session)
+            except FAILURES as error:
+                refused[name] = why_not(error)
+    reference = Reference(session.model, session.texts.heldout)
+    scores = [score(session.model, task) for task in tasks]
+    session.give_up_model()
+    for name, row, journal in rows:
+        if journal.exists():
+            yield _recalled(name, journal)
+        elif name in refused:
+            yield Line(name, note=refused[name])
+        else:
+            line = _measured(name, row, session, device, reference, tasks, scores)
+            if line.note is None:
+                write_text(journal, json.dumps(asdict(line)))
+                if tasks:  # without them, for who asks for none
+                    write_text(_journal(session, row, (), device), json.dumps(asdict(replace(line, tasks=()))))
+            yield line
+
+
+def _measured(
+    name: str,
+    row: Plan | str,
+    session: Session,
+    device: str,
+    reference: Reference,
+    tasks: Sequence[Task],
+    scores: Sequence[Scores],
+) -> Line:
+    source, parameters = session.source, session.provenance.model.parameters
+    kv_format = row.kv_cache.format if isinstance(row, Plan) else "native"
+    began = time.perf_counter()
+    try:
+        model = load_float(source, row, device) if isinstance(row, str) else materialize(row, source, device)
+        seconds, size = time.perf_counter() - began, resident_bytes(model)
+        judgement = reference.judge(model, kv_format)
+        lines = []
+        for task, base in zip(tasks, scores, strict=True):
+            found = score(model, task, kv_format)
+            measure = "nats per token" if task.kind == "text" else "accuracy"
+            lines.append(TaskLine(task.name, measure, paired(base.values, found.values)))
+        running = run(model, reference.blocks.ids[0], kv_format)
+    except FAILURES as error:
+        return Line(name, note=why_not(error))
+    research = isinstance(row, Plan) and bool(row.research)
+    times = 4 * parameters / size
+    return Line(name, size, size * 8 / parameters, times, judgement, tuple(lines), running, seconds, research)
+
+
+# Finished rows
+
+
+def _journal(session: Session, row: Plan | str, tasks: Sequence[Task], device: str) -> Path:
+    """Where a row's figures are kept: by all that they hang on but the machine's load."""
+    made = row
+    if isinstance(row, Plan):
+        made = repr([(unit.name, unit.format, unit.rounding) for unit in row.units]) + f"{row.healed} {row.kv_cache}"
+    facts, device = session.provenance, pick_device(device)
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"cpu {torch.get_num_threads()}"
+    texts = [facts.text.heldout.sha256, facts.text.calibration.sha256, *(task.fingerprint for task in tasks)]
+    key = sha256(str(made), name, bitplan.__version__, torch.__version__, *texts)[:24]
+    return session.compared / f"{key}.json"
+
+
+def recalled(session: Session, name: str, row: Plan | str, device: str) -> Line | None:
+    """A row that was measured on the session's text, or None."""
+    journal = _journal(session, row, (), device)
+    return _recalled(name, journal) if journal.exists() else None
+
+
+def _recalled(name: str, journal: Path) -> Line:
+    facts = json.loads(journal.read_text())
+    facts["judgement"] = Judgement(**facts["judgement"])
+    facts["running"] = Running(**facts["running"])
+    facts["tasks"] = tuple(TaskLine(t["task"], t["measure"], Paired(**t["result"])) for t in facts["tasks"])
+    return replace(Line(**facts), name=name)

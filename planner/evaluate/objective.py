@@ -1,0 +1,81 @@
+"""What a search makes least, and what is reported of its end: KL, or a task's loss.
+
+May import: sensitivity, planner.plan/session.
+"""
+
+from transformers import PreTrainedModel
+
+from bitplan.planner.plan import Measured, TaskFacts, TaskMeasured
+from bitplan.sensitivity.loss import Judgement, Reference, standard_error
+from bitplan.sensitivity.session import Session
+from bitplan.sensitivity.tasks.paired import paired
+from bitplan.sensitivity.tasks.score import Scores, likelihoods, losses, score
+from bitplan.sensitivity.tasks.task import Task
+
+
+class Judge:
+    """The session's full-precision model as the others are measured beside it: KL on the search and held-out texts,
+    and a task where there is one, of which one half of the items chooses and the other is reported.
+
+    Raises UsageError for a task of too few items.
+    """
+
+    def __init__(self, session: Session, task: Task | None = None):
+        self._task = task
+        self._halves = task.halves() if task else None
+        self._search = Reference(session.model, session.texts.search)
+        self._heldout = Reference(session.model, session.texts.heldout)
+        self._bases = tuple(score(session.model, half) for half in self._halves) if self._halves else None
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what `loss` is measured on."""
+        return self._halves[0].fingerprint if self._halves else self._search.blocks.fingerprint
+
+    @property
+    def task(self) -> TaskFacts | None:
+        """As the plan file has it."""
+        if self._task is None or self._halves is None:
+            return None
+        search, heldout = (len(half.items) for half in self._halves)
+        name, kind, sha256 = self._task.name, self._task.kind, self._task.fingerprint
+        return TaskFacts(name=name, kind=kind, sha256=sha256, search_items=search, heldout_items=heldout)
+
+    def kl(self, model: PreTrainedModel) -> float:
+        """Nats per token on the search text."""
+        return self._search.judge(model).kl
+
+    def loss(self, model: PreTrainedModel) -> float:
+        """What a search makes least: the task's mean loss an item on its search half, or without a task `kl`."""
+        if self._halves is None or self._bases is None:
+            return self.kl(model)
+        task = self._halves[0]
+        return float(losses(task, self._bases[0].likelihoods, likelihoods(model, task)).mean())
+
+    def heldout(self, model: PreTrainedModel, kv_format: str = "native") -> Measured:
+        """What is reported: on the held-out text, and on the task's other half."""
+        found = measured(self._heldout.judge(model, kv_format))
+        if self._halves is None or self._bases is None:
+            return found
+        task, base = self._halves[1], self._bases[1]
+        on_task = _beside(task, base, score(model, task, kv_format))
+        return found.model_copy(update={"task": on_task})
+
+
+def measured(judgement: Judgement) -> Measured:
+    return Measured(**{name: getattr(judgement, name) for name in Measured.model_fields if name != "task"})
+
+
+def _beside(task: Task, base: Scores, other: Scores) -> TaskMeasured:
+    found = paired(base.values, other.values)
+    lost = losses(task, base.likelihoods, other.likelihoods)
+    return TaskMeasured(
+        items=found.pairs,
+        baseline=found.mean_base,
+        quantized=found.mean_other,
+        difference=found.difference,
+        low=found.low,
+        high=found.high,
+        loss=float(lost.mean()),
+        loss_se=standard_error(lost),
+    )

@@ -1,0 +1,250 @@
+"""A planned model in GPTQ's checkpoint layout, for the runtimes that read it: gptqmodel, auto-gptq, and in 4 and 8
+bits without zero points vLLM and SGLang.
+
+A Linear of `inputs` × `outputs` with codes of b bits in groups of inputs is four tensors:
+
+    qweight  int32 [inputs * b / 32, outputs]   the codes; each column is one little-endian bit stream
+    qzeros   int32 [groups, outputs * b / 32]   the zero points less one; each row is such a stream
+    scales   fp16  [groups, outputs]
+    g_idx    int32 [inputs]                     the group of each input
+
+and weight[input, output] = (code - (stored zero + 1)) * scale. May import: formats, planner.plan/card, sensitivity.
+"""
+
+import json
+import re
+import shutil
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from bitplan.formats.base import Tensors
+from bitplan.formats.errors import FormatUnavailable
+from bitplan.formats.integers import IntegerFormat
+from bitplan.formats.modules import Packed, is_experts
+from bitplan.formats.packed import pack, unpack
+from bitplan.formats.table import FORMATS, MENU
+from bitplan.planner.plan import Plan, PlannedUnit
+from bitplan.planner.report.model_card import Layout, write_papers, written_beside
+from bitplan.sensitivity.source import Source
+
+BITS = (2, 3, 4, 8)
+RUN = 32
+"""Inputs and outputs come in whole runs of so many: only then do codes of 3 bits fill whole words."""
+
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""Servers join these modules and ask for the joined one's settings by its own name."""
+
+ZEROS_DO_NOT_WRAP = "gptqmodel:0.9.0"
+"""What gptqmodel wants to see in an asymmetric checkpoint of this layout: the first of its versions whose zero points
+can be read back. Without it, it refuses. Ours can: see `to_gptq`."""
+
+LAYOUT = Layout(
+    "planned, in GPTQ's layout",
+    """Mixed precision by bitplan, written in the checkpoint layout of GPTQ: read it with gptqmodel. vLLM (from 0.22 on)
+and SGLang take this layout only in 4 or 8 bits without zero points. Where modules differ in bits or group size, or are
+kept in floats, `dynamic` in config.json says so. transformers' own GPTQ reader and auto-gptq do not look at it: they
+read a folder right only where `dynamic` is absent. This layout takes more bytes than the plan: it adds g_idx, and
+stored zero points where those are fixed.
+
+```python
+from gptqmodel import GPTQModel
+model = GPTQModel.load("path/to/this/folder")
+```""",
+    ("gptq",),
+)
+
+
+def is_sayable(format: object) -> bool:
+    """Whether the layout has the codes of a format."""
+    return isinstance(format, IntegerFormat) and format.bits in BITS and format.zero_point in ("integer", "middle")
+
+
+def settings(unit: PlannedUnit) -> tuple[int, int]:
+    """Bits and group size of a packed unit, as the layout's readers know them: -1 where the row is one group."""
+    format = FORMATS[unit.format]
+    assert isinstance(format, IntegerFormat)
+    return format.code_bits, format.group if 0 < format.group < unit.columns else -1
+
+
+def refuse_unsayable(plan: Plan) -> None:
+    """Raises FormatUnavailable where the layout has no words for some of a plan's units. Needs no model."""
+    if experts := [unit.name for unit in plan.units if unit.kind == "experts"]:
+        raise joined_experts(experts)
+    reasons: dict[tuple[str, str], list[str]] = defaultdict(list)
+    packed = [unit for unit in plan.units if not unit.is_native]
+    for unit in packed:
+        if reason := unsayable(unit):
+            reasons[reason].append(unit.name)
+    if reasons:
+        found = "; ".join(f"{_names(names)}, {what}" for (what, _), names in reasons.items())
+        kept = [name for (_, change), names in reasons.items() if not change for name in names]
+        changes = [change for _, change in reasons if change]
+        changes += [" ".join(f"--keep {name}" for name in kept)] if len(kept) <= 4 else ["--keep for each of these"]
+        raise FormatUnavailable(
+            f"GPTQ's layout cannot hold {found}: plan again with {' and '.join(dict.fromkeys(filter(None, changes)))}"
+        )
+    if not packed:
+        raise FormatUnavailable("GPTQ's layout is for integer formats and this plan has none: save without a layout")
+
+
+def joined_experts(names: list[str]) -> FormatUnavailable:
+    return FormatUnavailable(
+        f"GPTQ's layout has a tensor for each expert, and {_names(names)} hold many in one: save without a layout"
+    )
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def unsayable(unit: PlannedUnit) -> tuple[str, str] | None:
+    """What stands against a unit, and which change of the plan mends it ("": keep the unit in floats)."""
+    if unit.kind not in ("linear", "conv1d"):
+        return {"tied": "an embedding and the head", "embedding": "an embedding"}.get(unit.kind, unit.kind), ""
+    if not re.search(r"\.\d+\.", unit.name):
+        return "outside of the model's blocks", ""
+    format = FORMATS[unit.format]
+    if not is_sayable(format):
+        return f"in {unit.format}", f"--formats {','.join(name for name in MENU if is_sayable(FORMATS[name]))}"
+    if unit.rows % RUN or unit.columns % RUN:
+        return f"of {unit.rows} × {unit.columns} weights, no multiples of {RUN}", ""
+    _, group = settings(unit)
+    if unit.columns % max(group, 1):
+        return f"whose {unit.columns} columns are no whole groups of {group}", "formats of smaller groups (…-g32)"
+    return None
+
+
+def to_gptq(tensors: Tensors, format: IntegerFormat, columns: int) -> Tensors:
+    """Packed tensors of a unit → the layout's four.
+
+    Readers disagree about a zero point of 0, stored as -1: in some it wraps within its bits, in some it borrows from
+    its neighbour, in some it comes back as 2^b. Such a group is written mirrored, as code' = top - code, zero' = top,
+    scale' = -scale, which are the very same values.
+    """
+    bits, top = format.code_bits, format.top
+    codes, scale = unpack(tensors[""], columns, bits), tensors["_scale"].view(torch.float16)
+    if format.zero_point == "integer":
+        zero = unpack(tensors["_zero"], scale.numel(), bits).view(scale.shape)
+    else:
+        zero = torch.full_like(scale, top // 2 + 1, dtype=torch.uint8)
+    step = columns // scale.shape[1]
+    mirrored = zero == 0
+    codes = torch.where(mirrored.repeat_interleave(step, 1), top - codes, codes)
+    return {
+        "qweight": pack(codes, bits).T.contiguous(),
+        "qzeros": pack(torch.where(mirrored, top - 1, zero - 1).to(torch.uint8).T.contiguous(), bits),
+        "scales": torch.where(mirrored, -scale, scale).T.contiguous(),
+        "g_idx": torch.arange(columns, dtype=torch.int32) // step,
+    }
+
+
+def gptq_tensors(model: PreTrainedModel, plan: Plan, tied_twice: bool) -> Tensors:
+    """All tensors of a materialised model as the layout has them, on the CPU: kept ones by their own names, a tied
+    one by its first name or by all."""
+    found: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    ties = model.all_tied_weights_keys
+    again = [name for name, tensor in found.items() if tensor is found.get(ties.get(name, ""))]
+    written = {name: tensor for name, tensor in found.items() if name not in again}
+    if tied_twice:
+        written |= {name: found[name].clone() for name in again}
+    for unit in plan.units:
+        if unit.is_native:
+            continue
+        module, format = model.get_submodule(unit.name), FORMATS[unit.format]
+        assert isinstance(module, Packed) and isinstance(format, IntegerFormat)
+        own = module.tensors()
+        for suffix in own:
+            del written[unit.parameter + suffix]
+        for name, tensor in to_gptq(own, format, unit.columns).items():
+            written[f"{unit.name}.{name}"] = tensor
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in written.items()}
+
+
+def quantization_config(model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
+    """What readers must know beside the tensors: the commonest bits and group size, and a rule for who differs."""
+    packed = {unit.name: settings(unit) for unit in plan.units if not unit.is_native}
+    (bits, group), _ = Counter(packed.values()).most_common(1)[0]
+    rules: dict[str, tuple[int, int] | None] = {n: own for n, own in packed.items() if own != (bits, group)}
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and name not in packed and module is not head:
+            rules[name] = None
+    for fused, members in FUSED.items():
+        for parent in [name.removesuffix(members[0]) for name in rules if name.endswith(f".{members[0]}")]:
+            agreed = {rules.get(parent + member, (bits, group)) for member in members}
+            if len(agreed) == 1:
+                rules[parent + fused] = agreed.pop()
+    dynamic = {}
+    for name, own in rules.items():
+        exactly = f"^{re.escape(name)}$"
+        dynamic[f"-:{exactly}" if own is None else f"+:{exactly}"] = (
+            {} if own is None else {"bits": own[0], "group_size": own[1]}
+        )
+    # One word for all: false is true of every module, whose zero points are then read, not assumed.
+    sym = all(getattr(FORMATS[unit.format], "zero_point", "middle") == "middle" for unit in plan.units)
+    written_by = [f"bitplan:{plan.provenance.versions['bitplan']}", *([] if sym else [ZEROS_DO_NOT_WRAP])]
+    return {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": bits,
+        "group_size": group,
+        "sym": sym,
+        "desc_act": False,
+        "static_groups": False,
+        "true_sequential": True,
+        "lm_head": False,
+        **({"dynamic": dynamic} if dynamic else {}),
+        "meta": {"quantizer": written_by},
+    }
+
+
+def config_for(source: Source, quantization: dict[str, Any]) -> dict[str, Any]:
+    """The model's own config with the layout's words, and with the names that readers of auto-gptq's time look for."""
+    config = source.config
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config.setdefault("rope_theta", rope["rope_theta"])
+    if rope.get("rope_type", "default") != "default":
+        others = {name: value for name, value in rope.items() if name not in ("rope_theta", "rope_type")}
+        config.setdefault("rope_scaling", {"type": rope["rope_type"], **others})
+    if "dtype" in config:
+        config.setdefault("torch_dtype", config["dtype"])
+    return config | {"quantization_config": quantization}
+
+
+def save_gptq(model: PreTrainedModel, plan: Plan, source: Source, folder: Path, force: bool) -> int:
+    """Write a materialised plan as a checkpoint folder in GPTQ's layout; the bytes of its tensors.
+
+    Everything is written beside and renamed at the end. Raises FormatUnavailable where the layout has no words for a
+    unit, BitplanError where the folder cannot be written.
+    """
+    refuse_unsayable(plan)
+    if experts := [name for name, module in model.named_modules() if is_experts(module)]:
+        raise joined_experts(experts)
+    quantization = quantization_config(model, plan)
+    # auto-gptq knows one setting, ignores rules (what is kept would then load as noise), and looks for its settings in
+    # this file alone: so it gets the file, and the head of a tied pair, which it reads as zeros where it is not
+    # written, only where it can read all of the rest.
+    for_auto_gptq = "dynamic" not in quantization
+    tensors = gptq_tensors(model, plan, tied_twice=for_auto_gptq)
+    with written_beside(folder, force) as part:
+        save_file(tensors, part / "model.safetensors", {"format": "pt"})
+        _write_json(part / "config.json", config_for(source, quantization))
+        if for_auto_gptq:
+            _write_json(part / "quantize_config.json", quantization)
+        for file in (source.folder / "generation_config.json", *source.folder.glob("*.py")):
+            if file.exists():
+                shutil.copy(file, part)
+        write_papers(part, plan, source, LAYOUT)
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,144 @@
+"""What a target has no words for: refused by name, or changed to the nearest that it has.
+
+May import: formats, sensitivity, planner.plan/gptq_layout, planner.export.target.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from bitplan.formats.errors import FormatUnavailable
+from bitplan.formats.rounding import ROUNDINGS, rounding_for
+from bitplan.formats.table import DTYPES, FORMATS, MENU
+from bitplan.planner.export.gptq_layout import FUSED
+from bitplan.planner.export.target import Target
+from bitplan.planner.plan import Plan, PlannedUnit
+
+CANDIDATES = (*MENU, "fp8")
+"""What `nearest` tries, beside each weight's own float type."""
+NAMED = 3
+
+
+def settled(plan: Plan, target: Target, nearest: bool) -> Plan:
+    """The plan with nothing in it that the target cannot say: itself, or where `nearest` allows it a changed one.
+
+    Raises FormatUnavailable, which names the units.
+    """
+    reasons = _reasons(plan.units, target)
+    if not reasons:
+        if target.joins and (split := _split(plan)):
+            if not nearest:
+                raise FormatUnavailable(_told(target, split, ["--keep for all that servers join, or for none of them"]))
+            return changed(plan, {name: _native(_unit(plan, name)) for name in split})
+        return plan
+    lost = [unit.name for unit in plan.units if unit.name in reasons and not _sayable([unit], _native(unit), target)]
+    if lost:
+        raise FormatUnavailable(f"{target.name} cannot say {_names(lost)}, {reasons[lost[0]]}, in whatever format")
+    if not nearest:
+        raise FormatUnavailable(_told(target, reasons, _ways(plan, target, reasons)))
+    groups: dict[str, list[PlannedUnit]] = defaultdict(list)
+    for unit in plan.units:
+        groups[unit.group].append(unit)
+    formats: dict[str, str] = {}
+    for members in groups.values():
+        if any(unit.name in reasons for unit in members):
+            formats |= dict.fromkeys((unit.name for unit in members), _nearest(members, target))
+    return settled(changed(plan, formats), target, nearest)
+
+
+def changed(plan: Plan, formats: dict[str, str]) -> Plan:
+    """The plan with other formats for some units, and without what was measured and predicted of it."""
+    units = [_in_format(unit, formats.get(unit.name, unit.format)) for unit in plan.units]
+    total = sum(unit.bytes for unit in units) + sum(entry.bytes for entry in plan.kept)
+    packed = any(not unit.is_native for unit in units)
+    parts = {
+        "units": [unit.model_dump() for unit in units],
+        "bytes": total,
+        "bits_per_weight": total * 8 / plan.provenance.model.parameters,
+        "healed": plan.healed and packed,
+    }
+    return Plan.model_validate(
+        plan.model_dump() | parts | dict.fromkeys(("predicted", "search", "measured", "uniform"))
+    )
+
+
+def _in_format(unit: PlannedUnit, name: str) -> PlannedUnit:
+    if name == unit.format:
+        return unit
+    format, weights = FORMATS[name], unit.experts * unit.rows * unit.columns
+    if name == _native(unit):
+        return unit.model_copy(update={"format": name, "rounding": "nearest", "bytes": int(weights * format.bits) // 8})
+    rounding = unit.rounding if ROUNDINGS[unit.rounding].fits(format) else "nearest"
+    rounding = rounding_for(format) if unit.is_native else rounding
+    size = format.nbytes(unit.experts * unit.rows, unit.columns)
+    return unit.model_copy(update={"format": name, "rounding": rounding, "bytes": size})
+
+
+def _native(unit: PlannedUnit) -> str:
+    return DTYPES[unit.dtype]
+
+
+def _unit(plan: Plan, name: str) -> PlannedUnit:
+    return next(unit for unit in plan.units if unit.name == name)
+
+
+def _reasons(units: Iterable[PlannedUnit], target: Target) -> dict[str, str]:
+    return {unit.name: reason for unit in units if (reason := target.unsayable(unit))}
+
+
+def _sayable(members: list[PlannedUnit], name: str, target: Target) -> bool:
+    return not _reasons((_in_format(unit, name) for unit in members), target)
+
+
+def _nearest(members: list[PlannedUnit], target: Target) -> str:
+    """The format for a whole group whose bytes at the readers' are nearest to the planned; of two alike, the one with
+    more of ours."""
+    planned = sum(unit.bytes for unit in members)
+    distances = []
+    for name in dict.fromkeys((*CANDIDATES, _native(members[0]))):
+        if _sayable(members, name, target):
+            units = [_in_format(unit, name) for unit in members]
+            there, ours = sum(map(target.nbytes, units)), sum(unit.bytes for unit in units)
+            distances.append((abs(there - planned), abs(ours - planned), -ours, name))
+    return min(distances)[-1]
+
+
+def _split(plan: Plan) -> dict[str, str]:
+    """Packed units beside a kept or otherwise planned one with which servers join them."""
+    formats = {entry.name.removesuffix(".weight"): "kept" for entry in plan.kept if len(entry.shape) == 2}
+    formats |= {unit.name: unit.format for unit in plan.units}
+    packed = {unit.name for unit in plan.packed}
+    reasons: dict[str, str] = {}
+    for joined, members in FUSED.items():
+        for parent in dict.fromkeys(
+            name.removesuffix(members[0]) for name in formats if name.endswith(f".{members[0]}")
+        ):
+            found = [parent + member for member in members if parent + member in formats]
+            if len({formats[name] for name in found}) > 1:
+                others = [name for name in found if name not in packed] or found
+                reason = f"which servers join with {others[0].rpartition('.')[2]} as {joined}, in another format"
+                reasons |= {name: reason for name in found if name in packed}
+    return reasons
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+
+
+def _ways(plan: Plan, target: Target, reasons: dict[str, str]) -> list[str]:
+    """Options of `bitplan plan` that would leave these units sayable."""
+    units = [unit for unit in plan.units if unit.name in reasons]
+    menu = [name for name in CANDIDATES if any(_sayable([unit], name, target) for unit in units)]
+    kept = [unit.name for unit in units if not any(_sayable([unit], name, target) for name in menu)]
+    ways = [f"--formats {','.join(menu)}"] if menu and len(kept) < len(units) else []
+    if kept:
+        ways.append(" ".join(f"--keep {name}" for name in kept) if len(kept) <= NAMED else "--keep for the others")
+    return ways
+
+
+def _told(target: Target, reasons: dict[str, str], ways: list[str]) -> str:
+    """One sentence: which units, why, and what to do."""
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for name, reason in reasons.items():
+        by_reason[reason].append(name)
+    found = "; ".join(f"{_names(names)}, {reason}" for reason, names in by_reason.items())
+    return f"{target.name} cannot say {found}: plan again with {' and '.join(ways)}, or give --nearest to change them"

@@ -1,0 +1,249 @@
+"""The transformers plug-in: `from_pretrained(model, quantization_config=PlanConfig(plan))`, and its reading back.
+
+planner.register puts the two classes into transformers' tables.
+May import: formats, sensitivity, planner.plan/register/streaming.
+"""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.integrations.accelerate import get_device
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from bitplan.formats.errors import BitplanError, CodesMissing, FormatUnavailable, PlanMismatch
+from bitplan.formats.kv.cache import use_kv_format
+from bitplan.formats.modules import canonical, is_transposed, pack_parameter
+from bitplan.formats.table import format_named
+from bitplan.planner.hf.register import METHOD
+from bitplan.planner.hf.streaming import RoundOnLoad, refuse_disk, rounded
+from bitplan.planner.plan import Plan, PlannedUnit
+from bitplan.sensitivity.bank import from_file, workspace
+from bitplan.sensitivity.profile import read
+from bitplan.sensitivity.source import weights_fingerprint
+from bitplan.sensitivity.store import is_whole, load_tensors, sha256
+
+
+def _answer_dtype(model: Any, dtype: torch.dtype) -> None:
+    """transformers asks the first float parameter for a model's type; where all are packed, the class answers."""
+    for module in model.modules():
+        if hasattr(type(module), "save_pretrained"):
+            facts = {"dtype": property(lambda self: dtype), "__module__": type(module).__module__}
+            module.__class__ = type(type(module).__name__, (type(module),), facts)
+
+
+class PlanConfig(QuantizationConfigMixin):
+    """A plan (a Plan, its dict, or the path of its file) as transformers' quantization_config."""
+
+    def __init__(self, plan: Plan | dict | str | Path, **kwargs: Any):
+        self.quant_method = METHOD  # type: ignore[assignment]
+        if isinstance(plan, str | Path):
+            plan = read(Path(plan), Plan)
+        self.plan = plan if isinstance(plan, Plan) else Plan.model_validate(plan)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": METHOD, "plan": self.plan.model_dump(mode="json")}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PlanConfig) and self.plan == other.plan
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.plan.bytes:,} bytes, {self.plan.bits_per_weight:.2f} bits per weight)"
+
+
+class SavedPlanConfig(PlanConfig):
+    """The plan inside a saved checkpoint. A class of its own, so that a PlanConfig beside it is an error."""
+
+
+def codes_folder(plan: Plan) -> Path:
+    """Where the cache keeps the codes of this plan, which hang on each other."""
+    facts = plan.provenance
+    folder = workspace(facts.model.weights_sha256, facts.text.calibration.sha256, facts.seed)
+    allocation = repr([(unit.name, unit.format, unit.rounding) for unit in plan.units])
+    healed = facts.text.search.sha256 if plan.healed else ""  # healing stops by the search text
+    return folder / "plans" / sha256(allocation, healed)[:24]
+
+
+def unit_path(folder: Path, unit: str) -> Path:
+    return folder / "units" / f"{unit}.safetensors"
+
+
+def kept_path(folder: Path, parameter: str) -> Path:
+    """A kept tensor that rounding or healing has changed."""
+    return folder / "kept" / f"{parameter}.safetensors"
+
+
+def missing_codes(plan: Plan) -> list[PlannedUnit]:
+    """Units whose codes follow from text and are not in the cache."""
+    folder = codes_folder(plan)
+    return [unit for unit in plan.packed if not is_whole(unit_path(folder, unit.name))] if plan.needs_text else []
+
+
+def refuse_missing(plan: Plan) -> None:
+    """Raises CodesMissing where the cache lacks codes that follow from text."""
+    if units := missing_codes(plan):
+        raise CodesMissing(
+            f"{len(units)} units, {units[0].name} first, are to be rounded ({plan.rounding}) on the plan's calibration"
+            f" text ({plan.provenance.text.source}): run `bitplan apply PLAN --text FILE …` once with it, or"
+            f" bitplan.load(plan, text=[…])"
+        )
+
+
+def refuse_unavailable(plan: Plan) -> None:
+    """Raises FormatUnavailable where this machine cannot run one of the plan's formats."""
+    for name in sorted({unit.format for unit in plan.units}):
+        if reason := format_named(name).unavailable():
+            count = sum(unit.format == name for unit in plan.units)
+            raise FormatUnavailable(f"{name}, which {count} units of the plan have, cannot run here: {reason}")
+
+
+def holders(unit: PlannedUnit) -> list[str]:
+    """Names of the parameters that hold a unit's weight: its own, and those tied to it."""
+    name = unit.parameter.rpartition(".")[2]
+    return [unit.parameter, *(f"{path}.{name}" for path in unit.tied)]
+
+
+class PlanQuantizer(HfQuantizer):
+    """Swaps modules before loading, rounds while loading (unless the checkpoint is packed), checks the bytes after."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: PlanConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self.plan: Plan = quantization_config.plan
+        self.packed = {name: unit for unit in self.plan.packed for name in holders(unit)}
+        self.changed: set[str] = set()
+        """Kept tensors that are not the checkpoint's: rounding folded a scale into them, or healing trained them."""
+        self.device_map: Any = None
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """transformers calls it with the device map that is asked for, and with the one that it makes of "auto"."""
+        refuse_unavailable(self.plan)
+        self.device_map = device_map
+        refuse_disk(device_map, rounding=not self.pre_quantized)
+
+    def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
+        planned: torch.dtype = getattr(torch, self.plan.provenance.model.dtype)
+        if dtype not in (None, planned):
+            warnings.warn(f"dtype={dtype} is not used: the plan's bytes are counted with {planned}", stacklevel=2)
+        return planned
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if not self.pre_quantized:
+            self._check_checkpoint(checkpoint_files)
+        for unit in self.plan.units:
+            paths = [unit.parameter.rpartition(".")[0], *unit.tied]
+            name = unit.parameter.rpartition(".")[2]
+            try:
+                modules = [model.get_submodule(path) for path in paths]
+            except AttributeError:
+                raise PlanMismatch(f"the plan names {unit.name}, which {type(model).__name__} has not") from None
+            shape = sorted(modules[0]._parameters[name].shape)  # type: ignore[type-var]
+            if shape != sorted((unit.experts, unit.rows, unit.columns)[-len(shape) :]):
+                raise PlanMismatch(f"{unit.name} has the shape {shape}, the plan's is {[unit.rows, unit.columns]}")
+            if unit.is_native:
+                continue
+            format = format_named(unit.format)
+            for module in modules:
+                pack_parameter(module, name, format, placeholder=not self.pre_quantized)
+                for suffix in format.specs(1, 1):  # for those on disk, which no loader sets and marks
+                    module._parameters[name + suffix]._is_hf_initialized = True  # type: ignore[union-attr]
+            for path in unit.tied:
+                for suffix in format.specs(1, 1):
+                    model.all_tied_weights_keys[f"{path}.{name}{suffix}"] = unit.parameter + suffix
+
+    def _check_checkpoint(self, files: list[str] | None) -> None:
+        expected = self.plan.provenance.model
+        found = weights_fingerprint([Path(file) for file in files or [] if str(file).endswith(".safetensors")])
+        if found != expected.weights_sha256:
+            raise PlanMismatch(
+                f"the plan was made for other weights ({expected.id}, fingerprint {expected.weights_sha256[:12]}; these"
+                f" have {found[:12]}): make a plan for this model with `bitplan plan`"
+            )
+        refuse_missing(self.plan)
+        if self.plan.needs_text:
+            folder = codes_folder(self.plan)
+            self.changed = {kept.name for kept in self.plan.kept if is_whole(kept_path(folder, kept.name))}
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return not self.pre_quantized and (param_name in self.packed or param_name in self.changed)
+
+    def update_weight_conversions(self, weight_conversions: list, *model: Any) -> list:  # 5.16 passes no model
+        """Weights that are put together from several (experts) are so on the CPU, where that takes them twice."""
+        conversions: list = super().update_weight_conversions(weight_conversions, *model)
+        for conversion in conversions:
+            if hasattr(conversion, "force_cpu") and not self.pre_quantized:
+                conversion.force_cpu = True
+        return conversions
+
+    def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
+        """Bytes per element of a float placeholder, so that device maps see what will lie on the device."""
+        if self.pre_quantized or param_name not in self.packed:
+            return param.element_size()
+        unit = self.packed[param_name]
+        shape, dtype = format_named(unit.format).specs(unit.experts * unit.rows, unit.columns)[""]
+        return torch.Size(shape).numel() * dtype.itemsize / param.numel()
+
+    def adjust_max_memory(self, max_memory: dict[str, Any]) -> dict[str, Any]:
+        """Leaves room on each device for the one unit that lies there in full precision while it is rounded."""
+        units = [] if self.pre_quantized else self.plan.packed
+        weights = max((unit.experts * unit.rows * unit.columns for unit in units), default=0)
+        room = weights * getattr(torch, self.plan.provenance.model.dtype).itemsize
+        return {device: size - (0 if device in ("cpu", "disk") else room) for device, size in max_memory.items()}
+
+    def get_quantize_ops(self) -> RoundOnLoad:
+        return RoundOnLoad(self._on_load)
+
+    def _on_load(self, name: str, value: torch.Tensor, model: Any) -> dict[str, torch.Tensor]:
+        """A float weight, as the checkpoint gives it → the packed tensors that the plan says, on their device."""
+        device: Any = get_device(self.device_map, name, valid_torch_device=True)
+        unit = self.packed.get(name)
+        if name in self.changed:
+            return {name: self._cached(kept_path, name)["tensor"].to(device, value.dtype)}
+        if unit is None:
+            return {name: value}
+        if self.plan.needs_text:
+            tensors = from_file(self._cached(unit_path, unit.name))
+        else:
+            weight = canonical(value, is_transposed(model.get_submodule(name.rpartition(".")[0])))
+            tensors = rounded(format_named(unit.format), weight, device)
+        return {name + suffix: tensor.to(device) for suffix, tensor in tensors.items()}
+
+    def _cached(self, path: Callable[[Path, str], Path], name: str) -> dict[str, torch.Tensor]:
+        tensors = load_tensors(path(codes_folder(self.plan), name))
+        if tensors is None:
+            raise CodesMissing(f"{name}: its codes have gone from the cache; load again to make them")
+        return tensors
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for unit in self.packed.values():
+            path, _, name = unit.parameter.rpartition(".")
+            if model.get_submodule(path)._parameters[name].is_floating_point():
+                raise BitplanError(
+                    f"{unit.name} was not packed: the checkpoint holds it in a form that is not supported"
+                )
+        if not any(parameter.is_floating_point() for parameter in model.parameters()):
+            _answer_dtype(model, getattr(torch, self.plan.provenance.model.dtype))
+        # Saved under the model's own names: reversing a checkpoint's conversions would tear packed tensors apart.
+        model._weight_conversions = []
+        use_kv_format(model, self.plan.kv_cache.format)
+        if self.plan.kv_cache.chunk:
+            model.generation_config.prefill_chunk_size = self.plan.kv_cache.chunk
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False

@@ -1,0 +1,89 @@
+"""Plan → model on the device. May import: formats, sensitivity, planner.plan/pretrained/session."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from bitplan.formats.errors import ModelUnreadable, PlanMismatch
+from bitplan.planner.hf.quantizer import PlanConfig, missing_codes, refuse_unavailable
+from bitplan.planner.memory.device import refuse_full
+from bitplan.planner.plan import Plan
+from bitplan.planner.quantize.distillation import round_missing
+from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.profile import read
+from bitplan.sensitivity.session import open_session, pick_device, recall_texts
+from bitplan.sensitivity.source import Source
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and saved buffers, shared ones once; buffers computed at load are not counted."""
+    tensors = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, torch.Tensor)}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def check_plan_fits(plan: Plan, source: Source) -> None:
+    """Raises PlanMismatch for a plan of other weights, FormatUnavailable where a format cannot run here."""
+    made_for = plan.provenance.model
+    if source.weights_sha256 != made_for.weights_sha256:
+        differs = (
+            "config and weights differ" if source.config_sha256 != made_for.config_sha256 else "the weights differ"
+        )
+        raise PlanMismatch(
+            f"the plan was made for {made_for.id} (fingerprint {made_for.weights_sha256[:12]}), not for {source.model}"
+            f" ({source.weights_sha256[:12]}): {differs}; make a plan for it with `bitplan plan {source.model}`"
+        )
+    refuse_unavailable(plan)
+
+
+def load(
+    plan: Plan | str | Path,
+    model: str | Path | None = None,
+    device: str = "auto",
+    text: list[str | Path] | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The planned model, in eval mode. `model` is a folder or hub id, by default the one that the plan names; `text`
+    is the plan's text, needed where its rounding needs text and the cache holds neither the codes nor the text.
+
+    Raises PlanMismatch, CodesMissing, FormatUnavailable, ModelUnreadable, UsageError.
+    """
+    if not isinstance(plan, Plan):
+        plan = read(Path(plan), Plan)
+    source = find_for(plan, model, trust_remote_code)
+    make_codes(plan, source, [Path(file) for file in text] if text else None, device)
+    return materialize(plan, source, device)
+
+
+def find_for(plan: Plan, model: str | Path | None, trust_remote_code: bool = False) -> Source:
+    """The model of a plan, checked. Raises PlanMismatch, FormatUnavailable, ModelUnreadable."""
+    facts = plan.provenance.model
+    try:
+        source = sources.find(model or facts.id, None if model else facts.revision, trust_remote_code)
+    except ModelUnreadable as error:
+        hint = "" if model else "; the plan names it so, relative to where it was made: give --model FOLDER"
+        raise ModelUnreadable(f"{error}{hint}") from None
+    sources.refuse_quantized(source)
+    check_plan_fits(plan, source)
+    return source
+
+
+def make_codes(plan: Plan, source: Source, files: list[Path] | None = None, device: str = "auto") -> None:
+    """Where the cache lacks codes of the plan and its text is to be had, round. Raises PlanMismatch, RoundingFailed."""
+    refuse_full(plan, source, pick_device(device))
+    needed = ("calibration", "search") if plan.healed else ("calibration",)
+    if missing_codes(plan) and (found := recall_texts(plan.provenance.text, source, files, needed=needed)):
+        round_missing(plan, open_session(source, found, device=device, whole=False))
+
+
+def materialize(plan: Plan, source: Source, device: str = "auto") -> PreTrainedModel:
+    """Load a checked plan's model. Raises CodesMissing; BitplanError where the device has too little memory;
+    PlanMismatch where the loaded bytes are not the planned."""
+    device = pick_device(device)
+    refuse_full(plan, source, device)
+    model = sources.load_model(source, device, quantization_config=PlanConfig(plan))
+    resident = resident_bytes(model)
+    if resident != plan.bytes:
+        raise PlanMismatch(f"the loaded model has {resident:,} bytes, the plan says {plan.bytes:,}")
+    return model

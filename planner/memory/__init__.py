@@ -1,0 +1,1 @@
+"""The arithmetic of memory: what a model needs on a device, and what is left for its weights."""

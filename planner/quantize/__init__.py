@@ -1,0 +1,1 @@
+"""How a whole model gets its codes: block by block, learned, distilled."""

@@ -1,0 +1,208 @@
+"""Healing: codes stay, scales and kept vectors are trained end to end by KL to the full-precision model.
+
+As in EfficientQAT's second phase (Chen et al. 2024) and mlx-lm's distilled quantization: AdamW on the calibration text.
+Every few steps the KL on the search text is looked at. What is kept is its least, the start included; where a look
+finds no gain, training goes back to the best state and takes smaller steps. The model that learns is the packed one;
+its weights are dequantized anew in each pass. State is saved at every look, and an interrupted run goes on from there.
+May import: formats, sensitivity, planner.plan/pretrained/sequence.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bitplan.formats.base import as_bits, as_floats
+from bitplan.formats.errors import RoundingFailed
+from bitplan.formats.modules import Packed
+from bitplan.formats.table import format_named
+from bitplan.planner.hf.quantizer import PlanConfig, codes_folder, holders, kept_path, missing_codes, unit_path
+from bitplan.planner.plan import Plan, PlannedUnit
+from bitplan.planner.quantize.sequential import Sequence
+from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.bank import for_file
+from bitplan.sensitivity.loss import Reference
+from bitplan.sensitivity.progress import progress
+from bitplan.sensitivity.session import SEED, Session, load_reference
+from bitplan.sensitivity.store import IN_MEMORY, load_tensors, save_tensors
+
+STEPS = 200
+TOKENS = 2048
+"""Of one step."""
+LOOK = 25
+"""Steps between two looks at the search text."""
+SCALE_RATE = 2e-2
+"""AdamW's learning rate of scales and zeros, times their own mean size."""
+VECTOR_RATE = 1e-2
+CALMER = 0.3
+"""What rates are multiplied by when a look finds no gain."""
+CALMEST = 0.005
+"""Rates times so little end the training."""
+
+
+def round_missing(plan: Plan, session: Session) -> None:
+    """Make the codes of the plan that the cache lacks, and heal them where the plan says so. Raises RoundingFailed."""
+    if not missing_codes(plan):
+        return
+    unhealed = plan.model_copy(update={"healed": False})
+    if missing_codes(unhealed):
+        Sequence(unhealed, session).run()
+    if plan.healed:
+        heal(plan, unhealed, session)
+
+
+def heal(plan: Plan, unhealed: Plan, session: Session) -> None:
+    """Train, and write the healed codes of every unit to the cache. Raises RoundingFailed where the loss is NaN."""
+    teacher = session.model if session.whole else load_reference(session.source, session.device)
+    calibration = Reference(teacher, session.texts.calibration)
+    search = Reference(teacher, session.texts.search)
+    del teacher
+    student = sources.load_model(session.source, session.device, quantization_config=PlanConfig(unhealed))
+    healing = Healing(student, plan)
+    healing.run(calibration, search)
+    healing.write()
+
+
+class Healing:
+    """A packed model in float32 whose scales and vectors are parameters."""
+
+    def __init__(self, model: PreTrainedModel, plan: Plan):
+        self.model, self.plan, self.folder = model, plan, codes_folder(plan)
+        torch.nn.Module.float(model)  # packed tensors are integers, and stay
+        self.trained: dict[str, tuple[nn.Parameter, torch.dtype]] = {}
+        """Name → a float32 parameter and the type that it is stored in."""
+        groups = []
+        for unit in plan.packed:
+            for name in holders(unit):
+                path, _, weight = name.rpartition(".")
+                module = model.get_submodule(path)
+                assert isinstance(module, Packed)
+                module.slots[weight] = replace(module.slots[weight], dtype=torch.float32)
+                for suffix, dtype in format_named(unit.format).floats.items():
+                    if (first := unit.parameter + suffix) not in self.trained:
+                        start = as_floats(module._parameters[weight + suffix], dtype).float()  # type: ignore[arg-type]
+                        self.trained[first] = nn.Parameter(start.clone()), dtype
+                        rate = SCALE_RATE * float(start.abs().mean())
+                        groups.append({"params": [self.trained[first][0]], "rate": rate})
+                    module._parameters[weight + suffix] = self.trained[first][0]
+        parameters = dict(model.named_parameters())
+        for entry in plan.kept:
+            found = parameters.get(entry.name)
+            if found is not None and found.ndim == 1 and found.is_floating_point():
+                found.requires_grad_(True)
+                self.trained[entry.name] = found, getattr(torch, entry.dtype)  # type: ignore[assignment]
+                groups.append({"params": [found], "rate": VECTOR_RATE})
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, betas=(0.9, 0.95))
+        if 4 * plan.provenance.model.parameters > IN_MEMORY and model.supports_gradient_checkpointing:
+            self._checkpoint()
+
+    def _checkpoint(self) -> None:
+        """Run blocks again in the backward pass instead of keeping their weights. Only the blocks themselves are told
+        that they train: their dropouts are not."""
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in self.model.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.training = True
+
+    def run(self, calibration: Reference, search: Reference) -> None:
+        ids, device = calibration.blocks.ids, self.model.device
+        batch = max(1, TOKENS // ids.shape[1])
+        done, least, calm, best = self._restore()
+        if done < 0:
+            least, done = self._look(search), 0
+        bar = progress(total=STEPS, initial=done, desc="healing", unit="step")
+        while done < STEPS and calm > CALMEST:
+            rate = calm * min(1.0, (done % LOOK + 1) / 5)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate * group["rate"]
+            drawn = torch.randperm(len(ids), generator=torch.Generator().manual_seed(SEED + done))[:batch]
+            aim = calibration.log_p[drawn].to(device)
+            log_q = self.model(input_ids=ids[drawn].to(device), use_cache=False).logits[:, :-1].float().log_softmax(-1)
+            loss = torch.nn.functional.kl_div(log_q.flatten(0, 1), aim.flatten(0, 1), reduction="none", log_target=True)
+            loss = loss.sum(-1).mean()
+            if not loss.isfinite():
+                raise RoundingFailed(f"healing: the loss is {loss.item()} at step {done}; plan without --heal")
+            self.optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            done += 1
+            bar.update()
+            if done % LOOK == 0 or done == STEPS:
+                kl = self._look(search)
+                if kl < least:
+                    least, best = kl, self._copy()
+                else:
+                    calm *= CALMER
+                    self._put(best)
+                    self.optimizer.state.clear()
+                self._save(done, least, calm, best)
+                bar.set_postfix(kl=f"{least:.5f}", refresh=False)
+        bar.close()
+        self._put(best)
+
+    def write(self) -> None:
+        """The best state as stored tensors: changed kept tensors first, then every unit's."""
+        stored = {name: p.detach().to(dtype).cpu() for name, (p, dtype) in self.trained.items()}
+        for entry in self.plan.kept:
+            if entry.name in stored:
+                save_tensors(kept_path(self.folder, entry.name), {"tensor": stored[entry.name]})
+        for unit in self.plan.packed:
+            save_tensors(unit_path(self.folder, unit.name), for_file(self._tensors(unit, stored)))
+        self._state.unlink(missing_ok=True)
+
+    def _tensors(self, unit: PlannedUnit, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        path, _, weight = unit.parameter.rpartition(".")
+        module = self.model.get_submodule(path)
+        assert isinstance(module, Packed)
+        trained = {suffix: stored.get(unit.parameter + suffix) for suffix in module.tensors(weight)}
+        return {
+            suffix: tensor.cpu() if (value := trained[suffix]) is None else as_bits(value)
+            for suffix, tensor in module.tensors(weight).items()
+        }
+
+    # State ----------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _look(self, search: Reference) -> float:
+        """KL on the search text with every parameter as it would be stored."""
+        exact = self._copy()
+        self._put({name: value.to(self.trained[name][1]).float() for name, value in exact.items()})
+        kl = search.judge(self.model).kl
+        self._put(exact)
+        return kl
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: parameter.detach().clone() for name, (parameter, _) in self.trained.items()}
+
+    @torch.no_grad()
+    def _put(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.trained[name][0].copy_(value)
+
+    @property
+    def _state(self) -> Path:
+        return self.folder / "healing.safetensors"
+
+    def _save(self, done: int, least: float, calm: float, best: dict[str, Tensor]) -> None:
+        tensors = {"progress": torch.tensor([done, least, calm], dtype=torch.float64)}
+        for name, (parameter, _) in self.trained.items():
+            tensors |= {f"now:{name}": parameter.detach(), f"best:{name}": best[name]}
+            tensors |= {f"{kind}:{name}": moment for kind, moment in self.optimizer.state.get(parameter, {}).items()}
+        save_tensors(self._state, tensors)
+
+    def _restore(self) -> tuple[int, float, float, dict[str, Tensor]]:
+        """Steps done (-1: none), least KL, factor of the rates, best state: of an interrupted run, or of the start."""
+        tensors = load_tensors(self._state, str(self.model.device))
+        if tensors is None:
+            return -1, float("inf"), 1.0, self._copy()
+        for name, (parameter, _) in self.trained.items():
+            with torch.no_grad():
+                parameter.copy_(tensors[f"now:{name}"])
+            if f"step:{name}" in tensors:
+                kinds = ("exp_avg", "exp_avg_sq")
+                moments = {kind: tensors[f"{kind}:{name}"] for kind in kinds}
+                self.optimizer.state[parameter] = {"step": tensors[f"step:{name}"].cpu(), **moments}
+        done, least, calm = tensors["progress"].tolist()
+        return int(done), least, calm, {name: tensors[f"best:{name}"] for name in self.trained}

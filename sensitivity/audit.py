@@ -1,0 +1,94 @@
+"""Model and text → profile. May import: formats, sensitivity, planner.session."""
+
+import math
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from bitplan.formats.errors import FormatUnavailable
+from bitplan.formats.kv.cache import KV_FORMATS
+from bitplan.sensitivity.bank import Choice, choices_for, unit_bytes
+from bitplan.sensitivity.graph import Kept, Unit
+from bitplan.sensitivity.loss import Reference
+from bitplan.sensitivity.measured import measure
+from bitplan.sensitivity.profile import CacheRow, KeptEntry, Profile, Row, UnitEntry
+from bitplan.sensitivity.progress import progress
+from bitplan.sensitivity.session import Session
+
+Rows = dict[tuple[str, Choice], dict[str, Any]]
+
+
+def sizes(session: Session, menu: tuple[str, ...], rounding: str | None = None) -> Profile:
+    """A profile of bytes alone, every loss 0: what is needed to know whether a budget can be met at all."""
+    rows = {
+        (unit.name, choice): {"bytes": unit_bytes(unit, choice.format), "predicted_nll": 0.0}
+        for unit in session.graph.units
+        for choice in choices_for(unit, menu, rounding)
+    }
+    return _profile(session, rows)
+
+
+def audit(session: Session, menu: tuple[str, ...], rounding: str | None = None, measured: bool = False) -> Profile:
+    """Score every unit in every format of the menu, and where asked measure it. Raises RoundingFailed."""
+    session.gather()
+    rows: Rows = {}
+    wanted: list[tuple[Unit, Choice]] = []
+    for unit in progress(session.graph.units, desc="formats", unit="unit"):
+        weight, statistics = session.bench.weight(unit), session.store[unit]
+        for choice in choices_for(unit, menu, rounding):
+            loss = 0.0
+            if choice.format != unit.native:
+                loss = statistics.loss(session.bank.dequantized(unit, choice) - weight)
+                wanted.append((unit, choice))
+            if math.isfinite(loss):
+                rows[unit.name, choice] = {"bytes": unit_bytes(unit, choice.format), "predicted_nll": max(0.0, loss)}
+            else:
+                print(f"{unit.name} cannot take {choice}: a value overflows", file=sys.stderr)
+    if not measured:
+        return _profile(session, rows)
+    reference = Reference(session.model, session.texts.search)
+    journal = session.bank.folder / f"measured-{session.texts.search.fingerprint[:16]}.jsonl"
+    for (name, choice), judgement in measure(session.bench, session.bank, reference, wanted, journal).items():
+        if (name, choice) in rows:
+            rows[name, choice] |= {
+                "measured_nll": judgement.delta_nll,
+                "measured_nll_se": judgement.delta_nll_se,
+                "measured_kl": judgement.kl,
+            }
+    return _profile(session, rows, float(reference.nll.mean()))
+
+
+def audit_cache(session: Session) -> tuple[CacheRow, ...]:
+    """What each format of the KV cache costs by itself, where the model's cache can have it."""
+    reference, rows = Reference(session.model, session.texts.search), []
+    for name in progress([name for name in KV_FORMATS if name != "native"], desc="KV cache", unit="format"):
+        try:
+            found = reference.judge(session.model, name)
+        except FormatUnavailable as reason:
+            print(f"KV cache: {reason}", file=sys.stderr)
+            break
+        error = found.kl_se if math.isfinite(found.kl_se) else None
+        rows.append(CacheRow(format=name, kl=found.kl, kl_se=error, delta_nll=found.delta_nll))
+    return tuple(rows)
+
+
+def _profile(session: Session, rows: Rows, full_precision_nll: float | None = None) -> Profile:
+    return Profile(
+        provenance=session.provenance,
+        full_precision_nll=full_precision_nll,
+        units=tuple(unit_entry(unit) for unit in session.graph.units),
+        kept=tuple(kept_entry(kept) for kept in session.graph.kept),
+        rows=tuple(
+            Row(unit=name, format=choice.format, rounding=choice.rounding, **row)
+            for (name, choice), row in rows.items()
+        ),
+    )
+
+
+def unit_entry(unit: Unit) -> UnitEntry:
+    facts = {name: value for name, value in asdict(unit).items() if name in UnitEntry.model_fields}
+    return UnitEntry(**facts | {"dtype": str(unit.dtype).removeprefix("torch.")})
+
+
+def kept_entry(kept: Kept) -> KeptEntry:
+    return KeptEntry(name=kept.name, shape=kept.shape, dtype=kept.dtype, bytes=kept.nbytes, reason=kept.reason)

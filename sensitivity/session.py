@@ -1,0 +1,191 @@
+"""A full-precision model opened for work, and the texts it works with.
+
+May import: formats, sensitivity, planner.plan.
+"""
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+import bitplan
+from bitplan.formats.errors import ModelUnreadable, PlanMismatch, UsageError
+from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.bank import Bank, Workbench, workspace
+from bitplan.sensitivity.curvature import StatisticsStore, gather
+from bitplan.sensitivity.graph import Graph, Unit, build_graph
+from bitplan.sensitivity.profile import ModelFacts, Provenance, TextFacts, TextPart
+from bitplan.sensitivity.source import Source
+from bitplan.sensitivity.texts import text as texts
+from bitplan.sensitivity.texts.text import Blocks, Texts
+
+SEED = 0
+PARTS = ("calibration", "search", "heldout")
+
+
+@dataclass
+class Session:
+    """A loaded full-precision model with all that is known of it."""
+
+    source: Source
+    texts: Texts
+    model: PreTrainedModel
+    graph: Graph
+    bench: Workbench
+    bank: Bank
+    store: StatisticsStore
+    provenance: Provenance
+    device: str
+    folder: Path
+    """Where the cache keeps what is known of this model with this text."""
+    whole: bool = True
+    """The model is on the device as it runs; otherwise it stays where transformers loads it, on the CPU."""
+
+    def gather(self, units: Sequence[Unit] | None = None) -> None:
+        """Make sure of the statistics of all units, or of these. Raises RoundingFailed."""
+        units = self.graph.units if units is None else units
+        if any(unit not in self.store for unit in units):
+            model = self.model if self.whole else load_reference(self.source, self.device)
+            gather(model, units, self.texts.calibration, self.store, SEED)
+
+    @property
+    def compared(self) -> Path:
+        """Where the cache keeps the finished rows of comparisons."""
+        return self.folder / "compared"
+
+    def give_up_model(self) -> None:
+        """Free the full-precision model; the session can do nothing with weights from here on."""
+        del self.model, self.bench, self.bank
+
+
+def pick_device(device: str) -> str:
+    """`auto` is the first CUDA device where there is one, else the CPU. Raises UsageError for one that is not there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or not (index == "" or index.isdigit()):
+        raise UsageError(f"unknown device {device!r}: cpu, cuda, cuda:N or auto")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device {device} is not here: there are {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def open_session(
+    source: Source, session_texts: Texts, keep: tuple[str, ...] = (), device: str = "auto", whole: bool = True
+) -> Session:
+    """Load the model, in float32 on a CPU and in its own type elsewhere; not `whole`: as the checkpoint has it, for
+    work that takes one block at a time to the device. Raises ModelUnreadable, UsageError."""
+    sources.refuse_quantized(source)
+    device = pick_device(device)
+    model = sources.load_model(source, device if whole else "cpu")
+    dtype = str(model.dtype).removeprefix("torch.")
+    graph = build_graph(model, keep)
+    if not graph.units:
+        raise ModelUnreadable(f"{source.model} has no weight that can take a format")
+    if whole:
+        _widen(model, device)
+    for part in PARTS:
+        blocks = getattr(session_texts, part)
+        highest, rows = int(blocks.ids.max()), model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr, operator, index]
+        if highest >= rows:
+            raise ModelUnreadable(
+                f"the tokenizer of {source.model} gives token {highest}, its embedding has {rows} rows"
+            )
+        texts.remember(blocks)
+    folder = workspace(source.weights_sha256, session_texts.calibration.fingerprint, SEED)
+    store = StatisticsStore(folder / "statistics", graph, device)
+    bench = Workbench(model, graph.units)
+    bank = Bank(folder, bench.weight, store)
+    facts = _describe(source, session_texts, dtype, model.num_parameters(), device)
+    return Session(source, session_texts, model, graph, bench, bank, store, facts, device, folder, whole)
+
+
+def load_reference(source: Source, device: str = "auto") -> PreTrainedModel:
+    """The full-precision model that others are judged against, as `open_session` has it."""
+    device = pick_device(device)
+    return _widen(sources.load_model(source, device), device)
+
+
+def _widen(model: PreTrainedModel, device: str) -> PreTrainedModel:
+    """On a CPU, in place, float32: there it costs little time, and halves of it would blur small differences."""
+    return model.float() if device == "cpu" else model
+
+
+def _describe(source: Source, session_texts: Texts, dtype: str, parameters: int, device: str) -> Provenance:
+    def part(blocks: Blocks) -> TextPart:
+        count, length = blocks.ids.shape
+        return TextPart(sha256=blocks.fingerprint, blocks=count, length=length)
+
+    return Provenance(
+        model=ModelFacts(
+            id=source.model,
+            revision=source.revision,
+            config_sha256=source.config_sha256,
+            weights_sha256=source.weights_sha256,
+            dtype=dtype,
+            parameters=parameters,
+        ),
+        text=TextFacts(
+            source=session_texts.source,
+            tokens=session_texts.tokens,
+            calibration=part(session_texts.calibration),
+            search=part(session_texts.search),
+            heldout=part(session_texts.heldout),
+        ),
+        seed=SEED,
+        device=torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
+        versions={
+            "bitplan": bitplan.__version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "optuna")},
+        },
+    )
+
+
+def read_texts(
+    source: Source,
+    *,
+    files: list[Path] | None = None,
+    dataset: str | None = None,
+    heldout: list[Path] | None = None,
+    tokens: int = texts.TOKENS,
+    length: int = texts.BLOCK,
+) -> Texts:
+    """The three texts, tokenized for a model. Raises TextTooShort, UsageError, ModelUnreadable."""
+    tokenizer = sources.load_tokenizer(source)
+    length = sources.block_length(source, length)
+    return texts.prepare(tokenizer, files=files, dataset=dataset, heldout=heldout, tokens=tokens, length=length)
+
+
+def recall_texts(
+    facts: TextFacts,
+    source: Source,
+    files: list[Path] | None = None,
+    heldout: list[Path] | None = None,
+    needed: tuple[str, ...] = PARTS,
+) -> Texts | None:
+    """The very texts that a plan or profile names: from the cache, or read again from `files` and `heldout`, or from
+    the standard library. Only the parts `needed` are sure to be those. None where there is nothing to read them from.
+
+    Raises PlanMismatch where what there is to read is other text.
+    """
+    parts = {name: texts.recall(getattr(facts, name).sha256) for name in PARTS}
+    if all(parts.values()):
+        return Texts(**parts, source=facts.source, tokens=facts.tokens)  # type: ignore[arg-type]
+    places = [None] if facts.source == texts.DEFAULT_SOURCE else []
+    for place in [files, *places] if files else places:
+        again = read_texts(source, files=place, heldout=heldout, tokens=facts.tokens, length=facts.calibration.length)
+        if all(getattr(again, name).fingerprint == getattr(facts, name).sha256 for name in needed):
+            return again
+    if not files and not places:
+        return None
+    given = ", ".join(file.name for file in files) if files else "this Python's standard library"
+    more = " and its --heldout" if "heldout" in needed else ""
+    raise PlanMismatch(
+        f"{given} is not the text that was used ({facts.source}; fingerprint {facts.calibration.sha256[:12]}): give"
+        f" that text{more}, or start again with this one"
+    )

@@ -1,0 +1,1 @@
+"""Tasks: questions, how a model scores on them, and paired intervals."""

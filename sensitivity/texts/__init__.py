@@ -1,0 +1,1 @@
+"""Where calibration, search and held-out text come from."""

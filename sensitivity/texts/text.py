@@ -1,0 +1,164 @@
+"""Text files, a dataset or the standard library's sources → three disjoint sets of token blocks.
+
+Calibration text rounds and gathers statistics, search text chooses, held-out text is reported.
+May import: formats.errors, sensitivity.stdlib, sensitivity.store.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from bitplan.formats.errors import TextTooShort, UsageError, first_line
+from bitplan.sensitivity.store import cache_folder, load_tensors, save_tensors, sha256
+from bitplan.sensitivity.texts import stdlib
+
+TOKENS = 32_768
+"""Calibration tokens unless asked otherwise; search text takes a quarter as many, held-out text half."""
+BLOCK = 512
+SHARES = {"calibration": 0.5, "search": 0.2, "heldout": 0.3}
+MINIMUM = {"calibration": 4, "search": 2, "heldout": 2}
+"""Fewest blocks of each part."""
+DEFAULT_SOURCE = "the sources of Python's standard library"
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Token ids, int64 [blocks, length]: the loss is over length - 1 predictions a block."""
+
+    ids: Tensor
+
+    @property
+    def fingerprint(self) -> str:
+        return sha256(str(tuple(self.ids.shape)), self.ids.numpy().tobytes())
+
+    @property
+    def predictions(self) -> int:
+        return self.ids.shape[0] * (self.ids.shape[1] - 1)
+
+
+def remember(blocks: Blocks) -> None:
+    """Keep blocks in the cache, so that a file that names their fingerprint can be used without their text."""
+    path = cache_folder() / "text" / f"{blocks.fingerprint}.safetensors"
+    if not path.exists():
+        save_tensors(path, {"ids": blocks.ids})
+
+
+def recall(fingerprint: str) -> Blocks | None:
+    tensors = load_tensors(cache_folder() / "text" / f"{fingerprint}.safetensors")
+    return Blocks(tensors["ids"]) if tensors else None
+
+
+@dataclass(frozen=True)
+class Texts:
+    calibration: Blocks
+    search: Blocks
+    heldout: Blocks
+    source: str
+    """Where the text came from, in words."""
+    tokens: int
+    """Calibration tokens that were asked for."""
+
+
+def read_file(path: Path) -> str:
+    """A UTF-8 text file. Raises UsageError."""
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot read text file {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not UTF-8 text: give a plain text file") from None
+    if "\0" in text:
+        raise UsageError(f"{path} holds zero bytes, so it is not text: give a plain text file")
+    return text
+
+
+def read_dataset(name: str, characters: int) -> str:
+    """Up to `characters` of the text column of a dataset's train split; NAME or NAME:CONFIG. Raises UsageError."""
+    import datasets
+
+    path, _, config = name.partition(":")
+    try:
+        rows = datasets.load_dataset(path, config or None, split="train")
+    except Exception as error:  # datasets raises many unrelated types for one outcome
+        reason = first_line(error)
+        raise UsageError(f"cannot load dataset {name}: {reason}") from None
+    if "text" not in rows.column_names:
+        raise UsageError(f"dataset {name} has no column 'text', only {', '.join(rows.column_names)}")
+    parts, size = [], 0
+    for row in rows:
+        parts.append(row["text"])
+        size += len(parts[-1])
+        if size >= characters:
+            break
+    return "\n".join(parts)
+
+
+def prepare(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    files: list[Path] | None = None,
+    dataset: str | None = None,
+    heldout: list[Path] | None = None,
+    tokens: int = TOKENS,
+    length: int = BLOCK,
+) -> Texts:
+    """Read, tokenize, split. Each document gives its first half to calibration, a fifth to search, the rest is held
+    out (or left unused, where `heldout` files are given). Without any text: the standard library's sources, whose
+    held-out modules are fixed. Raises TextTooShort, UsageError."""
+    if tokens < MINIMUM["calibration"] * length:
+        raise UsageError(
+            f"{tokens} calibration tokens are fewer than {MINIMUM['calibration']} blocks of {length}: raise --tokens to"
+            f" {MINIMUM['calibration'] * length}, or lower --block"
+        )
+    wanted = {"calibration": tokens, "search": tokens // 4, "heldout": tokens // 2}
+    parts: dict[str, list[list[int]]] = {name: [] for name in SHARES}
+    if files or dataset:
+        documents = [read_file(path) for path in files] if files else [read_dataset(str(dataset), tokens * 20)]
+        source = ", ".join(path.name for path in files) if files else str(dataset)
+    else:
+        documents, source = [stdlib.calibration_text(tokens * 10)], DEFAULT_SOURCE
+    fixed = (
+        [read_file(path) for path in heldout] if heldout else [] if files or dataset else stdlib.held_out_documents()
+    )
+    for document in documents:
+        ids = _encode(tokenizer, document)
+        start, passed = 0, 0.0
+        for name, share in SHARES.items():
+            passed += share
+            stop = round(passed * len(ids))
+            parts[name].append(ids[start:stop])
+            start = stop
+    if fixed:
+        parts["heldout"] = [_encode(tokenizer, document) for document in fixed]
+    first = _first_token(tokenizer)
+    made = {}
+    for name, streams in parts.items():
+        blocks = _blocks(streams, length, first)[: max(1, wanted[name] // length)]
+        if len(blocks) < min(MINIMUM[name], max(1, wanted[name] // length)):
+            have = sum(map(len, streams))
+            raise TextTooShort(
+                f"text too short: {name} text has {have} tokens in blocks of {length}, and {MINIMUM[name] * length} are"
+                f" needed: give more text, or a smaller --block"
+            )
+        made[name] = Blocks(torch.tensor(blocks))
+    return Texts(made["calibration"], made["search"], made["heldout"], source, tokens)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _first_token(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token that the tokenizer starts every text with, which models trained so need at the start of a block."""
+    start = tokenizer("a")["input_ids"][:1]
+    return start if tokenizer.bos_token_id is not None and start == [tokenizer.bos_token_id] else []
+
+
+def _blocks(streams: list[list[int]], length: int, first: list[int]) -> list[list[int]]:
+    """Whole blocks of each stream, taken from the streams in turn so that a cut leaves none out."""
+    step = length - len(first)
+    cut = [[first + s[i : i + step] for i in range(0, len(s) - step + 1, step)] for s in streams]
+    return [blocks[i] for i in range(max(map(len, cut), default=0)) for blocks in cut if i < len(blocks)]
