@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.machine import described
 from bitplan.planner.demo import CALIBRATION, HELDOUT, MODEL
-from bitplan.planner.report.show import table
+from bitplan.planner.report.tables import table
 
 ROOT = Path(__file__).parent.parent
 PICTURE = ROOT / "docs" / "frontier.svg"

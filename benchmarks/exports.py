@@ -29,9 +29,9 @@ from bitplan.planner.demo import CALIBRATION, HELDOUT, MODEL
 from bitplan.planner.export import Exported, export, write_export
 from bitplan.planner.export.gguf import SIZES, Gguf
 from bitplan.planner.export.gptq_layout import save_gptq
-from bitplan.planner.load import materialize
+from bitplan.planner.load import load_planned
 from bitplan.planner.plan import Plan
-from bitplan.planner.report.show import table
+from bitplan.planner.report.tables import table
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.session import Session, open_session, read_texts
 
@@ -99,7 +99,7 @@ def mixed(session: Session, formats: tuple[str, ...]) -> Plan:
     turns = [uniform_plan(session, name, "nearest") for name in formats]
     groups = list(dict.fromkeys(unit.group for unit in turns[0].units))
     units = [turns[groups.index(unit.group) % len(turns)].units[i] for i, unit in enumerate(turns[0].units)]
-    size = sum(unit.bytes for unit in units) + sum(entry.bytes for entry in turns[0].kept)
+    size = sum(unit.bytes for unit in units) + sum(entry.bytes for entry in turns[0].unquantized)
     parts = {"units": [unit.model_dump() for unit in units], "bytes": size}
     return Plan.model_validate(turns[0].model_dump() | parts)
 
@@ -153,7 +153,7 @@ def prepare(cases: list[Case]) -> None:
 
 
 def own_logits(session: Session, plan: Plan, ids: Tensor) -> Tensor:
-    model = materialize(plan, session.source, "cpu")
+    model = load_planned(plan, session.source, "cpu")
     torch.nn.Module.float(model)  # what is kept; codes are integers and stay
     with torch.no_grad():
         return model(input_ids=ids).logits
@@ -178,7 +178,7 @@ def main() -> None:
             write_export(exported, place, device="cpu")
             folder = place.with_suffix(".gptq")
             if case.target == "gptqmodel":  # the weights that these settings belong to
-                save_gptq(materialize(plan, source, "cpu"), plan, source, folder, force=False)
+                save_gptq(load_planned(plan, source, "cpu"), plan, source, folder, force=False)
             words, nbytes, logits, version = ask(case, folder if folder.exists() and case.server else place, file, out)
             found = list(differing(exported, words, nbytes))
             if case.target == "gptqmodel" and not case.server:

@@ -22,10 +22,10 @@ from torch import Tensor
 from bitplan.planner.assemble import uniform_plan
 from bitplan.planner.demo import CALIBRATION, HELDOUT, MODEL
 from bitplan.planner.export.gptq_layout import save_gptq
-from bitplan.planner.load import materialize
+from bitplan.planner.load import load_planned
 from bitplan.planner.plan import Plan
 from bitplan.planner.quantize.distillation import round_missing
-from bitplan.planner.report.show import table
+from bitplan.planner.report.tables import table
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.session import Session, open_session, read_texts
 
@@ -62,7 +62,7 @@ def plans_of(session: Session) -> dict[str, Plan]:
     turns = [uniform_plan(session, name) for name in ("int4-g64", "int3-g64", "int2-g32", "int8", "bf16")]
     groups = list(dict.fromkeys(unit.group for unit in uniform.units))
     units = [turns[groups.index(unit.group) % len(turns)].units[i] for i, unit in enumerate(uniform.units)]
-    size = sum(unit.bytes for unit in units) + sum(entry.bytes for entry in uniform.kept)
+    size = sum(unit.bytes for unit in units) + sum(entry.bytes for entry in uniform.unquantized)
     mixed = uniform.model_dump() | {"units": [unit.model_dump() for unit in units], "bytes": size}
     return {"4 bits": uniform, "2, 3, 4, 8 bits, bf16": Plan.model_validate(mixed)}
 
@@ -91,7 +91,7 @@ def main() -> None:
         save_file({"ids": ids}, folder / "ids.safetensors")
         for title, plan in plans_of(session).items():
             round_missing(plan, session)
-            model = materialize(plan, source, "cpu")
+            model = load_planned(plan, source, "cpu")
             save_gptq(model, plan, source, folder / title, force=False)
             torch.nn.Module.float(model)  # what is kept; codes are integers and stay
             with torch.no_grad():

@@ -19,8 +19,8 @@ from torch import Tensor
 from benchmarks.machine import described
 from bitplan.planner.assemble import uniform_plan
 from bitplan.planner.demo import HELDOUT, MODEL
-from bitplan.planner.load import materialize
-from bitplan.planner.report.show import table
+from bitplan.planner.load import load_planned
+from bitplan.planner.report.tables import table
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.progress import progress
 from bitplan.sensitivity.session import open_session, read_texts
@@ -63,7 +63,7 @@ def values(model: str, text: Path) -> dict[tuple[str, str], tuple[Tensor, Tensor
     session.give_up_model()
     found = {}
     for name, plan in plans:
-        loaded = materialize(plan, source, "cpu")
+        loaded = load_planned(plan, source, "cpu")
         for measure, task in tasks.items():
             found[measure, name] = base[measure], score(loaded, task).values
     return found

@@ -27,12 +27,12 @@ from benchmarks.shapes import LLAMA_8B
 from bitplan.formats.kernels.dispatch import machine
 from bitplan.planner.assemble import uniform_plan
 from bitplan.planner.evaluate.throughput import Allocated
-from bitplan.planner.load import find_for, materialize, resident_bytes
-from bitplan.planner.memory.device import plan_needs
-from bitplan.planner.memory.footprint import Setting
-from bitplan.planner.plan import Budget, KVCache, Plan
+from bitplan.planner.load import find_for, load_planned, resident_bytes
+from bitplan.planner.memory.budget import plan_memory
+from bitplan.planner.memory.footprint import Workload
+from bitplan.planner.plan import Budget, Plan
 from bitplan.planner.report.model_card import save
-from bitplan.planner.report.show import table
+from bitplan.planner.report.tables import table
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.graph import build_graph
 from bitplan.sensitivity.profile import read, write
@@ -75,14 +75,14 @@ def make_plan(source: sources.Source, formats: list[str], kv_format: str) -> Pla
         next(unit for unit in of[choice[asked.group]].units if unit.name == asked.name)
         for asked in of[formats[0]].units
     )
-    total = sum(unit.bytes for unit in units) + sum(kept.bytes for kept in of[formats[0]].kept)
+    total = sum(unit.bytes for unit in units) + sum(kept.bytes for kept in of[formats[0]].unquantized)
     return of[formats[0]].model_copy(
         update={
             "units": units,
             "bytes": total,
             "bits_per_weight": total * 8 / facts.model.parameters,
-            "budget": Budget(asked=" ".join(formats), weights=total),
-            "kv_cache": KVCache(format=kv_format),
+            "budget": Budget(requested=" ".join(formats), weights=total),
+            "workload": Workload(kv_format=kv_format),
         }
     )
 
@@ -126,10 +126,10 @@ class Grown:
 
 
 @torch.inference_mode()
-def use(model: Any, setting: Setting) -> None:
+def use(model: Any, workload: Workload) -> None:
     """Read a prompt but for its last token by chunks, then decode one."""
-    ids = torch.randint(0, model.config.vocab_size, (setting.batch, setting.context - 1), device=model.device)
-    length = {"max_new_tokens": 2, "min_new_tokens": 2, "prefill_chunk_size": setting.chunk}
+    ids = torch.randint(0, model.config.vocab_size, (workload.batch, workload.context - 1), device=model.device)
+    length = {"max_new_tokens": 2, "min_new_tokens": 2, "prefill_chunk_size": workload.chunk}
     model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, **length)
 
 
@@ -137,7 +137,7 @@ def loading(plan: Plan, folder: Path, saved: Path, device: str) -> dict[str, Any
     """Round while loading, and save."""
     source = find_for(plan, folder)
     with Grown(device) as grown:
-        model = materialize(plan, source, device)
+        model = load_planned(plan, source, device)
     found = {"resident": resident_bytes(model), "load": grown.bytes}
     save(model, plan, source, saved, force=True)
     return found
@@ -155,10 +155,10 @@ def reloading(plan: Plan, saved: Path, device: str, contexts: list[int]) -> dict
     found: dict[str, Any] = {"reload": grown.bytes, "reload_seconds": seconds, "runs": []}
     source = sources.find(saved)
     for context in contexts:
-        setting = Setting(context, 1, CHUNK, plan.kv_cache.format)
-        needs = plan_needs(plan, source, machine(device), setting)
+        workload = Workload(context=context, prefill_chunk=CHUNK, kv_format=plan.workload.kv_format)
+        needs = plan_memory(plan, source, machine(device), workload)
         with Allocated(model.device) as using:
-            use(model, setting)
+            use(model, workload)
         foretold = plan.bytes + needs.kv_cache + needs.workspace
         found["runs"].append({"context": context, "foretold": foretold, "peak": plan.bytes + using.bytes})
     return found

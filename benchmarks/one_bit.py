@@ -12,9 +12,9 @@ from torch import Tensor
 
 from bitplan.planner.assemble import uniform_plan
 from bitplan.planner.demo import CALIBRATION, HELDOUT, MODEL
-from bitplan.planner.load import materialize, resident_bytes
+from bitplan.planner.load import load_planned, resident_bytes
 from bitplan.planner.quantize.distillation import round_missing
-from bitplan.planner.report.show import table
+from bitplan.planner.report.tables import table
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.loss import Reference
 from bitplan.sensitivity.session import open_session, read_texts
@@ -51,10 +51,10 @@ def main() -> None:
     for name in names:
         plan = uniform_plan(session, name, "gptq")
         round_missing(plan, session)
-        model = materialize(plan, source, "cpu")
-        judgement = reference.judge(model)
+        model = load_planned(plan, source, "cpu")
+        evaluation = reference.evaluate(model)
         bits = resident_bytes(model) * 8 / plan.provenance.model.parameters
-        rows.append((f"{name} (research stage)", f"{bits:.3f}", f"{judgement.ppl:.1f}", f"{judgement.nll:.4f}"))
+        rows.append((f"{name} (research stage)", f"{bits:.3f}", f"{evaluation.ppl:.1f}", f"{evaluation.nll:.4f}"))
     rows.append(("full precision", "", f"{reference.nll.mean().exp():.1f}", f"{reference.nll.mean():.4f}"))
     print(table(("", "bits per weight", "perplexity", "nats per token"), rows))
 

@@ -14,30 +14,32 @@ import time
 import torch
 from scipy.stats import spearmanr
 
+from bitplan.formats.scheme import QuantScheme
 from bitplan.formats.table import FORMATS
 from bitplan.planner.demo import CALIBRATION, HELDOUT, MODEL
-from bitplan.planner.report.show import table
+from bitplan.planner.report.tables import table
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.audit import audit
-from bitplan.sensitivity.bank import Choice
 from bitplan.sensitivity.session import open_session, read_texts
 
-MENU = ("int6-g64", "int4-g64", "int3-g64", "int2-g64")
+DEFAULT_FORMATS = ("int6-g64", "int4-g64", "int3-g64", "int2-g64")
 
 
 def main() -> None:
     source = sources.find(MODEL)
     session = open_session(source, read_texts(source, files=[CALIBRATION], heldout=[HELDOUT]), device="cpu")
     began = time.perf_counter()
-    profile = audit(session, MENU)
+    profile = audit(session, DEFAULT_FORMATS)
     predicted_seconds = time.perf_counter() - began
-    profile = audit(session, MENU, measured=True)
+    profile = audit(session, DEFAULT_FORMATS, measured=True)
     measured_seconds = time.perf_counter() - began - predicted_seconds
     rows = [row for row in profile.rows if row.measured_kl is not None]
     scores: dict[str, list[float]] = {"second moments": [], "output error": [], "weight error": [], "fewer bits": []}
     for row in rows:
-        unit = session.bench.units[row.unit]
-        change = session.bank.dequantized(unit, Choice(row.format, row.rounding)) - session.bench.weight(unit)
+        unit = session.swapper.units[row.unit]
+        change = session.weight_cache.dequantized(unit, QuantScheme(row.format, row.rounding)) - session.swapper.weight(
+            unit
+        )
         inputs = session.store[unit].inputs
         assert inputs is not None
         scores["second moments"].append(row.predicted_nll)
@@ -48,12 +50,12 @@ def main() -> None:
     table_rows = []
     for name, values in scores.items():
         cells = [f"{spearmanr(values, kl).statistic:.3f}"]
-        for format in MENU:
+        for format in DEFAULT_FORMATS:
             at = [i for i, row in enumerate(rows) if row.format == format]
             one = len({values[i] for i in at}) == 1
             cells.append("–" if one else f"{spearmanr([values[i] for i in at], [kl[i] for i in at]).statistic:.3f}")
         table_rows.append((name, *cells))
-    print(table(("Spearman with measured KL", "all", *MENU), table_rows))
+    print(table(("Spearman with measured KL", "all", *DEFAULT_FORMATS), table_rows))
     facts = {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
     facts |= {"predicting_seconds": round(predicted_seconds), "measuring_seconds": round(measured_seconds)}
     print(json.dumps(facts), file=sys.stderr)

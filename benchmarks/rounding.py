@@ -27,9 +27,9 @@ from transformers import AutoModelForCausalLM
 
 from bitplan.planner.assemble import uniform_plan
 from bitplan.planner.demo import CALIBRATION, HELDOUT, MODEL
-from bitplan.planner.load import materialize
+from bitplan.planner.load import load_planned
 from bitplan.planner.quantize.distillation import round_missing
-from bitplan.planner.report.show import table
+from bitplan.planner.report.tables import table
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.loss import Reference
 from bitplan.sensitivity.session import load_reference, open_session, read_texts
@@ -62,19 +62,24 @@ class Case:
 def ours(case: Case, method: str, bits: int, tokens: int, whole: bool) -> dict[str, Any]:
     """Round by bitplan in this process. `whole`: embeddings and head too."""
     texts = case.texts(tokens)
-    rounding, _, healed = method.partition("+")
+    rounding, _, distilled = method.partition("+")
     session = open_session(case.source, texts, device="cpu")
     if not whole:
         ends = (session.model.get_input_embeddings(), session.model.get_output_embeddings())
         kept = [u.name for u in session.graph.units if u.kind == "embedding" or _owner(session.model, u.name) in ends]
         session = open_session(case.source, texts, tuple(kept), device="cpu")
-    plan = uniform_plan(session, f"int{bits}-g{GROUP}", rounding, bool(healed))
+    plan = uniform_plan(session, f"int{bits}-g{GROUP}", rounding, bool(distilled))
     began = time.perf_counter()
     round_missing(plan, session)
     seconds = time.perf_counter() - began
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    judgement = Reference(session.model, texts.heldout).judge(materialize(plan, case.source, "cpu"))
-    facts = {"nats": judgement.delta_nll, "nats_se": judgement.delta_nll_se, "kl": judgement.kl, "ppl": judgement.ppl}
+    evaluation = Reference(session.model, texts.heldout).evaluate(load_planned(plan, case.source, "cpu"))
+    facts = {
+        "nats": evaluation.delta_nll,
+        "nats_se": evaluation.delta_nll_se,
+        "kl": evaluation.kl,
+        "ppl": evaluation.ppl,
+    }
     return {**facts, "seconds": seconds, "peak_bytes": peak, "bytes": plan.bytes, "note": ""}
 
 
@@ -101,8 +106,15 @@ def peer(case: Case, method: str, bits: int, tokens: int) -> dict[str, Any]:
         if result.get("failed"):
             return {"failed": True, "note": result["note"]}
         reference = Reference(load_reference(case.source, "cpu"), texts.heldout)
-        judgement = reference.judge(AutoModelForCausalLM.from_pretrained(folder / "out", dtype=torch.float32).eval())
-    facts = {"nats": judgement.delta_nll, "nats_se": judgement.delta_nll_se, "kl": judgement.kl, "ppl": judgement.ppl}
+        evaluation = reference.evaluate(
+            AutoModelForCausalLM.from_pretrained(folder / "out", dtype=torch.float32).eval()
+        )
+    facts = {
+        "nats": evaluation.delta_nll,
+        "nats_se": evaluation.delta_nll_se,
+        "kl": evaluation.kl,
+        "ppl": evaluation.ppl,
+    }
     return {**facts, "seconds": result["seconds"], "peak_bytes": result["peak_bytes"], "note": result["note"]}
 
 
@@ -115,10 +127,10 @@ def cell(case: Case, method: str, bits: int, tokens: int, whole: bool, redo: boo
     if method in PEERS:
         result = peer(case, method, bits, tokens)
     else:
-        rounding, _, healed = method.partition("+")
+        rounding, _, distilled = method.partition("+")
         cache = RESULTS / f"{case.name}.{rounding}{'.whole' if whole else ''}.{bits}.cache"
-        before = cell(case, rounding, bits, tokens, whole, False)["seconds"] if healed else 0.0
-        if not healed:
+        before = cell(case, rounding, bits, tokens, whole, False)["seconds"] if distilled else 0.0
+        if not distilled:
             shutil.rmtree(cache, ignore_errors=True)
         command = [sys.executable, "-m", "benchmarks.rounding", "--one", method, str(bits), "--tokens", str(tokens)]
         command += ["--case", *case.files, *(["--whole"] if whole else [])]

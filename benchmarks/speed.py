@@ -58,7 +58,7 @@ ROW = re.compile(r"(?:(torchao|gptqmodel|bitsandbytes) )?([a-z0-9.-]+?)(?:@(\w+)
 
 
 @dataclass(frozen=True)
-class Setting:
+class Workload:
     shape: str
     device: str
     threads: int
@@ -82,38 +82,38 @@ class Setting:
         return [*own, *(theirs if peers else ()), f"{self.baseline} again"]
 
 
-def row(text: str, setting: Setting) -> dict[str, Any]:
+def row(text: str, workload: Workload) -> dict[str, Any]:
     """Measure a row; one that cannot be says why."""
     found = ROW.fullmatch(text)
     if not found:
         raise SystemExit(f"unknown row {text!r}: see --help")
     tool, name, dtype, compiled, dequantized, _ = found.groups()
-    dtype = dtype or (name if name in DTYPES else setting.baseline)
+    dtype = dtype or (name if name in DTYPES else workload.baseline)
     if tool:
-        return peer(tool, name, dtype, bool(compiled), setting)
-    config = SHAPES[setting.shape]
+        return peer(tool, name, dtype, bool(compiled), workload)
+    config = SHAPES[workload.shape]
     without = patch.object(kernels, "choose", lambda *_: kernels.Kernel("dequantize", "asked for"))
     try:
         formats = None if name in DTYPES else formats_of(name, config)
-        model = random_model(config, setting.device, DTYPES[dtype], formats)
+        model = random_model(config, workload.device, DTYPES[dtype], formats)
         with without if dequantized else nullcontext():
-            return measure(model, setting.device, setting.limit, bool(compiled))
+            return measure(model, workload.device, workload.limit, bool(compiled))
     except Exception as error:  # a row that fails is a result; the others are still to come
         return {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
 
 
-def peer(tool: str, name: str, dtype: str, compiled: bool, setting: Setting) -> dict[str, Any]:
+def peer(tool: str, name: str, dtype: str, compiled: bool, workload: Workload) -> dict[str, Any]:
     """A row in a peer's own environment, which is made where it is missing."""
     peers = HERE / "peers"
     if subprocess.run([peers / "make.sh", tool], stdout=sys.stderr, check=False).returncode:
         return {"failed": "its environment could not be made"}
     with tempfile.TemporaryDirectory() as folder:
-        SHAPES[setting.shape].save_pretrained(folder)
+        SHAPES[workload.shape].save_pretrained(folder)
         command: list[Any] = [peers / f".venv-{tool}" / "bin" / "python", peers / f"speed_{tool}.py"]
-        command += ["--config", folder, "--format", name, "--dtype", dtype, "--device", setting.device]
-        command += ["--threads", setting.threads, "--limit", setting.limit, *(["--compile"] if compiled else [])]
+        command += ["--config", folder, "--format", name, "--dtype", dtype, "--device", workload.device]
+        command += ["--threads", workload.threads, "--limit", workload.limit, *(["--compile"] if compiled else [])]
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        environment |= {"OMP_NUM_THREADS": str(setting.threads), "HF_HUB_OFFLINE": "1"}
+        environment |= {"OMP_NUM_THREADS": str(workload.threads), "HF_HUB_OFFLINE": "1"}
         try:
             done = subprocess.run(
                 list(map(str, command)), capture_output=True, text=True, env=environment, timeout=PATIENCE, check=False
@@ -126,31 +126,31 @@ def peer(tool: str, name: str, dtype: str, compiled: bool, setting: Setting) -> 
     return result
 
 
-def kept(name: str, setting: Setting, redo: list[str], work: Any) -> dict[str, Any]:
+def kept(name: str, workload: Workload, redo: list[str], work: Any) -> dict[str, Any]:
     """A result, from its file where there is one; what failed is tried again."""
-    path = setting.folder / f"{name.replace(' ', '_')}.json"
+    path = workload.folder / f"{name.replace(' ', '_')}.json"
     if path.exists() and name not in redo and "all" not in redo:
         found: dict[str, Any] = json.loads(path.read_text())
         if "failed" not in found:
             return found
     print(f"{name} …", file=sys.stderr, flush=True)
     began = time.time()
-    result = work() | {"at": began, "machine": described(setting.device)}
+    result = work() | {"at": began, "machine": described(workload.device)}
     result["took"] = time.time() - began
-    setting.folder.mkdir(parents=True, exist_ok=True)
+    workload.folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result))
     torch.compiler.reset()  # it holds compiled models
     gc.collect()
-    if setting.device != "cpu":
+    if workload.device != "cpu":
         torch.cuda.empty_cache()
     return result
 
 
-def table(found: dict[str, dict[str, Any]], setting: Setting, weights: int) -> str:
+def table(found: dict[str, dict[str, Any]], workload: Workload, weights: int) -> str:
     """A row of figures for each model, each beside its ratio to the baseline's."""
     heads = [f"batch {batch}" for batch in BATCHES]
     rows: list[tuple[str, ...]] = [("", "bytes", "bits", *heads, f"prefill {PREFILL}", "GB/s", "of copy", "spread")]
-    base = found.get(setting.baseline, {})
+    base = found.get(workload.baseline, {})
     for name, result in found.items():
         if "failed" in result:
             rows.append((name, f"cannot: {result['failed']}", *[""] * (len(rows[0]) - 2)))
@@ -169,7 +169,7 @@ def table(found: dict[str, dict[str, Any]], setting: Setting, weights: int) -> s
     return markdown(rows)
 
 
-def notes(found: dict[str, dict[str, Any]], setting: Setting) -> list[str]:
+def notes(found: dict[str, dict[str, Any]], workload: Workload) -> list[str]:
     """What a reader must know beside the figures."""
     told = [f"{name}: {note}" for name, result in found.items() for note in result.get("notes", [])]
     if peers := dict.fromkeys(result["version"] for result in found.values() if "version" in result):
@@ -184,7 +184,7 @@ def notes(found: dict[str, dict[str, Any]], setting: Setting) -> list[str]:
     told.append(f"from first to last row {span / 60:.0f} minutes")
     if span > sum(result["took"] for result in found.values()) + 600:
         told.append("the rows come from several runs: ratios mix what the machine did at other times (--redo all)")
-    return [*filter(None, told), described(setting.device)]
+    return [*filter(None, told), described(workload.device)]
 
 
 def main() -> None:
@@ -202,29 +202,29 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     shape = arguments.shape or ("small" if arguments.device == "cpu" else "8b")
-    setting = Setting(shape, arguments.device, arguments.threads, arguments.limit)
+    workload = Workload(shape, arguments.device, arguments.threads, arguments.limit)
     redo = arguments.redo.split(",")
-    names = arguments.rows.split(",") if arguments.rows else setting.rows(arguments.peers)
+    names = arguments.rows.split(",") if arguments.rows else workload.rows(arguments.peers)
     with tempfile.TemporaryDirectory() as compiled:  # what a killed process leaves in the usual place may be broken
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled
-        found = {name: kept(name, setting, redo, lambda name=name: row(name, setting)) for name in names}
+        found = {name: kept(name, workload, redo, lambda name=name: row(name, workload)) for name in names}
     products: dict[str, dict[str, Any]] = {}
     for rows, columns in SIDES if arguments.kernels else ():
-        for name in dict.fromkeys((setting.baseline, "bf16", *UNIFORM)):
+        for name in dict.fromkeys((workload.baseline, "bf16", *UNIFORM)):
             key = f"{name} {rows}×{columns}"
-            work = lambda: product(name, rows, columns, setting.device, setting.limit / 10)  # noqa: B023, E731
-            products[key] = kept(key, setting, redo, work)
+            work = lambda: product(name, rows, columns, workload.device, workload.limit / 10)  # noqa: B023, E731
+            products[key] = kept(key, workload, redo, work)
     weights = empty_model(SHAPES[shape], torch.bfloat16).num_parameters()
     if arguments.json:
         print(json.dumps({"machine": described(arguments.device), "shape": shape, "rows": found, "kernels": products}))
         return
-    print(f"Tokens per second (× {setting.baseline}), {shape}, {weights:,} weights, {arguments.device}\n")
-    print(table(found, setting, weights))
+    print(f"Tokens per second (× {workload.baseline}), {shape}, {weights:,} weights, {arguments.device}\n")
+    print(table(found, workload, weights))
     for rows, columns in SIDES if arguments.kernels else ():
         own = {key.split()[0]: result for key, result in products.items() if key.endswith(f" {rows}×{columns}")}
         print(f"\nOne weight of {rows}×{columns}: milliseconds\n\n{markdown(lines(own))}")
-    print(f"\n{markdown(goals(found, products, setting.device))}\n")
-    print("\n".join(notes(found | products, setting)))
+    print(f"\n{markdown(goals(found, products, workload.device))}\n")
+    print("\n".join(notes(found | products, workload)))
 
 
 if __name__ == "__main__":

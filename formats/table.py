@@ -39,7 +39,7 @@ NATIVE = {row.dtype: row.name for row in ROWS if isinstance(row, FloatFormat)}
 DTYPES = {str(dtype).removeprefix("torch."): name for dtype, name in NATIVE.items()}
 """The same by the dtype's name, as files have it: "bfloat16" → "bf16"."""
 
-MENU = (
+DEFAULT_FORMATS = (
     *("int8", "int6-g64", "int5-g64", "int4-g128", "int4-g64", "int4-g32"),
     *("int3-g128", "int3-g64", "int3-g32", "int2-g64", "int2-g32"),
 )
@@ -56,3 +56,10 @@ def format_named(name: str) -> Format:
             return FORMATS[full]
     near = difflib.get_close_matches(name, FORMATS, n=3, cutoff=0.4) or list(FORMATS)
     raise UnknownFormat(f"unknown format {name!r}: did you mean {', '.join(near)}? `bitplan formats` lists them all")
+
+
+def stored_bytes(format: str, native: str, rows: int, columns: int) -> int:
+    """Bytes of a weight [rows, columns] in a format; in `native`, the checkpoint's own, the
+    tensor is left as it is. Raises UnknownFormat."""
+    row = format_named(format)
+    return int(rows * columns * row.bits / 8) if row.name == native else row.nbytes(rows, columns)

@@ -1,44 +1,159 @@
-"""One format for every unit, as a plan. May import: formats, sensitivity, planner.audit/plan/session."""
+"""Allocation → plan: how codes are finished, the one place where a Plan is built, uniform plans.
 
-from collections.abc import Sequence
+May import: formats, search, sensitivity, planner.plan.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from bitplan.formats.errors import FormatUnavailable, UsageError
 from bitplan.formats.floats import FloatFormat
 from bitplan.formats.rounding import refuse_misfit, rounding_for
-from bitplan.formats.table import FORMATS, format_named
-from bitplan.planner.plan import Budget, Plan, PlannedUnit
-from bitplan.sensitivity.audit import kept_entry, unit_entry
-from bitplan.sensitivity.bank import Choice, unit_bytes
+from bitplan.formats.scheme import QuantScheme
+from bitplan.formats.table import DTYPES, FORMATS, format_named
+from bitplan.planner.plan import NATIVE_WORKLOAD, Budget, Measured, Plan, PlannedUnit, Predicted, Uniform, Workload
+from bitplan.search import knapsack
+from bitplan.search.knapsack import Solution
+from bitplan.search.problem import Problem, refuse_infeasible
+from bitplan.search.study import Allocation
+from bitplan.sensitivity.profile import Provenance, UnitEntry, UnquantizedEntry, unit_entry, unquantized_entry
 from bitplan.sensitivity.session import Session
 
 COMPARED = ("fp32", "bf16", "fp16", "fp8", "int8", "int4-g64", "nf4", "binary-g64")
-"""What `compare` shows unless told otherwise."""
+"""What `compare` shows by default."""
 
 
-def uniform_plan(session: Session, format: str, rounding: str | None = None, healed: bool = False) -> Plan:
+@dataclass(frozen=True)
+class Finish:
+    """How a plan's codes are made: a rounding for the formats that it fits (None: each format's own), and whether
+    scales are distilled afterwards."""
+
+    rounding: str | None = None
+    distilled: bool = False
+
+    def __call__(self, format: str, dtype: str) -> str:
+        """The rounding of a unit of a checkpoint dtype in a format."""
+        return "nearest" if format == DTYPES[dtype] else rounding_for(FORMATS[format], self.rounding)
+
+
+def assemble(
+    entries: Sequence[UnitEntry],
+    unquantized: Sequence[UnquantizedEntry],
+    provenance: Provenance,
+    format_of: Callable[[UnitEntry], str],
+    finish: Finish,
+    budget: Budget | str,
+    shipped: Literal["search", "uniform"],
+    **parts: Any,
+) -> Plan:
+    """The plan that gives each unit `format_of(unit)`; where no budget was set, `budget` is the name of the plan."""
+    units = tuple(
+        PlannedUnit(
+            **dict(entry),
+            format=format_of(entry),
+            rounding=finish(format_of(entry), entry.dtype),
+            bytes=entry.nbytes(format_of(entry)),
+        )
+        for entry in entries
+    )
+    total = sum(unit.bytes for unit in units) + sum(entry.bytes for entry in unquantized)
+    return Plan(
+        budget=Budget(requested=budget, weights=total) if isinstance(budget, str) else budget,
+        bytes=total,
+        bits_per_weight=total * 8 / provenance.model.parameters,
+        shipped=shipped,
+        units=units,
+        unquantized=tuple(unquantized),
+        distilled=finish.distilled and any(not unit.is_native for unit in units),
+        provenance=provenance,
+        **parts,
+    )
+
+
+def allocated_plan(
+    problem: Problem,
+    allocation: Allocation,
+    budget: Budget,
+    solution: Solution,
+    finish: Finish,
+    shipped: Literal["search", "uniform"] = "search",
+    **parts: Any,
+) -> Plan:
+    """The plan of an allocation, with its predicted loss and the bound of the exact `solution`."""
+    profile = problem.profile
+    predicted = Predicted(nll=problem.loss(allocation), bound=solution.bound)
+    return assemble(
+        profile.units,
+        profile.unquantized,
+        profile.provenance,
+        lambda unit: allocation[unit.group].format,
+        finish,
+        budget,
+        shipped,
+        predicted=predicted,
+        **parts,
+    )
+
+
+def quick_plan(problem: Problem, budget: Budget, finish: Finish, workload: Workload = NATIVE_WORKLOAD) -> Plan:
+    """The knapsack's solution, unmeasured: seconds, and no model. Raises BudgetInfeasible."""
+    refuse_infeasible(problem, budget.weights, budget.requested)
+    solution = knapsack.solve(problem.options, budget.weights - problem.profile.unquantized_bytes)
+    fitting = problem.uniform(budget.weights)
+    uniform = uniform_facts(problem, *fitting[0], finish) if fitting else None
+    return allocated_plan(problem, solution.allocation, budget, solution, finish, uniform=uniform, workload=workload)
+
+
+def uniform_facts(
+    problem: Problem, scheme: QuantScheme, allocation: Allocation, finish: Finish, measured: Measured | None = None
+) -> Uniform:
+    """A uniform allocation as the plan file of another reports it."""
+    return Uniform(
+        format=scheme.format,
+        rounding=finish(scheme.format, problem.profile.units[0].dtype),
+        bytes=problem.nbytes(allocation),
+        predicted_nll=problem.loss(allocation),
+        measured=measured,
+    )
+
+
+def uniform_plan(session: Session, format: str, rounding: str | None = None, distilled: bool = False) -> Plan:
     """The plan that gives every unit one format. Raises UnknownFormat, FormatUnavailable, UsageError."""
     row = format_named(format)
     if reason := row.unavailable():
         raise FormatUnavailable(f"{row.name} cannot run here: {reason}")
     refuse_misfit(rounding, [row])
-    choice = Choice(row.name, rounding_for(row, rounding))
-    units = []
-    for unit in session.graph.units:
-        own = Choice(row.name, "nearest") if row.name == unit.native else choice
-        facts = dict(unit_entry(unit))
-        units.append(PlannedUnit(**facts, format=own.format, rounding=own.rounding, bytes=unit_bytes(unit, own.format)))
-    kept = tuple(kept_entry(tensor) for tensor in session.graph.kept)
-    total = sum(unit.bytes for unit in units) + sum(entry.bytes for entry in kept)
-    return Plan(
-        budget=Budget(asked=f"uniform {choice}{', healed' if healed else ''}", weights=total),
-        bytes=total,
-        bits_per_weight=total * 8 / session.provenance.model.parameters,
-        shipped="uniform",
-        units=tuple(units),
-        kept=kept,
-        healed=healed and any(not unit.is_native for unit in units),
-        provenance=session.provenance,
+    scheme = QuantScheme(row.name, rounding_for(row, rounding))
+    return assemble(
+        [unit_entry(unit) for unit in session.graph.units],
+        [unquantized_entry(tensor) for tensor in session.graph.unquantized],
+        session.provenance,
+        lambda unit: row.name,
+        Finish(rounding, distilled),
+        f"uniform {scheme}{', distilled' if distilled else ''}",
+        "uniform",
     )
+
+
+def refinished(plan: Plan, rounding: str | None, distilled: bool | None) -> Plan:
+    """The plan with its codes made in another way, where that is requested, and without the old ones' measurements.
+
+    Raises UsageError for a rounding that none of its formats has.
+    """
+    if (rounding is None and distilled is None) or not plan.packed:
+        return plan
+    refuse_misfit(rounding, [FORMATS[unit.format] for unit in plan.packed])
+    finish = Finish(rounding, plan.distilled if distilled is None else distilled)
+    units = tuple(
+        unit
+        if unit.is_native or rounding is None
+        else unit.model_copy(update={"rounding": finish(unit.format, unit.dtype)})
+        for unit in plan.units
+    )
+    made = plan.model_copy(update={"units": units, "distilled": finish.distilled and bool(plan.packed)})
+    same = made.units == plan.units and made.distilled == plan.distilled
+    return plan if same else made.model_copy(update={"measured": None, "uniform": None})
 
 
 def parse_formats(text: str | None, default: Sequence[str]) -> tuple[str, ...]:

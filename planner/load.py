@@ -7,8 +7,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bitplan.formats.errors import ModelUnreadable, PlanMismatch
-from bitplan.planner.hf.quantizer import PlanConfig, missing_codes, refuse_unavailable
-from bitplan.planner.memory.device import refuse_full
+from bitplan.planner.codes import missing_codes
+from bitplan.planner.hf.quantizer import PlanConfig, refuse_unavailable
+from bitplan.planner.memory.budget import refuse_full
 from bitplan.planner.plan import Plan
 from bitplan.planner.quantize.distillation import round_missing
 from bitplan.sensitivity import source as sources
@@ -53,7 +54,7 @@ def load(
         plan = read(Path(plan), Plan)
     source = find_for(plan, model, trust_remote_code)
     make_codes(plan, source, [Path(file) for file in text] if text else None, device)
-    return materialize(plan, source, device)
+    return load_planned(plan, source, device)
 
 
 def find_for(plan: Plan, model: str | Path | None, trust_remote_code: bool = False) -> Source:
@@ -72,12 +73,12 @@ def find_for(plan: Plan, model: str | Path | None, trust_remote_code: bool = Fal
 def make_codes(plan: Plan, source: Source, files: list[Path] | None = None, device: str = "auto") -> None:
     """Where the cache lacks codes of the plan and its text is to be had, round. Raises PlanMismatch, RoundingFailed."""
     refuse_full(plan, source, pick_device(device))
-    needed = ("calibration", "search") if plan.healed else ("calibration",)
+    needed = ("calibration", "search") if plan.distilled else ("calibration",)
     if missing_codes(plan) and (found := recall_texts(plan.provenance.text, source, files, needed=needed)):
         round_missing(plan, open_session(source, found, device=device, whole=False))
 
 
-def materialize(plan: Plan, source: Source, device: str = "auto") -> PreTrainedModel:
+def load_planned(plan: Plan, source: Source, device: str = "auto") -> PreTrainedModel:
     """Load a checked plan's model. Raises CodesMissing; BitplanError where the device has too little memory;
     PlanMismatch where the loaded bytes are not the planned."""
     device = pick_device(device)

@@ -7,15 +7,15 @@ from transformers import PreTrainedModel
 
 from bitplan.formats.errors import FormatUnavailable, UsageError
 from bitplan.formats.rounding import refuse_misfit
-from bitplan.formats.table import MENU, format_named
-from bitplan.planner.assemble import is_float, uniform_plan
+from bitplan.formats.table import DEFAULT_FORMATS, format_named
+from bitplan.planner.assemble import Finish, is_float, uniform_plan
 from bitplan.planner.evaluate.compare import load_float
-from bitplan.planner.load import materialize, resident_bytes
+from bitplan.planner.load import load_planned, resident_bytes
 from bitplan.planner.memory.budget import budget_bytes
 from bitplan.planner.plan import Budget, Plan
 from bitplan.planner.quantize.distillation import round_missing
-from bitplan.planner.select import Finish, make_plan
-from bitplan.search.problem import menu_of
+from bitplan.planner.select import make_plan
+from bitplan.search.problem import problem_of
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.audit import audit
 from bitplan.sensitivity.session import Session, load_reference, open_session, read_texts
@@ -63,7 +63,7 @@ class QuantizationManager:
             plan = uniform_plan(session, row.name, rounding, heal)
             round_missing(plan, session)
             session.give_up_model()
-            self.plan, self._loaded = plan, (row.name, materialize(plan, self.source, self.device))
+            self.plan, self._loaded = plan, (row.name, load_planned(plan, self.source, self.device))
         return self._loaded[1]
 
     def load_mixed_precision(
@@ -83,12 +83,12 @@ class QuantizationManager:
         asked_task = self._task(task, limit) if task else None
         if trials < 1:
             raise UsageError(f"trials={trials}: whole plans are judged, so it must be 1 or more")
-        size, asked = budget_bytes(f"{budget}B" if isinstance(budget, int) else budget, None, None, 0)
+        size, requested = budget_bytes(f"{budget}B" if isinstance(budget, int) else budget, None, None, 0)
         session = self._open()
-        menu = menu_of(audit(session, MENU))
+        menu = problem_of(audit(session, DEFAULT_FORMATS))
         self.plan = make_plan(
             menu,
-            Budget(asked=asked, weights=size),
+            Budget(requested=requested, weights=size),
             session,
             Finish(rounding, heal),
             trials=trials,
@@ -96,7 +96,7 @@ class QuantizationManager:
             task=asked_task,
         )
         session.give_up_model()
-        self._loaded = ("mixed", materialize(self.plan, self.source, self.device))
+        self._loaded = ("mixed", load_planned(self.plan, self.source, self.device))
         return self._loaded[1]
 
     def _task(self, task: str | Path, limit: int | None) -> Task:
@@ -130,7 +130,7 @@ class QuantizationManager:
         if read.fingerprint not in self._baselines:
             self._baselines[read.fingerprint] = score(load_reference(self.source, self.device), read)
         format, model = self._loaded
-        kv_format = self.plan.kv_cache.format if self.plan else "native"
+        kv_format = self.plan.workload.kv_format if self.plan else "native"
         found = paired(self._baselines[read.fingerprint].values, score(model, read, kv_format).values)
         return {
             "format": format,

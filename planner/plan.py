@@ -1,14 +1,14 @@
 """The plan file: allocation, prediction, measurement, provenance. May import: formats, sensitivity.profile."""
 
 from collections import Counter
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from bitplan.formats.kv.cache import KV_FORMATS
 from bitplan.formats.rounding import ROUNDINGS
 from bitplan.formats.table import DTYPES, FORMATS
-from bitplan.sensitivity.profile import Bytes, KeptEntry, Name, Provenance, Strict, UnitEntry
+from bitplan.sensitivity.profile import Bytes, Name, Provenance, Strict, UnitEntry, UnquantizedEntry
 
 
 class PlannedUnit(UnitEntry):
@@ -25,7 +25,7 @@ class PlannedUnit(UnitEntry):
 class Budget(Strict):
     """Bytes for the weights; where a device's memory was asked for, the terms that they are what is left of."""
 
-    asked: str
+    requested: str
     weights: Bytes
     device: Bytes | None = None
     kv_cache: Bytes | None = None
@@ -33,20 +33,24 @@ class Budget(Strict):
     reserve: Bytes | None = None
 
 
-class KVCache(Strict):
-    """The KV cache's format, and how long a context, of how many sequences, it is budgeted for."""
+class Workload(Strict):
+    """How the model is used: `batch` sequences of `context` tokens, prompts read `prefill_chunk` tokens at a time, keys
+    and values cached in `kv_format`. Without a context the memory beside the weights is not budgeted."""
 
-    format: str
+    kv_format: str = "native"
     context: int | None = Field(default=None, ge=1)
     batch: int = Field(default=1, ge=1)
-    chunk: int | None = Field(default=None, ge=1)
-    """Tokens of a prompt that are read at a time."""
-    kl: float | None = None
-    """Of this cache with full-precision weights, on the held-out text."""
-    kl_se: float | None = None
+    prefill_chunk: int | None = Field(default=None, ge=1)
 
 
-NATIVE_KV = KVCache(format="native")
+NATIVE_WORKLOAD = Workload()
+
+
+class KVCacheLoss(Strict):
+    """The KV cache's format with full-precision weights, on the held-out text. Nats per token."""
+
+    kl: float
+    kl_se: float
 
 
 class Predicted(Strict):
@@ -123,30 +127,48 @@ class Search(Strict):
 
 
 class Plan(Strict):
-    schema_version: Literal[3] = 3
+    schema_version: Literal[4] = 4
     budget: Budget
     bytes: Bytes
     bits_per_weight: float
     shipped: Literal["search", "uniform"]
     """Whose allocation this is: the uniform one's where that did better on the held-out text."""
     units: tuple[PlannedUnit, ...] = Field(min_length=1)
-    kept: tuple[KeptEntry, ...]
-    healed: bool = False
+    unquantized: tuple[UnquantizedEntry, ...]
+    distilled: bool = False
     """Scales and kept vectors are trained by KL to the full-precision model once the codes are chosen."""
-    kv_cache: KVCache = NATIVE_KV
+    workload: Workload = NATIVE_WORKLOAD
+    kv_cache_loss: KVCacheLoss | None = None
     predicted: Predicted | None = None
     search: Search | None = None
     measured: Measured | None = None
     uniform: Uniform | None = None
     provenance: Provenance
 
+    @model_validator(mode="before")
+    @classmethod
+    def _upgrade(cls, data: Any) -> Any:
+        """Schema 3 had other names."""
+        if not isinstance(data, dict) or data.get("schema_version") != 3:
+            return data
+        renamed = {{"kept": "unquantized", "healed": "distilled"}.get(k, k): v for k, v in data.items()}
+        renamed["schema_version"] = 4
+        if isinstance(budget := renamed.get("budget"), dict) and "asked" in budget:
+            renamed["budget"] = {"requested" if k == "asked" else k: v for k, v in budget.items()}
+        if isinstance(cache := renamed.pop("kv_cache", None), dict):
+            names = {"format": "kv_format", "chunk": "prefill_chunk"}
+            renamed["workload"] = {names.get(k, k): v for k, v in cache.items() if k not in ("kl", "kl_se")}
+            if cache.get("kl") is not None:
+                renamed["kv_cache_loss"] = {"kl": cache["kl"], "kl_se": cache.get("kl_se")}
+        return renamed
+
     @model_validator(mode="after")
     def _adds_up(self) -> Self:
         repeated = [name for name, count in Counter(unit.name for unit in self.units).items() if count > 1]
         if repeated:
             raise ValueError(f"unit {repeated[0]} is planned more than once")
-        if self.kv_cache.format not in KV_FORMATS:
-            raise ValueError(f"the KV cache has an unknown format {self.kv_cache.format!r}")
+        if self.workload.kv_format not in KV_FORMATS:
+            raise ValueError(f"the KV cache has an unknown format {self.workload.kv_format!r}")
         formats: dict[Name, str] = {}
         for unit in self.units:
             if unit.format not in FORMATS:
@@ -157,12 +179,10 @@ class Plan(Strict):
                 raise ValueError(
                     f"unit {unit.name}: {unit.format}, but its group {unit.group} has {formats[unit.group]}"
                 )
-            format, weights = FORMATS[unit.format], unit.experts * unit.rows * unit.columns
-            native = weights * format.bits // 8
-            true = native if unit.is_native else format.nbytes(unit.experts * unit.rows, unit.columns)
+            true = unit.nbytes(unit.format)
             if unit.bytes != true:
-                raise ValueError(f"unit {unit.name}: {unit.bytes} bytes, but {unit.format} takes {true:.0f}")
-        total = sum(unit.bytes for unit in self.units) + sum(entry.bytes for entry in self.kept)
+                raise ValueError(f"unit {unit.name}: {unit.bytes} bytes, but {unit.format} takes {true}")
+        total = sum(unit.bytes for unit in self.units) + sum(entry.bytes for entry in self.unquantized)
         if total != self.bytes:
             raise ValueError(f"the plan says {self.bytes} bytes, and its units and kept tensors add up to {total}")
         return self
@@ -175,7 +195,7 @@ class Plan(Strict):
     @property
     def needs_text(self) -> bool:
         """Whether its codes follow from text, so that they are made once and kept."""
-        return bool(self.packed) and (self.healed or any(ROUNDINGS[u.rounding].needs_text for u in self.packed))
+        return bool(self.packed) and (self.distilled or any(ROUNDINGS[u.rounding].needs_text for u in self.packed))
 
     @property
     def research(self) -> list[str]:
@@ -186,4 +206,4 @@ class Plan(Strict):
     def rounding(self) -> str:
         """The roundings that its units have, in words."""
         names = dict.fromkeys(unit.rounding for unit in self.packed)
-        return " and ".join(names) + (", healed" if self.healed else "") if names else "none"
+        return " and ".join(names) + (", healed" if self.distilled else "") if names else "none"

@@ -17,7 +17,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from bitplan.formats.errors import BitplanError, BudgetInfeasible
-from bitplan.sensitivity.bank import Choice
+from bitplan.formats.scheme import QuantScheme
 
 GAP = 1e-4
 """Where the proven distance to the optimum falls below this fraction of the loss, the solver stops."""
@@ -29,18 +29,18 @@ SECONDS = 10
 class Option:
     """One way for a group, all of its units together."""
 
-    choice: Choice
+    scheme: QuantScheme
     nbytes: int
     loss: float
 
 
-Problem = Mapping[str, Sequence[Option]]
+Options = Mapping[str, Sequence[Option]]
 
 
 @dataclass(frozen=True)
 class Solution:
-    choices: dict[str, Choice]
-    """Group → choice."""
+    allocation: dict[str, QuantScheme]
+    """Group → scheme."""
     nbytes: int
     loss: float
     bound: float
@@ -52,12 +52,12 @@ class Solution:
         return max(0.0, self.loss - self.bound) / self.loss if self.loss > 0 else 0.0
 
 
-def floor(problem: Problem) -> int:
+def floor(problem: Options) -> int:
     """Bytes of the smallest allocation there is."""
     return sum(min(option.nbytes for option in options) for options in problem.values())
 
 
-def ceiling(problem: Problem) -> int:
+def ceiling(problem: Options) -> int:
     return sum(max(option.nbytes for option in options) for options in problem.values())
 
 
@@ -84,7 +84,7 @@ def _stdout_kept_clean() -> Iterator[None]:
         os.close(kept)
 
 
-def solve(problem: Problem, budget: int) -> Solution:
+def solve(problem: Options, budget: int) -> Solution:
     """The allocation of least loss within `budget` bytes. Raises BudgetInfeasible below the floor."""
     if floor(problem) > budget:
         raise BudgetInfeasible(f"{budget:,} bytes asked, {floor(problem):,} is the least that the formats allow")
@@ -114,11 +114,12 @@ def solve(problem: Problem, budget: int) -> Solution:
         used = int(nbytes[chosen].sum())
         if used <= budget:
             picked = [flat[i][1] for i in chosen]
+            loss = sum(option.loss for option in picked)
             return Solution(
-                choices={group: option.choice for group, option in zip(menus, picked, strict=True)},
+                allocation={group: option.scheme for group, option in zip(menus, picked, strict=True)},
                 nbytes=used,
-                loss=sum(option.loss for option in picked),
-                bound=float(result.mip_dual_bound) * scale,
+                loss=loss,
+                bound=min(float(result.mip_dual_bound) * scale, loss),  # beyond it by rounding alone
             )
         limit -= used - budget
     raise BitplanError(f"the allocation stays {used - budget} bytes over {budget:,}")

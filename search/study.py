@@ -16,15 +16,15 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
-from bitplan.search.knapsack import Problem, Solution, solve
-from bitplan.sensitivity.bank import Choice
+from bitplan.formats.scheme import QuantScheme
+from bitplan.search.knapsack import Options, Solution, solve
 from bitplan.sensitivity.progress import progress
 
 POWER = (0.7, 1.4)
 SLOPE = 1.0
 ROLE = math.log(3)
 """How far a trial may bend. The unbent prediction is near the best already: wide ranges only find worse plans."""
-Allocation = dict[str, Choice]
+Allocation = dict[str, QuantScheme]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def _value(trial: optuna.trial.FrozenTrial) -> float:
     return trial.value
 
 
-def bend(problem: Problem, power: float, slope: float, weights: dict[str, float]) -> Problem:
+def bend(problem: Options, power: float, slope: float, weights: dict[str, float]) -> Options:
     """The problem with each group's losses bent; groups lie in data-flow order."""
     bent = {}
     for i, (group, options) in enumerate(problem.items()):
@@ -59,9 +59,9 @@ def bend(problem: Problem, power: float, slope: float, weights: dict[str, float]
 
 
 def search(
-    problem: Problem,
+    problem: Options,
     budget: int,
-    judge: Callable[[Allocation], float],
+    evaluate: Callable[[Allocation], float],
     *,
     trials: int,
     journal: Path,
@@ -78,8 +78,8 @@ def search(
     journal.parent.mkdir(parents=True, exist_ok=True)
     backend = JournalFileBackend(str(journal), lock_obj=JournalFileOpenLock(str(journal)))
     study = optuna.create_study(storage=JournalStorage(backend), study_name=name, load_if_exists=True)
-    judged: dict[tuple, float] = {}
-    options = {group: [option.choice for option in options] for group, options in problem.items()}
+    evaluated: dict[tuple, float] = {}
+    options = {group: [option.scheme for option in options] for group, options in problem.items()}
 
     def indices(allocation: Allocation) -> tuple[int, ...]:
         return tuple(options[group].index(choice) for group, choice in allocation.items())
@@ -88,18 +88,18 @@ def search(
         return study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
 
     for trial in finished():
-        judged[tuple(trial.user_attrs["indices"])] = _value(trial)
+        evaluated[tuple(trial.user_attrs["indices"])] = _value(trial)
 
     def objective(trial: optuna.Trial) -> float:
         power = trial.suggest_float("power", *POWER)
         slope = trial.suggest_float("slope", -SLOPE, SLOPE)
         weights = {name: trial.suggest_float(f"role {name}", -ROLE, ROLE) for name in roles}
-        allocation = solve(bend(problem, power, slope, weights), budget).choices
+        allocation = solve(bend(problem, power, slope, weights), budget).allocation
         key = indices(allocation)
         trial.set_user_attr("indices", list(key))
-        if key not in judged:
-            judged[key] = judge(allocation)
-        return judged[key]
+        if key not in evaluated:
+            evaluated[key] = evaluate(allocation)
+        return evaluated[key]
 
     bar = progress(total=trials, initial=len(finished()), desc="trials", unit="plan")
     while (done := len(finished())) < trials:

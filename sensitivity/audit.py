@@ -2,28 +2,27 @@
 
 import math
 import sys
-from dataclasses import asdict
 from typing import Any
 
 from bitplan.formats.errors import FormatUnavailable
 from bitplan.formats.kv.cache import KV_FORMATS
-from bitplan.sensitivity.bank import Choice, choices_for, unit_bytes
-from bitplan.sensitivity.graph import Kept, Unit
+from bitplan.formats.scheme import QuantScheme, schemes_for
+from bitplan.sensitivity.graph import Unit
 from bitplan.sensitivity.loss import Reference
 from bitplan.sensitivity.measured import measure
-from bitplan.sensitivity.profile import CacheRow, KeptEntry, Profile, Row, UnitEntry
+from bitplan.sensitivity.profile import CacheRow, Profile, ProfileRow, unit_entry, unquantized_entry
 from bitplan.sensitivity.progress import progress
 from bitplan.sensitivity.session import Session
 
-Rows = dict[tuple[str, Choice], dict[str, Any]]
+Rows = dict[tuple[str, QuantScheme], dict[str, Any]]
 
 
 def sizes(session: Session, menu: tuple[str, ...], rounding: str | None = None) -> Profile:
     """A profile of bytes alone, every loss 0: what is needed to know whether a budget can be met at all."""
     rows = {
-        (unit.name, choice): {"bytes": unit_bytes(unit, choice.format), "predicted_nll": 0.0}
+        (unit.name, choice): {"bytes": unit.nbytes(choice.format), "predicted_nll": 0.0}
         for unit in session.graph.units
-        for choice in choices_for(unit, menu, rounding)
+        for choice in schemes_for(unit.native, menu, rounding)
     }
     return _profile(session, rows)
 
@@ -32,28 +31,30 @@ def audit(session: Session, menu: tuple[str, ...], rounding: str | None = None, 
     """Score every unit in every format of the menu, and where asked measure it. Raises RoundingFailed."""
     session.gather()
     rows: Rows = {}
-    wanted: list[tuple[Unit, Choice]] = []
+    wanted: list[tuple[Unit, QuantScheme]] = []
     for unit in progress(session.graph.units, desc="formats", unit="unit"):
-        weight, statistics = session.bench.weight(unit), session.store[unit]
-        for choice in choices_for(unit, menu, rounding):
+        weight, statistics = session.swapper.weight(unit), session.store[unit]
+        for choice in schemes_for(unit.native, menu, rounding):
             loss = 0.0
             if choice.format != unit.native:
-                loss = statistics.loss(session.bank.dequantized(unit, choice) - weight)
+                loss = statistics.loss(session.weight_cache.dequantized(unit, choice) - weight)
                 wanted.append((unit, choice))
             if math.isfinite(loss):
-                rows[unit.name, choice] = {"bytes": unit_bytes(unit, choice.format), "predicted_nll": max(0.0, loss)}
+                rows[unit.name, choice] = {"bytes": unit.nbytes(choice.format), "predicted_nll": max(0.0, loss)}
             else:
                 print(f"{unit.name} cannot take {choice}: a value overflows", file=sys.stderr)
     if not measured:
         return _profile(session, rows)
     reference = Reference(session.model, session.texts.search)
-    journal = session.bank.folder / f"measured-{session.texts.search.fingerprint[:16]}.jsonl"
-    for (name, choice), judgement in measure(session.bench, session.bank, reference, wanted, journal).items():
+    journal = session.weight_cache.folder / f"measured-{session.texts.search.fingerprint[:16]}.jsonl"
+    for (name, choice), evaluation in measure(
+        session.swapper, session.weight_cache, reference, wanted, journal
+    ).items():
         if (name, choice) in rows:
             rows[name, choice] |= {
-                "measured_nll": judgement.delta_nll,
-                "measured_nll_se": judgement.delta_nll_se,
-                "measured_kl": judgement.kl,
+                "measured_nll": evaluation.delta_nll,
+                "measured_nll_se": evaluation.delta_nll_se,
+                "measured_kl": evaluation.kl,
             }
     return _profile(session, rows, float(reference.nll.mean()))
 
@@ -63,7 +64,7 @@ def audit_cache(session: Session) -> tuple[CacheRow, ...]:
     reference, rows = Reference(session.model, session.texts.search), []
     for name in progress([name for name in KV_FORMATS if name != "native"], desc="KV cache", unit="format"):
         try:
-            found = reference.judge(session.model, name)
+            found = reference.evaluate(session.model, name)
         except FormatUnavailable as reason:
             print(f"KV cache: {reason}", file=sys.stderr)
             break
@@ -77,18 +78,9 @@ def _profile(session: Session, rows: Rows, full_precision_nll: float | None = No
         provenance=session.provenance,
         full_precision_nll=full_precision_nll,
         units=tuple(unit_entry(unit) for unit in session.graph.units),
-        kept=tuple(kept_entry(kept) for kept in session.graph.kept),
+        unquantized=tuple(unquantized_entry(kept) for kept in session.graph.unquantized),
         rows=tuple(
-            Row(unit=name, format=choice.format, rounding=choice.rounding, **row)
+            ProfileRow(unit=name, format=choice.format, rounding=choice.rounding, **row)
             for (name, choice), row in rows.items()
         ),
     )
-
-
-def unit_entry(unit: Unit) -> UnitEntry:
-    facts = {name: value for name, value in asdict(unit).items() if name in UnitEntry.model_fields}
-    return UnitEntry(**facts | {"dtype": str(unit.dtype).removeprefix("torch.")})
-
-
-def kept_entry(kept: Kept) -> KeptEntry:
-    return KeptEntry(name=kept.name, shape=kept.shape, dtype=kept.dtype, bytes=kept.nbytes, reason=kept.reason)

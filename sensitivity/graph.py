@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bitplan.formats.errors import UsageError
 from bitplan.formats.modules import is_experts, is_transposed
-from bitplan.formats.table import NATIVE
+from bitplan.formats.table import NATIVE, stored_bytes
 from bitplan.sensitivity.trace import Trace, Use
 
 GENERIC = ("modeling_utils.py", "module.py")
@@ -56,9 +56,13 @@ class Unit:
     def weights(self) -> int:
         return self.experts * self.rows * self.columns
 
+    def nbytes(self, format: str) -> int:
+        """Bytes of the unit in a format."""
+        return stored_bytes(format, self.native, self.experts * self.rows, self.columns)
+
 
 @dataclass(frozen=True)
-class Kept:
+class Unquantized:
     """A tensor that stays as the checkpoint has it."""
 
     name: str
@@ -71,7 +75,7 @@ class Kept:
 @dataclass(frozen=True)
 class Graph:
     units: tuple[Unit, ...]
-    kept: tuple[Kept, ...]
+    unquantized: tuple[Unquantized, ...]
     flow: nx.DiGraph = field(default_factory=nx.DiGraph)
     """Nodes are uses of weights, "unit" or "unit@head" for a tied head; an edge u → v: v reads what u wrote."""
     ties: nx.Graph = field(default_factory=nx.Graph)
@@ -117,10 +121,10 @@ def build_graph(model: PreTrainedModel, keep: tuple[str, ...] = ()) -> Graph:
     return Graph(ordered, tuple(kept), flow, ties, find_readers(ordered, uses))
 
 
-def find_units(model: nn.Module) -> tuple[list[Unit], list[Kept]]:
+def find_units(model: nn.Module) -> tuple[list[Unit], list[Unquantized]]:
     """Units and kept tensors of a model, on any device (meta included), in the model's own order; no groups yet."""
     units: list[Unit] = []
-    kept: list[Kept] = []
+    kept: list[Unquantized] = []
     holders: dict[int, int] = {}
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
@@ -160,8 +164,8 @@ def _as_unit(path: str, name: str, module: nn.Module, parameter: Tensor) -> tupl
     return None, f"a parameter of {type(module).__name__}, which is no Linear, Conv1D, Embedding or experts module"
 
 
-def _kept(name: str, tensor: Tensor, reason: str) -> Kept:
-    return Kept(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.nbytes, reason)
+def _kept(name: str, tensor: Tensor, reason: str) -> Unquantized:
+    return Unquantized(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.nbytes, reason)
 
 
 class _Watch(Trace):

@@ -17,7 +17,7 @@ from bitplan.sensitivity.texts.text import Blocks
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Evaluation:
     """A model beside the full-precision model, nats per token. `kl` is KL(full precision || model)."""
 
     tokens: int
@@ -66,7 +66,7 @@ class Reference:
         self.nll = taken(self.log_p, blocks.ids)
         """Full-precision nats of each token: float32 [blocks, length - 1]."""
 
-    def judge(self, model: nn.Module, kv_format: str = "native") -> Judgement:
+    def evaluate(self, model: nn.Module, kv_format: str = "native") -> Evaluation:
         nll, kl = [], []
         for i in range(len(self.blocks.ids)):
             ids = self.blocks.ids[i : i + 1]
@@ -76,7 +76,7 @@ class Reference:
             kl.append((log_p.exp() * (log_p - log_q)).sum(-1).mean().cpu())
         nll_tokens, kl_blocks = torch.stack(nll), torch.stack(kl)
         delta = (nll_tokens - self.nll).mean(-1)
-        return Judgement(
+        return Evaluation(
             tokens=self.blocks.predictions,
             nll=float(nll_tokens.mean()),
             delta_nll=float(delta.mean()),

@@ -7,16 +7,22 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from bitplan.sensitivity.bank import Bank, Choice, Workbench
+from bitplan.formats.scheme import QuantScheme
 from bitplan.sensitivity.graph import Unit
-from bitplan.sensitivity.loss import Judgement, Reference
+from bitplan.sensitivity.loss import Evaluation, Reference
 from bitplan.sensitivity.progress import progress
+from bitplan.sensitivity.swapper import WeightSwapper
+from bitplan.sensitivity.weight_cache import WeightCache
 
-Measured = dict[tuple[str, Choice], Judgement]
+Measured = dict[tuple[str, QuantScheme], Evaluation]
 
 
 def measure(
-    bench: Workbench, bank: Bank, reference: Reference, wanted: list[tuple[Unit, Choice]], journal: Path
+    swapper: WeightSwapper,
+    weight_cache: WeightCache,
+    reference: Reference,
+    wanted: list[tuple[Unit, QuantScheme]],
+    journal: Path,
 ) -> Measured:
     """Judge the model with one unit in one choice, for each wanted pair. `journal` holds what is known already."""
     results: Measured = {}
@@ -26,21 +32,21 @@ def measure(
                 entry = json.loads(line)
             except ValueError:
                 continue  # the line that an interruption cut
-            results[entry["unit"], Choice(entry["format"], entry["rounding"])] = Judgement(**entry["judgement"])
+            results[entry["unit"], QuantScheme(entry["format"], entry["rounding"])] = Evaluation(**entry["evaluation"])
     journal.parent.mkdir(parents=True, exist_ok=True)
     with journal.open("a") as file:
         for unit, choice in progress(wanted, desc="measuring", unit="format"):
             if (unit.name, choice) in results:
                 continue
-            bench.exchange(unit, bank.dequantized(unit, choice))
-            judgement = reference.judge(bench.model)
-            bench.restore(unit)
-            results[unit.name, choice] = judgement
+            swapper.exchange(unit, weight_cache.dequantized(unit, choice))
+            evaluation = reference.evaluate(swapper.model)
+            swapper.restore(unit)
+            results[unit.name, choice] = evaluation
             entry = {
                 "unit": unit.name,
                 "format": choice.format,
                 "rounding": choice.rounding,
-                "judgement": asdict(judgement),
+                "evaluation": asdict(evaluation),
             }
             file.write("\n" + json.dumps(entry))
             file.flush()

@@ -3,12 +3,15 @@
 May import: formats.errors, sensitivity.store.
 """
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bitplan.formats.errors import FileInvalid
+from bitplan.formats.table import DTYPES, stored_bytes
+from bitplan.sensitivity.graph import Unit, Unquantized
 from bitplan.sensitivity.store import write_text
 
 Bytes = Annotated[int, Field(ge=0, strict=True)]
@@ -64,8 +67,12 @@ class UnitEntry(Strict):
     tied: tuple[Name, ...] = ()
     group: Name
 
+    def nbytes(self, format: str) -> int:
+        """Bytes of the unit in a format. Raises UnknownFormat."""
+        return stored_bytes(format, DTYPES.get(self.dtype, ""), self.experts * self.rows, self.columns)
 
-class KeptEntry(Strict):
+
+class UnquantizedEntry(Strict):
     name: Name
     shape: tuple[int, ...]
     dtype: str
@@ -73,7 +80,7 @@ class KeptEntry(Strict):
     reason: str
 
 
-class Row(Strict):
+class ProfileRow(Strict):
     unit: Name
     format: str
     rounding: str
@@ -107,18 +114,36 @@ class CacheRow(Strict):
 
 
 class Profile(Strict):
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     provenance: Provenance
     full_precision_nll: float | None = None
     """On the search text, where it was run."""
     units: tuple[UnitEntry, ...]
-    kept: tuple[KeptEntry, ...]
-    rows: tuple[Row, ...]
+    unquantized: tuple[UnquantizedEntry, ...]
+    rows: tuple[ProfileRow, ...]
     kv_cache: tuple[CacheRow, ...] = ()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _upgrade(cls, data: Any) -> Any:
+        """Schema 1 called unquantized tensors kept."""
+        if not isinstance(data, dict) or data.get("schema_version") != 1:
+            return data
+        renamed = {"unquantized" if key == "kept" else key: value for key, value in data.items()}
+        return renamed | {"schema_version": 2}
+
     @property
-    def kept_bytes(self) -> int:
-        return sum(entry.bytes for entry in self.kept)
+    def unquantized_bytes(self) -> int:
+        return sum(entry.bytes for entry in self.unquantized)
+
+
+def unit_entry(unit: Unit) -> UnitEntry:
+    facts = {name: value for name, value in asdict(unit).items() if name in UnitEntry.model_fields}
+    return UnitEntry(**facts | {"dtype": str(unit.dtype).removeprefix("torch.")})
+
+
+def unquantized_entry(kept: Unquantized) -> UnquantizedEntry:
+    return UnquantizedEntry(name=kept.name, shape=kept.shape, dtype=kept.dtype, bytes=kept.nbytes, reason=kept.reason)
 
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -15,13 +15,14 @@ from transformers import PreTrainedModel
 import bitplan
 from bitplan.formats.errors import ModelUnreadable, PlanMismatch, UsageError
 from bitplan.sensitivity import source as sources
-from bitplan.sensitivity.bank import Bank, Workbench, workspace
 from bitplan.sensitivity.curvature import StatisticsStore, gather
 from bitplan.sensitivity.graph import Graph, Unit, build_graph
 from bitplan.sensitivity.profile import ModelFacts, Provenance, TextFacts, TextPart
 from bitplan.sensitivity.source import Source
+from bitplan.sensitivity.swapper import WeightSwapper
 from bitplan.sensitivity.texts import text as texts
 from bitplan.sensitivity.texts.text import Blocks, Texts
+from bitplan.sensitivity.weight_cache import WeightCache, workspace
 
 SEED = 0
 PARTS = ("calibration", "search", "heldout")
@@ -35,8 +36,8 @@ class Session:
     texts: Texts
     model: PreTrainedModel
     graph: Graph
-    bench: Workbench
-    bank: Bank
+    swapper: WeightSwapper
+    weight_cache: WeightCache
     store: StatisticsStore
     provenance: Provenance
     device: str
@@ -59,7 +60,7 @@ class Session:
 
     def give_up_model(self) -> None:
         """Free the full-precision model; the session can do nothing with weights from here on."""
-        del self.model, self.bench, self.bank
+        del self.model, self.swapper, self.weight_cache
 
 
 def pick_device(device: str) -> str:
@@ -98,10 +99,10 @@ def open_session(
         texts.remember(blocks)
     folder = workspace(source.weights_sha256, session_texts.calibration.fingerprint, SEED)
     store = StatisticsStore(folder / "statistics", graph, device)
-    bench = Workbench(model, graph.units)
-    bank = Bank(folder, bench.weight, store)
+    swapper = WeightSwapper(model, graph.units)
+    weight_cache = WeightCache(folder, swapper.weight, store)
     facts = _describe(source, session_texts, dtype, model.num_parameters(), device)
-    return Session(source, session_texts, model, graph, bench, bank, store, facts, device, folder, whole)
+    return Session(source, session_texts, model, graph, swapper, weight_cache, store, facts, device, folder, whole)
 
 
 def load_reference(source: Source, device: str = "auto") -> PreTrainedModel:

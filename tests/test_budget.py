@@ -44,7 +44,7 @@ def test_one_way_of_saying():
     assert budget_bytes(None, 4.5, None, 10**6) == (562_500, "4.5 bits per weight")
     assert budget_bytes(None, None, 0.3, 10**6) == (600_000, "0.3 of the bf16 size")
     for said in [(None, None, None), ("3MiB", 4.5, None), (None, 4.5, 0.3)]:
-        with pytest.raises(UsageError, match="say the budget once"):
+        with pytest.raises(UsageError, match="give the budget once"):
             budget_bytes(*said, 10**6)
     for value in (float("nan"), float("inf"), 0.0, -1.0):
         with pytest.raises(UsageError, match="above zero"):

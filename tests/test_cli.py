@@ -14,7 +14,7 @@ from bitplan.planner.plan import Plan
 from bitplan.sensitivity.profile import Profile, read
 
 LITTLE = ["--tokens", "1024", "--block", "64", "--device", "cpu"]
-MENU = ["--formats", "int8,int4-g64,int3-g32,int2-g64"]
+FORMATS_OPTION = ["--formats", "int8,int4-g64,int3-g32,int2-g64"]
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def run(capsys):
 def test_audit_plan_apply_and_plain_transformers(run, checkpoint, text, tmp_path):
     model = checkpoint("llama-tied", torch.bfloat16)
     profile, plan, saved = tmp_path / "profile.json", tmp_path / "plan.json", tmp_path / "saved"
-    code, out, _ = run("audit", model, "--text", text, *LITTLE, *MENU, "-o", profile, "--json")
+    code, out, _ = run("audit", model, "--text", text, *LITTLE, *FORMATS_OPTION, "-o", profile, "--json")
     assert code == 0
     rows = json.loads(out)
     assert set(rows[0]) >= {"unit", "format", "rounding", "bytes", "delta_nll"}
@@ -85,7 +85,7 @@ def test_a_profile_is_planned_from_its_own_text_on_another_machine(run, checkpoi
     heldout.write_text("entirely other words here, " * 300)
     other.write_text("not the text of the profile " * 900)
     texts = ("--text", text, "--heldout", heldout)
-    assert run("audit", model, *texts, *LITTLE, *MENU, "-o", profile)[0] == 0
+    assert run("audit", model, *texts, *LITTLE, *FORMATS_OPTION, "-o", profile)[0] == 0
     plan = ("plan", model, "--profile", profile, "--bpw", "4.6", "--trials", "3", "--device", "cpu")
     assert run(*plan, "-o", first)[0] == 0
     monkeypatch.setenv("BITPLAN_CACHE", str(tmp_path / "cache"))
@@ -100,7 +100,7 @@ def test_a_profile_is_planned_from_its_own_text_on_another_machine(run, checkpoi
 
 def test_another_budget_runs_no_model(run, checkpoint, tmp_path, monkeypatch):
     model, profile = checkpoint("gpt2"), tmp_path / "profile.json"
-    assert run("audit", model, *LITTLE, *MENU, "-o", profile)[0] == 0
+    assert run("audit", model, *LITTLE, *FORMATS_OPTION, "-o", profile)[0] == 0
     monkeypatch.setattr("bitplan.sensitivity.source.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
     code, out, _ = run("plan", model, "--fraction", "0.4", "--profile", profile, "--trials", "0", "--json")
     assert code == 0
@@ -112,7 +112,7 @@ def test_another_budget_runs_no_model(run, checkpoint, tmp_path, monkeypatch):
 def test_an_interrupted_measurement_goes_on(run, checkpoint, tmp_path, monkeypatch):
     from bitplan.sensitivity.loss import Reference
 
-    judged = Reference.judge
+    evaluated = Reference.evaluate
     model = checkpoint("opt")
     arguments = ("audit", model, *LITTLE, "--formats", "int3-g64", "--measure", "--json")
     calls = 0
@@ -122,9 +122,9 @@ def test_an_interrupted_measurement_goes_on(run, checkpoint, tmp_path, monkeypat
         calls += 1
         if calls == 6:
             raise KeyboardInterrupt
-        return judged(self, exchanged, *kv_format)
+        return evaluated(self, exchanged, *kv_format)
 
-    monkeypatch.setattr(Reference, "judge", interrupted)
+    monkeypatch.setattr(Reference, "evaluate", interrupted)
     code, out, err = run(*arguments)
     assert (code, out) == (130, "")
     assert "run the same command again" in err
@@ -138,8 +138,13 @@ def test_an_interrupted_measurement_goes_on(run, checkpoint, tmp_path, monkeypat
 @pytest.fixture
 def quick(monkeypatch):
     """Learning and healing in a few steps."""
-    for name, value in {"sequence.STEPS": 3, "heal.STEPS": 4, "heal.LOOK": 2, "heal.TOKENS": 256}.items():
-        monkeypatch.setattr(f"bitplan.planner.{name}", value)
+    for name, value in (
+        ("sequential.STEPS", 3),
+        ("distillation.STEPS", 4),
+        ("distillation.LOOK", 2),
+        ("distillation.TOKENS", 256),
+    ):
+        monkeypatch.setattr(f"bitplan.planner.quantize.{name}", value)
 
 
 def test_apply_makes_the_codes_in_another_way(run, checkpoint, text, tmp_path, quick):
@@ -178,14 +183,14 @@ def test_a_plan_is_made_with_a_rounding_and_healing(run, checkpoint, text, tmp_p
         code, _, err = run(*start, "--trials", "2", "--rounding", rounding, *heal, "-o", plan)
         assert code == 0, err
         made = read(plan, Plan)
-        assert made.rounding == rounding + (", healed" if heal else "") and made.healed == bool(heal)
+        assert made.rounding == rounding + (", healed" if heal else "") and made.distilled == bool(heal)
         assert made.uniform is not None and made.uniform.rounding == rounding
         code, out, _ = run("apply", plan, "--text", text, *LITTLE, "--json")
         assert code == 0
         assert json.loads(out)["kl"] == pytest.approx(made.measured.kl, rel=1e-6)
         code, out, _ = run("apply", plan, "--no-heal", "--device", "cpu", "--json")
         assert json.loads(out)["rounding"] == rounding
-    assert json.loads(run(*start, "--trials", "0", "--heal", "--json")[1])["healed"] is True
+    assert json.loads(run(*start, "--trials", "0", "--heal", "--json")[1])["distilled"] is True
 
 
 def test_a_rounding_that_loses_more_than_the_one_that_scored_is_no_fault_of_the_model(run, checkpoint, tmp_path):
@@ -208,7 +213,7 @@ def test_compare_with_a_rounding_and_healing(run, checkpoint, quick):
 
 def test_compare(run, checkpoint, tmp_path):
     model, plan = checkpoint("llama", torch.bfloat16), tmp_path / "p.json"
-    assert run("plan", model, "--bpw", "6", *LITTLE, *MENU, "--trials", "2", "-o", plan)[0] == 0
+    assert run("plan", model, "--bpw", "6", *LITTLE, *FORMATS_OPTION, "--trials", "2", "-o", plan)[0] == 0
     code, out, _ = run("compare", model, *LITTLE, "--formats", "fp32,bf16,int8,int4", "--plan", plan, "--json")
     assert code == 0
     rows = {row["name"]: row for row in json.loads(out)["rows"]}
@@ -256,16 +261,16 @@ class TestBadInput:
 
     def test_budget_under_the_floor(self, refused, checkpoint, tmp_path):
         model, output = checkpoint("llama"), tmp_path / "plan.json"
-        start = ("plan", model, *LITTLE, *MENU, "-o", output)
+        start = ("plan", model, *LITTLE, *FORMATS_OPTION, "-o", output)
         refused(3, "raise the budget to at least --budget", *start, "--budget", "20KiB")
-        refused(3, "tensors kept as they are", *start, "--bpw", "1.5")
+        refused(3, "unquantized tensors", *start, "--bpw", "1.5")
         refused(3, "or drop --keep", *start, "--bpw", "3", "--keep", "*mlp*")
 
     def test_budget_words(self, refused, checkpoint):
         refused(2, "could mean bits or bytes", "plan", checkpoint("llama"), "--budget", "3gb")
         refused(2, "has no unit of bytes", "plan", checkpoint("llama"), "--budget", "3")
-        refused(2, "say the budget once", "plan", checkpoint("llama"))
-        refused(2, "say the budget once", "plan", checkpoint("llama"), "--bpw", "4", "--fraction", "0.3")
+        refused(2, "give the budget once", "plan", checkpoint("llama"))
+        refused(2, "give the budget once", "plan", checkpoint("llama"), "--bpw", "4", "--fraction", "0.3")
         refused(2, "above zero", "plan", checkpoint("llama"), "--bpw", "nan")
         refused(2, "raise --tokens to 256", "audit", checkpoint("llama"), "--tokens", "10", "--block", "64")
 
@@ -343,7 +348,10 @@ class TestBadInput:
 
     def test_plan_files(self, refused, run, checkpoint, tmp_path):
         plan, other = tmp_path / "plan.json", tmp_path / "other.json"
-        assert run("plan", checkpoint("llama"), *LITTLE, *MENU, "--bpw", "6", "--trials", "1", "-o", plan)[0] == 0
+        assert (
+            run("plan", checkpoint("llama"), *LITTLE, *FORMATS_OPTION, "--bpw", "6", "--trials", "1", "-o", plan)[0]
+            == 0
+        )
         refused(1, "the plan was made for", "apply", plan, "--model", checkpoint("gpt2"))
         refused(2, "exists: give --force", "plan", checkpoint("llama"), "--bpw", "6", "-o", plan)
         refused(2, "exists: give --force", "audit", checkpoint("llama"), "-o", plan)
@@ -358,12 +366,18 @@ class TestBadInput:
         plan, folder = tmp_path / "plan.json", tmp_path / "precious"
         folder.mkdir()
         (folder / "thesis.txt").write_text("years of work")
-        assert run("plan", checkpoint("llama"), *LITTLE, *MENU, "--bpw", "6", "--trials", "1", "-o", plan)[0] == 0
+        assert (
+            run("plan", checkpoint("llama"), *LITTLE, *FORMATS_OPTION, "--bpw", "6", "--trials", "1", "-o", plan)[0]
+            == 0
+        )
         refused(2, "holds something else than a model", "apply", plan, "--save", folder, "--force")
 
     def test_quantized_already(self, refused, run, checkpoint, tmp_path):
         plan, saved = tmp_path / "plan.json", tmp_path / "saved"
-        assert run("plan", checkpoint("llama"), *LITTLE, *MENU, "--bpw", "6", "--trials", "1", "-o", plan)[0] == 0
+        assert (
+            run("plan", checkpoint("llama"), *LITTLE, *FORMATS_OPTION, "--bpw", "6", "--trials", "1", "-o", plan)[0]
+            == 0
+        )
         assert run("apply", plan, "--save", saved, "--device", "cpu")[0] == 0
         refused(1, "is quantized already (bitplan)", "audit", saved)
 

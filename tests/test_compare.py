@@ -5,12 +5,12 @@ import html
 import json
 import struct
 
-import bitplan.compare
 import pytest
 import torch
 
+import bitplan.planner.evaluate.compare
 from bitplan import QuantizationManager
-from bitplan.planner.evaluate.throughput import Running
+from bitplan.planner.evaluate.throughput import Throughput
 from bitplan.sensitivity.loss import Reference
 from tests.test_cli import LITTLE, run, text  # noqa: F401 (fixtures)
 
@@ -138,14 +138,14 @@ class TestRowsThatFail:
         ],
     )
     def test_no_memory_for_one(self, told, monkeypatch, error):
-        judge = Reference.judge
+        evaluate = Reference.evaluate
 
-        def judged(self, model, *rest):
+        def evaluated(self, model, *rest):
             if model.dtype == torch.bfloat16:
                 raise error
-            return judge(self, model, *rest)
+            return evaluate(self, model, *rest)
 
-        monkeypatch.setattr(Reference, "judge", judged)
+        monkeypatch.setattr(Reference, "evaluate", evaluated)
         told("bf16", "out of memory: give a smaller --block, or another --device")
 
     def test_no_memory_for_a_plans_codes(self, told, run, checkpoint, text, tmp_path, monkeypatch):  # noqa: F811
@@ -197,7 +197,7 @@ def test_bytes_are_those_of_the_loaded_tensors_and_of_the_saved_file(
         with open(tmp_path / str(len(held)) / "model.safetensors", "rb") as file:
             (header,) = struct.unpack("<Q", file.read(8))
             saved.append(file.seek(0, 2) - 8 - header)
-        return Running(1.0, 1.0, 1)
+        return Throughput(1.0, 1.0, 1)
 
     monkeypatch.setattr(bitplan.planner.evaluate.compare, "run", look)
     arguments = ("compare", checkpoint(name, torch.bfloat16), "--text", text, *LITTLE, "--rounding", "nearest")

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from bitplan.sensitivity.bank import Workbench
 from bitplan.sensitivity.curvature import Statistics, StatisticsStore, gather
 from bitplan.sensitivity.graph import build_graph
 from bitplan.sensitivity.loss import Reference
+from bitplan.sensitivity.swapper import WeightSwapper
 from bitplan.sensitivity.texts.text import Blocks
 from tests import tiny
 
@@ -120,14 +120,14 @@ def test_gathering_again_does_nothing(tmp_path, monkeypatch):
 def test_prediction_follows_the_measured_kl_of_small_changes(tmp_path):
     """Random small changes of each unit: the predicted order is the measured order, and the size is right."""
     model, units, store = gathered("llama", tmp_path)
-    bench = Workbench(model, tuple(units.values()))
+    swapper = WeightSwapper(model, tuple(units.values()))
     reference = Reference(model, Blocks(IDS))
     predicted, measured = [], []
     for unit in units.values():
         change = torch.randn(unit.rows, unit.columns, generator=torch.Generator().manual_seed(unit.order)) * 0.01
-        bench.exchange(unit, bench.weight(unit) + change)
-        measured.append(reference.judge(model).kl)
-        bench.restore(unit)
+        swapper.exchange(unit, swapper.weight(unit) + change)
+        measured.append(reference.evaluate(model).kl)
+        swapper.restore(unit)
         predicted.append(store[unit].loss(change))
     predicted, measured = torch.tensor(predicted).log(), torch.tensor(measured).log()
     assert torch.corrcoef(torch.stack((predicted, measured)))[0, 1] > 0.9

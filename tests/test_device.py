@@ -10,22 +10,20 @@ from bitplan.formats.errors import BitplanError, UsageError
 from bitplan.formats.kernels.dispatch import Machine, named_machine
 from bitplan.formats.kv.cache import KVCache
 from bitplan.planner.load import load
-from bitplan.planner.memory import device as devices
-from bitplan.planner.memory.budget import RESERVE
-from bitplan.planner.memory.device import CUDA_CONTEXT, find_device, plan_needs
-from bitplan.planner.memory.footprint import Setting
-from bitplan.planner.plan import KVCache as PlannedCache
-from bitplan.planner.plan import Plan
+from bitplan.planner.memory import budget as budgets
+from bitplan.planner.memory.budget import RESERVE, plan_memory
+from bitplan.planner.memory.device import CUDA_CONTEXT, find_device
+from bitplan.planner.plan import NATIVE_WORKLOAD, Plan
 from bitplan.sensitivity import source as sources
 from tests.test_cli import LITTLE, run, text  # noqa: F401 (fixtures)
 
-MENU = ["--formats", "int8,int4-g64,int3-g32"]
+FORMATS_OPTION = ["--formats", "int8,int4-g64,int3-g32"]
 
 
 @pytest.fixture
 def plan(run, checkpoint, text):  # noqa: F811
     def call(*arguments: str) -> tuple[int, str, str]:
-        return run("plan", checkpoint("llama", torch.bfloat16), "--text", text, *LITTLE, *MENU, *arguments)
+        return run("plan", checkpoint("llama", torch.bfloat16), "--text", text, *LITTLE, *FORMATS_OPTION, *arguments)
 
     return call
 
@@ -40,15 +38,15 @@ def test_terms_add_up_to_the_device_and_are_foretold(plan, checkpoint):
     assert budget.device == budget.weights + budget.kv_cache + budget.workspace + budget.reserve
     assert made.bytes <= budget.weights
     assert budget.kv_cache == 2 * 2 * 2 * 2 * 16 * 100 * 2  # layers, K and V, batch, heads, size, tokens, bytes
-    needs = plan_needs(made, sources.find(checkpoint("llama", torch.bfloat16)), Machine("cpu"))
+    needs = plan_memory(made, sources.find(checkpoint("llama", torch.bfloat16)), Machine("cpu"))
     assert needs.kv_cache == budget.kv_cache and needs.workspace <= budget.workspace
     assert "left for weights" in err
 
 
 def test_a_gpu_named_by_its_size_keeps_room_for_its_context():
     found = find_device("24GiB", "auto")
-    assert (found.memory, found.taken, found.on.kind) == (24 << 30, CUDA_CONTEXT, "cuda")
-    assert find_device("24GiB", "cpu").taken == 0
+    assert (found.memory, found.context, found.on.kind) == (24 << 30, CUDA_CONTEXT, "cuda")
+    assert find_device("24GiB", "cpu").context == 0
 
 
 def test_the_kv_caches_format_is_planned_measured_and_used(run, plan, text, tmp_path):  # noqa: F811
@@ -56,8 +54,8 @@ def test_the_kv_caches_format_is_planned_measured_and_used(run, plan, text, tmp_
     code, out, err = plan("--bpw", "8", "--kv-dtype", "int4", "--trials", "1", "-o", str(file), "--json")
     assert code == 0, err
     made = Plan.model_validate_json(out)
-    assert made.kv_cache.format == "int4" and made.kv_cache.kl > 0
-    assert made.measured.kl > made.kv_cache.kl / 2  # both together lose at least much of what the cache alone does
+    assert made.workload.kv_format == "int4" and made.kv_cache_loss.kl > 0
+    assert made.measured.kl > made.kv_cache_loss.kl / 2  # both together lose at least much of what the cache alone does
     code, out, _ = run("apply", file, "--text", text, *LITTLE, "--json")
     assert code == 0
     assert json.loads(out)["kl"] == pytest.approx(made.measured.kl, rel=1e-5)
@@ -83,7 +81,7 @@ class TestBadInput:
 
     def test_no_gpu_to_ask(self, plan):
         code, _, err = plan("--gpu", "auto")
-        assert code == 2 and "name its memory" in err
+        assert code == 2 and "give its memory" in err
 
     def test_context_beyond_the_models(self, plan):
         code, _, err = plan("--gpu", "1MiB", "--context", "200")
@@ -116,12 +114,12 @@ class TestBadInput:
 def test_a_full_device_is_refused_before_loading(plan, checkpoint, monkeypatch):
     _, out, _ = plan("--gpu", "2MiB", "--context", "128", "--batch", "2", "--trials", "0", "--json")
     made = Plan.model_validate_json(out)
-    monkeypatch.setattr(devices, "free_memory", lambda device: made.bytes + 250_000)
+    monkeypatch.setattr(budgets, "free_memory", lambda device: made.bytes + 250_000)
     with pytest.raises(BitplanError, match=r"cpu has .* free and the plan needs .* more: .* --context \d+"):
         load(made, checkpoint("llama", torch.bfloat16), device="cpu")
-    monkeypatch.setattr(devices, "free_memory", lambda device: made.bytes - 1)
+    monkeypatch.setattr(budgets, "free_memory", lambda device: made.bytes - 1)
     with pytest.raises(BitplanError, match=r"make a plan for a smaller budget$"):
-        load(made.model_copy(update={"kv_cache": PlannedCache(format="native")}), checkpoint("llama", torch.bfloat16))
+        load(made.model_copy(update={"workload": NATIVE_WORKLOAD}), checkpoint("llama", torch.bfloat16))
 
 
 def test_show_tells_the_kernels_and_why(run, plan, tmp_path):  # noqa: F811
@@ -133,8 +131,3 @@ def test_show_tells_the_kernels_and_why(run, plan, tmp_path):  # noqa: F811
     assert all(row["kernel"] and row["why"] for row in rows)
     assert "cuda:8.0" in run("show", file, "--device", "cuda:8.0")[1]
     assert run("show", file, "--device", "tpu")[0] == 2
-
-
-def test_settings_default_to_the_plans():
-    assert devices.setting_of(PlannedCache(format="native")) is None
-    assert devices.setting_of(PlannedCache(format="int8", context=64, chunk=16)) == Setting(64, 1, 16, "int8")

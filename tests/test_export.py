@@ -12,9 +12,9 @@ from bitplan.formats.table import FORMATS
 from bitplan.planner.assemble import uniform_plan
 from bitplan.planner.export import NEED_MODEL, TARGETS, export, export_text, write_export
 from bitplan.planner.export.gptq_layout import save_gptq
-from bitplan.planner.load import materialize
-from bitplan.planner.plan import KVCache, PlannedUnit
-from bitplan.sensitivity.profile import Profile, Row
+from bitplan.planner.load import load_planned
+from bitplan.planner.plan import PlannedUnit, Workload
+from bitplan.sensitivity.profile import Profile, ProfileRow
 from bitplan.sensitivity.session import Session
 from tests.test_export_gguf import fake_gguf, resized
 from tests.test_gptq_layout import HEADS, opened, spread_plan
@@ -124,7 +124,7 @@ def test_what_a_target_cannot_say_is_refused_by_name_and_nearest_changes_it(targ
     for unit in odd:
         assert SAID[target](exported.text, unit.name) is not None
         assert changed[unit.name].nats is None
-    assert exported.plan.bytes == sum(u.bytes for u in exported.plan.units) + sum(k.bytes for k in plan.kept)
+    assert exported.plan.bytes == sum(u.bytes for u in exported.plan.units) + sum(k.bytes for k in plan.unquantized)
     assert exported.plan.measured is exported.plan.uniform is exported.plan.predicted is None
     assert [unit for unit in exported.plan.units if unit.name not in changed] == [
         unit for unit in plan.units if unit.name not in changed
@@ -136,18 +136,18 @@ def test_nearest_is_nearest_in_bytes_and_costs_what_the_profile_says(session):
     plan = spread_plan(session, ("int4-g32", "nf4"))
     losses = {"nf4": 0.5, "int4-g32": 0.75}
     rows = tuple(
-        Row(unit=unit.name, format=format, rounding="nearest", bytes=1, predicted_nll=loss)
+        ProfileRow(unit=unit.name, format=format, rounding="nearest", bytes=1, predicted_nll=loss)
         for unit in plan.units
         for format, loss in losses.items()
     )
-    profile = Profile(provenance=plan.provenance, units=(), kept=plan.kept, rows=rows)
+    profile = Profile(provenance=plan.provenance, units=(), unquantized=plan.unquantized, rows=rows)
     exported = export(plan, "auto-round", nearest=True, profile=profile)
     changed = [line for line in exported.lines if line.planned == "nf4"]
     # 64 columns: nf4 takes 36 bytes, int4-g32 37, int4-g64 34.5 and int5-g64 42.6; 96: 72 (two blocks) and 55.5 or 63.
     assert {line.format for line in changed if "down_proj" not in line.unit} == {"int4-g32"}
     assert all(line.nats == 0.25 for line in changed if line.format == "int4-g32")
     assert all(line.nats == 0.0 for line in exported.lines if line.planned != "nf4")
-    total = sum(line.bytes for line in exported.lines) + sum(entry.bytes for entry in plan.kept)
+    total = sum(line.bytes for line in exported.lines) + sum(entry.bytes for entry in plan.unquantized)
     assert exported.bytes == total
     other = profile.model_copy(
         update={
@@ -194,7 +194,7 @@ def test_what_servers_join_agrees(checkpoint):
 def test_the_bytes_told_for_gptq_are_those_of_the_checkpoint(session, tmp_path):
     plan = spread_plan(session, OF["gptqmodel"])
     exported = export(plan, "gptqmodel", source=session.source)
-    size = save_gptq(materialize(plan, session.source, "cpu"), plan, session.source, tmp_path / "out", force=False)
+    size = save_gptq(load_planned(plan, session.source, "cpu"), plan, session.source, tmp_path / "out", force=False)
     assert exported.bytes == size
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config == json.loads(exported.text)
@@ -236,7 +236,7 @@ def test_bad_words(session):
     for target in NEED_MODEL:
         with pytest.raises(UsageError, match="needs the plan's model"):
             export(plan, target)
-    told = export(plan.model_copy(update={"kv_cache": KVCache(format="int8")}), "auto-round")
+    told = export(plan.model_copy(update={"workload": Workload(kv_format="int8")}), "auto-round")
     assert any("KV cache, int8" in note for note in told.notes)
 
 

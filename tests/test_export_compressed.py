@@ -15,7 +15,7 @@ from bitplan.formats.table import FORMATS
 from bitplan.planner.assemble import uniform_plan
 from bitplan.planner.export import export, write_export
 from bitplan.planner.export.compressed_tensors import to_compressed
-from bitplan.planner.load import materialize
+from bitplan.planner.load import load_planned
 from bitplan.planner.plan import PlannedUnit
 from tests.test_gptq_layout import HEADS, opened, spread_plan, stream
 
@@ -70,7 +70,7 @@ def test_the_checkpoint_holds_the_plans_values_and_the_bytes_told(session, tmp_p
     size = write_export(exported, tmp_path / "out", device="cpu")
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert size == exported.bytes == sum(tensor.nbytes for tensor in found.values())
-    model = materialize(plan, session.source, "cpu")
+    model = load_planned(plan, session.source, "cpu")
     for unit in plan.units:
         module = model.get_submodule(unit.name)
         if unit.format == "fp8":

@@ -45,7 +45,7 @@ def resized(plan: Plan, rows: int, columns: int) -> Plan:
     for unit in plan.units:
         size = rows * columns * 4 if unit.is_native else FORMATS[unit.format].nbytes(rows, columns)
         units.append(unit.model_dump() | {"rows": rows, "columns": columns, "bytes": size})
-    total = sum(unit["bytes"] for unit in units) + sum(entry.bytes for entry in plan.kept)
+    total = sum(unit["bytes"] for unit in units) + sum(entry.bytes for entry in plan.unquantized)
     return Plan.model_validate(plan.model_dump() | {"units": units, "bytes": total})
 
 
@@ -83,7 +83,7 @@ def test_gguf_takes_joined_experts_apart_and_counts_vectors_in_float32(checkpoin
     assert "^token_embd\\.weight$=bf16\n" in exported.text and "^output\\.weight$=bf16\n" in exported.text
     assert "^blk\\.0\\.ffn_gate_inp\\.weight$=f32\n" in exported.text
     kept = exported.bytes - sum(line.bytes for line in exported.lines)
-    weights = {entry.name: entry.bytes // 2 for entry in plan.kept}
+    weights = {entry.name: entry.bytes // 2 for entry in plan.unquantized}
     wide = {name: 2 for name in weights if name in ("model.embed_tokens.weight", "lm_head.weight")}
     assert kept == sum(count * wide.get(name, 4) for name, count in weights.items())
 

@@ -9,7 +9,7 @@ from bitplan.formats.bnb import Bnb4Format, Int8BnbFormat
 from bitplan.formats.errors import UnknownFormat, UsageError
 from bitplan.formats.integers import SHRINK, SIGN_FACTORS, IntegerFormat
 from bitplan.formats.rounding import ROUNDINGS, Hessian, refuse_misfit, rounding_alone, rounding_for, rounding_named
-from bitplan.formats.table import FORMATS, MENU, format_named
+from bitplan.formats.table import DEFAULT_FORMATS, FORMATS, format_named
 
 SHAPES = [(5, 172), (3, 33), (2, 256)]
 CASES = [(f, r) for f in FORMATS.values() for r in ROUNDINGS.values() if r.alone and r.fits(f)]
@@ -140,7 +140,7 @@ def test_scales_may_be_floats_and_are_differentiable(format):
     assert_close(grown, value.detach() * (1 + step), rtol=1e-4, atol=1e-7)
 
 
-@given(st.integers(0, 1000), st.sampled_from([n for n in MENU if n != "int8"]))
+@given(st.integers(0, 1000), st.sampled_from([n for n in DEFAULT_FORMATS if n != "int8"]))
 def test_error_is_at_most_half_a_step(seed, name):
     format = format_named(name)
     weight = weights(4, 96, seed)

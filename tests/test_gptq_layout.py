@@ -17,11 +17,10 @@ from bitplan.formats.integers import Grid, IntegerFormat
 from bitplan.formats.modules import Packed
 from bitplan.formats.table import FORMATS
 from bitplan.planner.assemble import uniform_plan
-from bitplan.planner.export.gptq_layout import config_for, quantization_config, refuse_unsayable, save_gptq, to_gptq
-from bitplan.planner.load import materialize
+from bitplan.planner.export.gptq_layout import config_for, quantization_config, refuse_unsupported, save_gptq, to_gptq
+from bitplan.planner.load import load_planned
 from bitplan.planner.plan import Plan
 from bitplan.sensitivity import source as sources
-from bitplan.sensitivity.bank import unit_bytes
 from bitplan.sensitivity.session import Session, open_session, read_texts
 
 HEADS = {"llama": ("model.embed_tokens", "lm_head"), "llama-tied": ("model.embed_tokens",)}
@@ -42,8 +41,8 @@ def spread_plan(session: Session, formats=SPREAD) -> Plan:
     for unit, own in zip(plan.units, session.graph.units, strict=True):
         name = formats[groups.index(unit.group) % len(formats)]
         name = own.native if name == "native" else name
-        units.append(unit.model_copy(update={"format": name, "bytes": unit_bytes(own, name)}))
-    total = sum(unit.bytes for unit in units) + sum(entry.bytes for entry in plan.kept)
+        units.append(unit.model_copy(update={"format": name, "bytes": own.nbytes(name)}))
+    total = sum(unit.bytes for unit in units) + sum(entry.bytes for entry in plan.unquantized)
     return Plan.model_validate(plan.model_dump() | {"units": [u.model_dump() for u in units], "bytes": total})
 
 
@@ -120,7 +119,7 @@ def test_a_zero_point_of_zero_is_written_mirrored():
 def test_a_saved_folder_holds_the_models_weights(name, dtype, checkpoint, tmp_path):
     session = opened(checkpoint, name, dtype, HEADS[name])
     plan = spread_plan(session)
-    model = materialize(plan, session.source, "cpu")
+    model = load_planned(plan, session.source, "cpu")
     size = save_gptq(model, plan, session.source, tmp_path / "out", force=False)
     found, config = read_back(tmp_path / "out")
     assert size == sum(tensor.nbytes for tensor in found.values())
@@ -135,7 +134,7 @@ def test_a_saved_folder_holds_the_models_weights(name, dtype, checkpoint, tmp_pa
         assert torch.equal(decoded(own, bits), weight)
     # What is left are the kept tensors: each once, as they were.
     original = load_file(session.source.folder / "model.safetensors")
-    assert {entry.name for entry in plan.kept} == set(found)
+    assert {entry.name for entry in plan.unquantized} == set(found)
     for tensor_name, tensor in found.items():
         source_name = tensor_name if tensor_name in original else tensor_name.partition(".")[2]
         assert tensor.dtype == dtype and torch.equal(tensor, original[source_name])
@@ -146,15 +145,15 @@ def test_a_saved_folder_holds_the_models_weights(name, dtype, checkpoint, tmp_pa
 def test_one_setting_needs_no_rules_and_several_have_one_each(checkpoint):
     session = opened(checkpoint, "llama-tied", torch.float32, HEADS["llama-tied"])
     one = uniform_plan(session, "int4-g32", "nearest")
-    config = quantization_config(materialize(one, session.source, "cpu"), one)
+    config = quantization_config(load_planned(one, session.source, "cpu"), one)
     assert (config["bits"], config["group_size"], config["sym"]) == (4, 32, False)
     assert "dynamic" not in config
     assert config["meta"]["quantizer"][0].startswith("bitplan:")
     symmetric = uniform_plan(session, "int8")
-    config = quantization_config(materialize(symmetric, session.source, "cpu"), symmetric)
+    config = quantization_config(load_planned(symmetric, session.source, "cpu"), symmetric)
     assert (config["bits"], config["group_size"], config["sym"]) == (8, -1, True)
     mixed = spread_plan(session, ("int4-g32", "int4-g64", "native", "int8"))
-    config = quantization_config(materialize(mixed, session.source, "cpu"), mixed)
+    config = quantization_config(load_planned(mixed, session.source, "cpu"), mixed)
     assert config["sym"] is False
     by_format = {unit.name: unit.format for unit in mixed.units}
     said = {rule.partition(":")[2].strip("^$").replace("\\", ""): value for rule, value in config["dynamic"].items()}
@@ -176,7 +175,7 @@ def test_one_setting_needs_no_rules_and_several_have_one_each(checkpoint):
 def test_the_folder_is_a_checkpoint_with_papers(checkpoint, tmp_path):
     session = opened(checkpoint, "llama-tied", torch.float32, HEADS["llama-tied"])
     plan = uniform_plan(session, "int4-g32", "nearest")
-    model = materialize(plan, session.source, "cpu")
+    model = load_planned(plan, session.source, "cpu")
     save_gptq(model, plan, session.source, tmp_path / "out", force=False)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"] == json.loads((tmp_path / "out" / "quantize_config.json").read_text())
@@ -232,7 +231,7 @@ def test_what_the_layout_cannot_say_is_refused_by_name(name, keep, format, words
     session = opened(checkpoint, name, torch.float32, keep)
     plan = uniform_plan(session, format, "nearest" if format not in ("fp32",) else None)
     with pytest.raises(FormatUnavailable, match=words) as caught:
-        refuse_unsayable(plan)
+        refuse_unsupported(plan)
     assert "\n" not in str(caught.value) and caught.value.exit_code == 1
     with pytest.raises(FormatUnavailable):
         save_gptq(session.model, plan, session.source, tmp_path / "out", force=False)
@@ -242,22 +241,22 @@ def test_what_the_layout_cannot_say_is_refused_by_name(name, keep, format, words
 def test_rows_that_fill_no_words_are_refused(checkpoint):
     session = opened(checkpoint, "qwen2-moe", torch.float32, (*HEADS["llama"], "*.experts.*"))
     with pytest.raises(FormatUnavailable, match=r"shared_expert.*48.*no multiples of 32.*--keep") as caught:
-        refuse_unsayable(uniform_plan(session, "int4-g32", "nearest"))
+        refuse_unsupported(uniform_plan(session, "int4-g32", "nearest"))
     assert len(str(caught.value)) < 600
 
 
 def test_kept_experts_are_refused_too(checkpoint, tmp_path):
     session = opened(checkpoint, "mixtral", torch.float32, (*HEADS["llama"], "*.experts.*"))
     plan = uniform_plan(session, "int4-g32", "nearest")
-    refuse_unsayable(plan)  # the plan alone does not tell what a kept tensor is
+    refuse_unsupported(plan)  # the plan alone does not tell what a kept tensor is
     with pytest.raises(FormatUnavailable, match="save without a layout"):
-        save_gptq(materialize(plan, session.source, "cpu"), plan, session.source, tmp_path / "out", force=False)
+        save_gptq(load_planned(plan, session.source, "cpu"), plan, session.source, tmp_path / "out", force=False)
 
 
 def test_a_folder_that_cannot_be_written_leaves_nothing(checkpoint, tmp_path):
     session = opened(checkpoint, "llama-tied", torch.float32, HEADS["llama-tied"])
     plan = uniform_plan(session, "int4-g32", "nearest")
-    model = materialize(plan, session.source, "cpu")
+    model = load_planned(plan, session.source, "cpu")
     (tmp_path / "file").write_text("")
     with pytest.raises(BitplanError, match="cannot write"):
         save_gptq(model, plan, session.source, tmp_path / "file" / "out", force=False)

@@ -55,11 +55,11 @@ class TestArchitectures:
     def test_every_parameter_is_counted_once(self, name):
         model = tiny.build(name)
         graph = build_graph(model)
-        kept = sum(entry.nbytes for entry in graph.kept)
+        kept = sum(entry.nbytes for entry in graph.unquantized)
         buffers = sum(b.nbytes for n, b in model.named_buffers() if n in model.state_dict())
         units = sum(unit.weights * 4 for unit in graph.units)
         assert units + kept == sum(p.nbytes for p in model.parameters()) + buffers
-        assert all(entry.reason for entry in graph.kept)
+        assert all(entry.reason for entry in graph.unquantized)
 
     def test_flow_is_a_dag_from_embedding_to_head(self, name):
         graph = build_graph(tiny.build(name))
@@ -123,7 +123,7 @@ def test_conv1d_and_experts_have_outputs_first():
 def test_keep_moves_units_to_the_kept_and_must_match():
     graph = build_graph(tiny.build("llama"), keep=("*.layers.0.*", "lm_head"))
     assert not [unit.name for unit in graph.units if ".layers.0." in unit.name or unit.name == "lm_head"]
-    assert sum(entry.reason == "kept on request" for entry in graph.kept) == 8
+    assert sum(entry.reason == "kept on request" for entry in graph.unquantized) == 8
     with pytest.raises(UsageError, match=r"'nothing\.like' matches no unit"):
         build_graph(tiny.build("llama"), keep=("nothing.like",))
 
@@ -132,7 +132,7 @@ def test_what_no_text_runs_through_is_kept_and_said():
     model = tiny.build("llama")
     model.spare = torch.nn.Linear(4, 4)
     graph = build_graph(model)
-    assert {k.name: k.reason for k in graph.kept}["spare.weight"].startswith("no text runs through it")
+    assert {k.name: k.reason for k in graph.unquantized}["spare.weight"].startswith("no text runs through it")
 
 
 def test_a_weight_that_other_code_reads_is_kept_and_said():
@@ -141,5 +141,5 @@ def test_a_weight_that_other_code_reads_is_kept_and_said():
     head = model.lm_head
     model.model.norm.register_forward_hook(lambda m, args, out: out.to(head.weight.dtype))
     graph = build_graph(model)
-    assert {k.name: k.reason for k in graph.kept}["lm_head.weight"].startswith("its weight is read outside")
+    assert {k.name: k.reason for k in graph.unquantized}["lm_head.weight"].startswith("its weight is read outside")
     assert {unit.name for unit in graph.units} == set(expected_units("llama")) - {"lm_head"}

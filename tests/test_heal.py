@@ -13,17 +13,18 @@ from bitplan.formats.errors import RoundingFailed
 from bitplan.formats.rounding import rounding_for
 from bitplan.formats.table import FORMATS, format_named
 from bitplan.planner.assemble import uniform_plan
-from bitplan.planner.hf.quantizer import PlanConfig, codes_folder, kept_path, missing_codes, unit_path
-from bitplan.planner.load import load, materialize, resident_bytes
+from bitplan.planner.codes import codes_folder, missing_codes, unit_path, unquantized_path
+from bitplan.planner.hf.quantizer import PlanConfig
+from bitplan.planner.load import load, load_planned, resident_bytes
 from bitplan.planner.plan import Plan, PlannedUnit
 from bitplan.planner.quantize import distillation as heal
 from bitplan.planner.quantize import sequential as sequence
-from bitplan.planner.quantize.distillation import Healing, round_missing
+from bitplan.planner.quantize.distillation import Distillation, round_missing
 from bitplan.sensitivity import source as sources
-from bitplan.sensitivity.bank import from_file, unit_bytes
 from bitplan.sensitivity.loss import Reference
 from bitplan.sensitivity.session import Session
 from bitplan.sensitivity.store import load_tensors
+from bitplan.sensitivity.weight_cache import from_file
 
 IDS = torch.arange(3, 43).unsqueeze(0)
 
@@ -54,8 +55,8 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def unhealed(plan: Plan) -> Plan:
-    return plan.model_copy(update={"healed": False})
+def undistilled(plan: Plan) -> Plan:
+    return plan.model_copy(update={"distilled": False})
 
 
 def references(session: Session) -> tuple[Reference, Reference]:
@@ -66,15 +67,15 @@ def references(session: Session) -> tuple[Reference, Reference]:
 def test_scales_and_vectors_are_trained_and_nothing_else(name, rounding, session_of, tmp_path, monkeypatch):
     monkeypatch.setattr(heal, "SCALE_RATE", 0.01)  # so few steps must be large ones
     session = session_of(name)
-    plan = uniform_plan(session, "int2-g32", rounding, healed=True)
-    before = unhealed(plan)
+    plan = uniform_plan(session, "int2-g32", rounding, distilled=True)
+    before = undistilled(plan)
     assert plan.bytes == before.bytes and plan.rounding == f"{rounding}, healed"
     round_missing(plan, session)
     assert not missing_codes(plan) and not missing_codes(before)
     # Never worse than the codes alone, as loaded, on the text that stopped it; and at two bits better.
     _, search = references(session)
-    model, start = materialize(plan, session.source, "cpu"), materialize(before, session.source, "cpu")
-    assert search.judge(model).kl < search.judge(start).kl
+    model, start = load_planned(plan, session.source, "cpu"), load_planned(before, session.source, "cpu")
+    assert search.evaluate(model).kl < search.evaluate(start).kl
     assert resident_bytes(model) == plan.bytes == resident_bytes(start)
     trained = 0
     for unit in plan.units:
@@ -84,11 +85,11 @@ def test_scales_and_vectors_are_trained_and_nothing_else(name, rounding, session
         assert ours["_scale"].dtype == theirs["_scale"].dtype == torch.int16
         trained += not torch.equal(ours["_scale"], theirs["_scale"])
     assert trained > 0.8 * len(plan.units)
-    vectors = {entry.name for entry in plan.kept if len(entry.shape) == 1}
-    kept = {path.name.removesuffix(".safetensors") for path in (codes_folder(plan) / "kept").iterdir()}
+    vectors = {entry.name for entry in plan.unquantized if len(entry.shape) == 1}
+    kept = {path.name.removesuffix(".safetensors") for path in (codes_folder(plan) / "unquantized").iterdir()}
     assert kept == vectors
     moved = 0
-    for entry in plan.kept:
+    for entry in plan.unquantized:
         same = torch.equal(model.get_parameter(entry.name), start.get_parameter(entry.name))
         assert same or entry.name in vectors
         moved += not same
@@ -101,31 +102,31 @@ def test_scales_and_vectors_are_trained_and_nothing_else(name, rounding, session
 
 def test_what_is_kept_is_the_best_state_seen_as_stored(session_of, monkeypatch):
     session = session_of("llama")
-    plan = uniform_plan(session, "int2-g32", "nearest", healed=True)
-    looked, look = [], Healing._look
-    monkeypatch.setattr(Healing, "_look", lambda self, search: looked.append(look(self, search)) or looked[-1])
+    plan = uniform_plan(session, "int2-g32", "nearest", distilled=True)
+    looked, look = [], Distillation._look
+    monkeypatch.setattr(Distillation, "_look", lambda self, search: looked.append(look(self, search)) or looked[-1])
     round_missing(plan, session)
     assert len(looked) == 1 + 3
     _, search = references(session)
-    found = search.judge(materialize(plan, session.source, "cpu")).kl
+    found = search.evaluate(load_planned(plan, session.source, "cpu")).kl
     assert found == pytest.approx(min(looked), rel=1e-4)
-    start = search.judge(materialize(unhealed(plan), session.source, "cpu")).kl
+    start = search.evaluate(load_planned(undistilled(plan), session.source, "cpu")).kl
     assert looked[0] == pytest.approx(start, rel=1e-4)
 
 
 def test_where_training_only_harms_the_start_is_kept(session_of, monkeypatch):
     monkeypatch.setattr(heal, "SCALE_RATE", 3.0)
     session = session_of("llama")
-    plan = uniform_plan(session, "int4-g64", "gptq", healed=True)
-    looked, look = [], Healing._look
-    monkeypatch.setattr(Healing, "_look", lambda self, search: looked.append(look(self, search)) or looked[-1])
+    plan = uniform_plan(session, "int4-g64", "gptq", distilled=True)
+    looked, look = [], Distillation._look
+    monkeypatch.setattr(Distillation, "_look", lambda self, search: looked.append(look(self, search)) or looked[-1])
     round_missing(plan, session)
     assert min(looked[1:]) > looked[0]
     for unit in plan.units:
-        ours, theirs = stored(plan, unit.name), stored(unhealed(plan), unit.name)
+        ours, theirs = stored(plan, unit.name), stored(undistilled(plan), unit.name)
         assert all(torch.equal(ours[suffix], theirs[suffix]) for suffix in theirs)
-    for entry in plan.kept:
-        kept = load_tensors(kept_path(codes_folder(plan), entry.name))
+    for entry in plan.unquantized:
+        kept = load_tensors(unquantized_path(codes_folder(plan), entry.name))
         assert torch.equal(kept["tensor"], session.model.get_parameter(entry.name))
 
 
@@ -134,18 +135,18 @@ def test_scales_of_every_format_get_gradients_and_steps(session_of):
     for name in ("llama-tied", "qwen3-moe"):
         session = session_of(name, torch.bfloat16)
         turns = ("nf4", "fp8", "int8-bnb", "int8", "int3-g32", "binary-g64")
-        plan = uniform_plan(session, "int8", "nearest", healed=True)
+        plan = uniform_plan(session, "int8", "nearest", distilled=True)
         groups = list(dict.fromkeys(unit.group for unit in plan.units))
         units = []
         for unit, own in zip(plan.units, session.graph.units, strict=True):
             format = turns[groups.index(unit.group) % len(turns)]
             rounding = rounding_for(FORMATS[format], "nearest")
-            changes = {"format": format, "rounding": rounding, "bytes": unit_bytes(own, format)}
+            changes = {"format": format, "rounding": rounding, "bytes": own.nbytes(format)}
             units.append(unit.model_copy(update=changes))
-        total = sum(unit.bytes for unit in units) + sum(entry.bytes for entry in plan.kept)
+        total = sum(unit.bytes for unit in units) + sum(entry.bytes for entry in plan.unquantized)
         plan = Plan.model_validate(plan.model_dump() | {"units": [u.model_dump() for u in units], "bytes": total})
-        student = sources.load_model(session.source, "cpu", quantization_config=PlanConfig(unhealed(plan)))
-        healing = Healing(student, plan)
+        student = sources.load_model(session.source, "cpu", quantization_config=PlanConfig(undistilled(plan)))
+        healing = Distillation(student, plan)
         floats = {unit.parameter + suffix for unit in units for suffix in format_named(unit.format).floats}
         assert floats <= healing.trained.keys()
         student(input_ids=session.texts.calibration.ids[:8]).logits.logsumexp(-1).sum().backward()
@@ -156,9 +157,9 @@ def test_scales_of_every_format_get_gradients_and_steps(session_of):
             assert (value.grad != 0).any() or parameter.endswith("k_proj.bias"), parameter
         trained = {id(value) for value, _ in healing.trained.values()}
         assert all(id(p) in trained for p in student.parameters() if p.requires_grad)
-        plan = plan.model_copy(update={"healed": True})
+        plan = plan.model_copy(update={"distilled": True})
         round_missing(plan, session)
-        model = materialize(plan, session.source, "cpu")
+        model = load_planned(plan, session.source, "cpu")
         assert resident_bytes(model) == plan.bytes
         for unit in units:
             scale = format_named(unit.format).floats["_scale"]
@@ -168,13 +169,13 @@ def test_scales_of_every_format_get_gradients_and_steps(session_of):
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
 def test_checkpointing_changes_nothing(name, session_of, monkeypatch):
     session = session_of(name)
-    plan = uniform_plan(session, "int3-g32", "nearest", healed=True)
+    plan = uniform_plan(session, "int3-g32", "nearest", distilled=True)
     calibration, search = references(session)
     found = []
     for memory in (1 << 30, 0):
         monkeypatch.setattr(heal, "IN_MEMORY", memory)
-        student = sources.load_model(session.source, "cpu", quantization_config=PlanConfig(unhealed(plan)))
-        healing = Healing(student, plan)
+        student = sources.load_model(session.source, "cpu", quantization_config=PlanConfig(undistilled(plan)))
+        healing = Distillation(student, plan)
         blocks = [m for m in student.modules() if getattr(m, "gradient_checkpointing", False)]
         assert bool(blocks) == (memory == 0)
         assert all(m.training == (m in blocks) for m in student.modules() if m is not student)
@@ -188,7 +189,7 @@ class TestResuming:
     @pytest.mark.parametrize("cut", [1, 5])
     def test_an_interrupted_run_ends_as_it_would_have_to_the_byte(self, cut, session_of, cache, monkeypatch):
         session = session_of("llama")
-        plan = uniform_plan(session, "int2-g32", "gptq", healed=True)
+        plan = uniform_plan(session, "int2-g32", "gptq", distilled=True)
         round_missing(plan, session)
         expected = files(codes_folder(plan))
         assert not any("healing" in name for name in expected)
@@ -205,7 +206,7 @@ class TestResuming:
         with pytest.raises(KeyboardInterrupt):
             round_missing(plan, session)
         assert len(missing_codes(plan)) == len(plan.units)
-        assert not missing_codes(unhealed(plan))
+        assert not missing_codes(undistilled(plan))
         steps.clear()
         monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: steps.append(1) or step(self, *a, **k))
         round_missing(plan, session)
@@ -214,7 +215,7 @@ class TestResuming:
 
     def test_interrupted_while_writing_it_writes_the_same(self, session_of, monkeypatch):
         session = session_of("llama")
-        plan = uniform_plan(session, "int2-g32", "gptq", healed=True)
+        plan = uniform_plan(session, "int2-g32", "gptq", distilled=True)
         round_missing(plan, session)
         expected = files(codes_folder(plan))
         shutil.rmtree(codes_folder(plan))
@@ -235,7 +236,7 @@ class TestResuming:
 
     def test_healed_plans_are_made_by_load_from_the_plans_text(self, session_of, tmp_path, monkeypatch):
         session = session_of("llama", torch.bfloat16)
-        plan = uniform_plan(session, "int2-g32", "gptq", healed=True)
+        plan = uniform_plan(session, "int2-g32", "gptq", distilled=True)
         round_missing(plan, session)
         expected = files(codes_folder(plan))
         monkeypatch.setenv("BITPLAN_CACHE", str(tmp_path / "other"))
@@ -245,7 +246,7 @@ class TestResuming:
 
 def test_a_loss_that_is_not_finite_is_said(session_of, monkeypatch):
     session = session_of("llama")
-    plan = uniform_plan(session, "int2-g32", "gptq", healed=True)
+    plan = uniform_plan(session, "int2-g32", "gptq", distilled=True)
     monkeypatch.setattr(heal, "SCALE_RATE", float("nan"))
     with pytest.raises(RoundingFailed, match="healing: the loss is nan at step 1; plan without --heal"):
         round_missing(plan, session)

@@ -196,7 +196,9 @@ class TestDevices:
         files = [str(path) for path in checkpoint(name).glob("*.safetensors")]
         quantizer._process_model_before_weight_loading(model, checkpoint_files=files)
         expected: dict[str, int] = {}
-        for parameter, size in [(u.parameter, u.bytes) for u in plan.units] + [(k.name, k.bytes) for k in plan.kept]:
+        for parameter, size in [(u.parameter, u.bytes) for u in plan.units] + [
+            (k.name, k.bytes) for k in plan.unquantized
+        ]:
             module = parameter.rpartition(".")[0]
             expected[module] = expected.get(module, 0) + size
         _, sizes = compute_module_sizes(model, quantizer)  # also has buffers that no checkpoint holds

@@ -13,8 +13,8 @@ IDS = torch.randint(0, 256, (5, 20), generator=torch.Generator().manual_seed(2))
 
 def test_a_model_beside_itself_loses_nothing():
     model = tiny.build("llama")
-    judgement = Reference(model, Blocks(IDS)).judge(model)
-    assert (judgement.kl, judgement.delta_nll, judgement.tokens) == (0, 0, 5 * 19)
+    evaluation = Reference(model, Blocks(IDS)).evaluate(model)
+    assert (evaluation.kl, evaluation.delta_nll, evaluation.tokens) == (0, 0, 5 * 19)
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -25,7 +25,7 @@ def test_against_torchs_own_losses(in_memory, monkeypatch):
     other = copy.deepcopy(model)
     for parameter in other.parameters():
         parameter += 0.01
-    judgement = Reference(model, Blocks(IDS)).judge(other)
+    evaluation = Reference(model, Blocks(IDS)).evaluate(other)
     log_p, log_q = (m(input_ids=IDS).logits[:, :-1].log_softmax(-1) for m in (model, other))
     labels = IDS[:, 1:]
 
@@ -33,8 +33,8 @@ def test_against_torchs_own_losses(in_memory, monkeypatch):
         return torch.nn.functional.nll_loss(log.flatten(0, 1), labels.flatten(), reduction="none").view(5, 19)
 
     kl = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
-    assert_close(judgement.nll, float(nll(log_q).mean()), rtol=1e-5, atol=1e-6)
-    assert_close(judgement.kl, float(kl.mean()), rtol=1e-4, atol=1e-6)
-    assert_close(judgement.kl_se, float(kl.mean(-1).std() / 5**0.5), rtol=1e-3, atol=1e-6)
+    assert_close(evaluation.nll, float(nll(log_q).mean()), rtol=1e-5, atol=1e-6)
+    assert_close(evaluation.kl, float(kl.mean()), rtol=1e-4, atol=1e-6)
+    assert_close(evaluation.kl_se, float(kl.mean(-1).std() / 5**0.5), rtol=1e-3, atol=1e-6)
     delta = (nll(log_q) - nll(log_p)).mean(-1)
-    assert_close(judgement.delta_nll_se, float(delta.std() / 5**0.5), rtol=1e-3, atol=1e-6)
+    assert_close(evaluation.delta_nll_se, float(delta.std() / 5**0.5), rtol=1e-3, atol=1e-6)

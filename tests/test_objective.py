@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bitplan.formats.errors import UsageError
-from bitplan.planner.evaluate.objective import Judge
-from bitplan.planner.load import materialize
+from bitplan.planner.evaluate.objective import Objective
+from bitplan.planner.load import load_planned
 from bitplan.planner.plan import Plan
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.profile import read
@@ -15,7 +15,7 @@ from bitplan.sensitivity.tasks.paired import paired
 from bitplan.sensitivity.tasks.score import losses, score
 from bitplan.sensitivity.tasks.task import FEWEST, read_task
 from tests import tiny
-from tests.test_cli import LITTLE, MENU, run, text  # noqa: F401 (fixtures)
+from tests.test_cli import FORMATS_OPTION, LITTLE, run, text  # noqa: F401 (fixtures)
 
 CHOICE = [{"prompt": f"the {i} cats sat on", "choices": [f" {i * 7} mats", " it"], "answer": i % 2} for i in range(40)]
 EXACT = [{"prompt": f"{i} and ", "answer": str(i)} for i in range(24)]
@@ -46,9 +46,9 @@ def test_halves_have_no_item_in_common(checkpoint, tmp_path):
 @pytest.mark.parametrize("lines", [CHOICE, EXACT, PROSE], ids=["choice", "exact", "text"])
 def test_the_loss_is_nats_above_full_precision(session_of, checkpoint, tmp_path, lines):
     session, task = session_of("llama"), task_of(checkpoint, tmp_path, lines)
-    judge = Judge(session, task)
-    same = judge.heldout(session.model)
-    assert judge.loss(session.model) == same.loss == same.task.loss == same.task.difference == 0
+    evaluate = Objective(session, task)
+    same = evaluate.heldout(session.model)
+    assert evaluate.loss(session.model) == same.loss == same.task.loss == same.task.difference == 0
     assert same.kl == pytest.approx(0, abs=1e-9)
 
     other, one = tiny.build("llama"), task.halves()[0]
@@ -69,13 +69,13 @@ def test_the_loss_is_nats_above_full_precision(session_of, checkpoint, tmp_path,
         else:
             tokens = sum(row.scored for row in item.rows) if "text" in lines[0] else 1
             expected.append((sum(found[0]) - sum(found[1])) / tokens)
-    assert judge.loss(other) == pytest.approx(sum(expected) / len(expected), rel=1e-3, abs=1e-6)
+    assert evaluate.loss(other) == pytest.approx(sum(expected) / len(expected), rel=1e-3, abs=1e-6)
 
 
 def test_a_plan_for_a_task(run, checkpoint, text, tmp_path):  # noqa: F811
     """The plan file's figures are those of the loaded model on the half that chose nothing."""
     folder, file = checkpoint("llama"), tmp_path / "plan.json"
-    command = ("plan", folder, "--text", text, *LITTLE, *MENU, "--bpw", "5", "--trials", "3", "-o", file)
+    command = ("plan", folder, "--text", text, *LITTLE, *FORMATS_OPTION, "--bpw", "5", "--trials", "3", "-o", file)
     code, out, err = run(*command, "--task", written(tmp_path, CHOICE))
     assert code == 0, err
     assert "measured on 20 held-out items of mine: accuracy" in out and "loss on 20 items of mine" in out
@@ -87,7 +87,7 @@ def test_a_plan_for_a_task(run, checkpoint, text, tmp_path):  # noqa: F811
 
     source = sources.find(folder)
     base = score(sources.load_model(source, "cpu", dtype=torch.float32), task.halves()[1])
-    found = score(materialize(plan, source, "cpu"), task.halves()[1])
+    found = score(load_planned(plan, source, "cpu"), task.halves()[1])
     of = paired(base.values, found.values)
     told = plan.measured.task
     assert (told.items, told.baseline, told.quantized, told.low, told.high) == (
@@ -105,6 +105,6 @@ def test_a_plan_for_a_task(run, checkpoint, text, tmp_path):  # noqa: F811
     [(("--trials", "0"), "--trials 0 judges none"), (("--limit", "19"), "has 19 different items")],
 )
 def test_what_cannot_be_searched_with(run, checkpoint, text, tmp_path, more, message):  # noqa: F811
-    command = ("plan", checkpoint("llama"), "--text", text, *LITTLE, *MENU, "--bpw", "5")
+    command = ("plan", checkpoint("llama"), "--text", text, *LITTLE, *FORMATS_OPTION, "--bpw", "5")
     code, _, err = run(*command, "--task", written(tmp_path, CHOICE), *more)
     assert code == 2 and message in err

@@ -9,8 +9,9 @@ from pydantic import ValidationError
 
 from bitplan.formats.errors import FileInvalid
 from bitplan.formats.table import FORMATS
-from bitplan.planner.plan import Plan
-from bitplan.planner.report.show import folded, layers, plan_text
+from bitplan.planner.plan import KVCacheLoss, Plan, Workload
+from bitplan.planner.report.show import plan_text
+from bitplan.planner.report.tables import folded, layers
 from bitplan.sensitivity.profile import Profile, read, write
 
 SHA = "0" * 64
@@ -54,12 +55,12 @@ def plans(draw):
     total = sum(entry["bytes"] for entry in units + kept)
     return Plan.model_validate(
         {
-            "budget": {"asked": "x", "weights": total},
+            "budget": {"requested": "x", "weights": total},
             "bytes": total,
             "bits_per_weight": total * 8 / 10_000,
             "shipped": "search",
         }
-        | {"units": units, "kept": kept, "predicted": {"nll": 0.1, "bound": 0.1}, "provenance": PROVENANCE}
+        | {"units": units, "unquantized": kept, "predicted": {"nll": 0.1, "bound": 0.1}, "provenance": PROVENANCE}
     )
 
 
@@ -117,7 +118,7 @@ def changed(example: dict, path: str, value: object) -> dict:
         ("units.0.parameter", "/tmp/x", "units.0.parameter: String should match pattern"),
         ("units.0.name", "model.layers.1.mlp.up_proj", "planned more than once"),
         ("units.0.format", "int9", "unknown format 'int9'"),
-        ("schema_version", 2, "schema_version: Input should be 3"),
+        ("schema_version", 2, "schema_version: Input should be 4"),
         ("provenance.model.weights_sha256", "abc", "weights_sha256: String should match pattern"),
     ],
 )
@@ -150,9 +151,21 @@ def test_a_rounding_fits_its_format(example, format, rounding):
         Plan.model_validate(content)
 
 
-def test_an_older_plan_without_healing_is_read(example):
-    assert example.pop("healed") is False
-    assert not Plan.model_validate(example).healed
+def test_an_older_plan_without_distillation_is_read(example):
+    assert example.pop("distilled") is False
+    assert not Plan.model_validate(example).distilled
+
+
+def test_schema_3_is_read():
+    """Made by the version before: `kept`, `healed`, `asked` and `kv_cache` had other names or places."""
+    file = Path(__file__).parent / "data" / "plan-schema-3.json"
+    old, plan = json.loads(file.read_text()), read(file, Plan)
+    assert [entry.name for entry in plan.unquantized] == [entry["name"] for entry in old["kept"]]
+    assert (plan.budget.requested, plan.distilled) == (old["budget"]["asked"], old["healed"])
+    old["kv_cache"] = {"format": "int8", "context": 64, "batch": 2, "chunk": 16, "kl": 0.5, "kl_se": 0.1}
+    plan = Plan.model_validate(old)
+    assert plan.workload == Workload(kv_format="int8", context=64, batch=2, prefill_chunk=16)
+    assert plan.kv_cache_loss == KVCacheLoss(kl=0.5, kl_se=0.1)
 
 
 def test_groups_agree(example):
@@ -163,7 +176,7 @@ def test_groups_agree(example):
 
 @given(st.integers(0, 400))
 def test_a_truncated_file_is_said(cut):
-    text = json.dumps({"budget": {"asked": "x" * 400, "weights": 3}})[:cut]
+    text = json.dumps({"budget": {"requested": "x" * 400, "weights": 3}})[:cut]
     folder = Path(os.environ["BITPLAN_CACHE"])
     (folder / "cut.json").write_text(text)
     with pytest.raises(FileInvalid):

@@ -36,5 +36,5 @@ def test_a_plan_is_what_it_says():
     model = load(plan, MODEL, device="cpu", text=[CALIBRATION])
     assert resident_bytes(model) == plan.bytes
     # Another processor adds in another order: codes on an edge may fall otherwise.
-    kl = Reference(load_reference(source, "cpu"), heldout).judge(model).kl
+    kl = Reference(load_reference(source, "cpu"), heldout).evaluate(model).kl
     assert kl == pytest.approx(plan.measured.kl, rel=0.05)

@@ -15,17 +15,17 @@ from bitplan.formats.rounding import Hessian, rounding_for
 from bitplan.formats.rounding.gptq import gptq_codes
 from bitplan.formats.table import FORMATS, format_named
 from bitplan.planner.assemble import uniform_plan
-from bitplan.planner.hf.quantizer import codes_folder, kept_path, missing_codes, unit_path
-from bitplan.planner.load import load, make_codes, materialize, resident_bytes
+from bitplan.planner.codes import codes_folder, missing_codes, unit_path, unquantized_path
+from bitplan.planner.load import load, load_planned, make_codes, resident_bytes
 from bitplan.planner.plan import Plan
 from bitplan.planner.quantize import sequential as sequence
 from bitplan.planner.quantize.distillation import round_missing
 from bitplan.planner.quantize.sequential import Segment, Sequence
 from bitplan.sensitivity import source as sources
-from bitplan.sensitivity.bank import from_file, unit_bytes
 from bitplan.sensitivity.loss import Reference
 from bitplan.sensitivity.session import Session, open_session, read_texts
 from bitplan.sensitivity.store import load_tensors
+from bitplan.sensitivity.weight_cache import from_file
 from tests import tiny
 
 ARCHITECTURES = ["llama", "gpt2", "opt", "mixtral", "qwen3-moe", "gemma2"]
@@ -53,8 +53,8 @@ def planned(session: Session, choices: dict[str, str]) -> Plan:
         name, _, rounding = choices.get(unit.name, choices["*"]).partition("/")
         name = own.native if name == "native" else name
         rounding = "nearest" if name == own.native else rounding_for(FORMATS[name], rounding or "nearest")
-        units.append(unit.model_copy(update={"format": name, "rounding": rounding, "bytes": unit_bytes(own, name)}))
-    total = sum(unit.bytes for unit in units) + sum(entry.bytes for entry in plan.kept)
+        units.append(unit.model_copy(update={"format": name, "rounding": rounding, "bytes": own.nbytes(name)}))
+    total = sum(unit.bytes for unit in units) + sum(entry.bytes for entry in plan.unquantized)
     return Plan.model_validate(plan.model_dump() | {"units": [u.model_dump() for u in units], "bytes": total})
 
 
@@ -94,7 +94,7 @@ def test_the_loaded_model_has_the_codes_and_vectors_on_disk(name, rounding, sess
     assert len(missing_codes(plan)) == len(plan.units)
     round_missing(plan, session)
     assert not missing_codes(plan)
-    model = materialize(plan, session.source, "cpu")
+    model = load_planned(plan, session.source, "cpu")
     assert resident_bytes(model) == plan.bytes
     plain = AutoModelForCausalLM.from_pretrained(session.source.folder)
     for unit in plan.units:
@@ -104,9 +104,9 @@ def test_the_loaded_model_has_the_codes_and_vectors_on_disk(name, rounding, sess
         assert torch.equal(canonical(module.dequantized(parameter), is_transposed(module)), expected)
         exchange(plain, unit.parameter, expected)
     changed = []
-    for entry in plan.kept:
+    for entry in plan.unquantized:
         original = plain.get_parameter(entry.name)
-        kept = load_tensors(kept_path(codes_folder(plan), entry.name))
+        kept = load_tensors(unquantized_path(codes_folder(plan), entry.name))
         if kept is not None:
             assert kept["tensor"].dtype == original.dtype
             changed.append(not torch.equal(kept["tensor"], original))  # ones may be the best scale of some
@@ -166,7 +166,7 @@ def test_gptq_gets_the_inputs_of_the_rounded_model_and_aims_at_the_full_ones(nam
         parts = [x[(routes == expert).any(-1)] for expert in range(unit.experts)]
         hessians = [Hessian(part.T @ part / len(part)) for part in parts]
     format = format_named("int3-g32")
-    weight = session.bench.weight(unit)
+    weight = session.swapper.weight(unit)
     codes, grid, _ = gptq_codes(weight, format, hessians)
     expected = format.dequantize(format.store(codes, grid), unit.columns, torch.float32)
     found = weight_on_disk(plan, target)
@@ -187,7 +187,7 @@ class TestQuality:
         for rounding in roundings:
             plan = uniform_plan(session, format, rounding)
             round_missing(plan, session)
-            found.append(reference.judge(materialize(plan, session.source, "cpu")).kl)
+            found.append(reference.evaluate(load_planned(plan, session.source, "cpu")).kl)
         return found
 
     @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
@@ -214,7 +214,7 @@ class TestQuality:
         nearest, tuned = self.losses(session, "int2-g32", "nearest", "tuned")
         assert tuned < 0.6 * nearest
         plan = uniform_plan(session, "int2-g32", "tuned")
-        model = materialize(plan, session.source, "cpu")
+        model = load_planned(plan, session.source, "cpu")
         tied = next(unit for unit in plan.units if unit.kind == "tied")
         assert model.lm_head.weight is model.model.embed_tokens.weight
         assert torch.equal(model.lm_head.dequantized(), weight_on_disk(plan, tied.name))
@@ -286,14 +286,14 @@ def test_many_formats_in_one_plan(session_of, tmp_path):
     round_missing(plan, session)
     native = {unit.name for unit in plan.units if unit.is_native}
     assert native == {layer(1, "self_attn.o_proj"), "lm_head"}
-    model = materialize(plan, session.source, "cpu")
+    model = load_planned(plan, session.source, "cpu")
     plain = AutoModelForCausalLM.from_pretrained(session.source.folder, dtype=torch.float32)
     for unit in plan.packed:
         exchange(plain, unit.parameter, weight_on_disk(plan, unit.name))
     scaled = {layer(0, "post_attention_layernorm.weight")}
-    assert {path.stem for path in (codes_folder(plan) / "kept").iterdir()} == scaled
+    assert {path.stem for path in (codes_folder(plan) / "unquantized").iterdir()} == scaled
     for name in scaled:
-        plain.get_parameter(name).data = load_tensors(kept_path(codes_folder(plan), name))["tensor"].float()
+        plain.get_parameter(name).data = load_tensors(unquantized_path(codes_folder(plan), name))["tensor"].float()
     expected = logits(plain)
     assert (logits(model).float() - expected).norm() < 0.05 * expected.norm()
     model.save_pretrained(tmp_path / "saved")
@@ -382,12 +382,12 @@ class TestResuming:
     def test_plans_of_other_roundings_share_no_codes(self, session_of):
         session = session_of("llama")
         plans = [uniform_plan(session, "int4-g64", rounding) for rounding in ("nearest", "gptq", "awq", "tuned")]
-        plans += [plan.model_copy(update={"healed": True}) for plan in plans]
+        plans += [plan.model_copy(update={"distilled": True}) for plan in plans]
         assert len({codes_folder(plan) for plan in plans}) == len(plans)
         assert [plan.needs_text for plan in plans] == [False] + [True] * 7
         floats = uniform_plan(session, "fp32")
         assert not floats.needs_text and floats.rounding == "none"
-        assert not floats.model_copy(update={"healed": True}).needs_text
+        assert not floats.model_copy(update={"distilled": True}).needs_text
 
 
 class TestNan:
@@ -446,12 +446,12 @@ class TestOneBlock:
         # Nowhere in one block of everything is it known what a scale may be folded into.
         assert ("only clipped" in said) == (rounding == "awq")
         reference = Reference(session.model, session.texts.calibration)
-        model = materialize(plan, source, "cpu")
+        model = load_planned(plan, source, "cpu")
         for unit in plan.units:
             module = model.get_submodule(unit.parameter.rpartition(".")[0])
             assert torch.equal(module.dequantized(), weight_on_disk(plan, unit.name))
-        nearest = materialize(uniform_plan(session, "int3-g32", "nearest"), source, "cpu")
-        assert reference.judge(model).kl < (1 if rounding == "awq" else 0.5) * reference.judge(nearest).kl
+        nearest = load_planned(uniform_plan(session, "int3-g32", "nearest"), source, "cpu")
+        assert reference.evaluate(model).kl < (1 if rounding == "awq" else 0.5) * reference.evaluate(nearest).kl
 
 
 def test_units_kept_on_request_stay_out_of_it_on_another_machine(session_of, checkpoint):
@@ -459,7 +459,7 @@ def test_units_kept_on_request_stay_out_of_it_on_another_machine(session_of, che
     source = session_of("llama").source
     session = open_session(source, session_of("llama").texts, ("*mlp*",), "cpu")
     plan = uniform_plan(session, "int4-g64", "gptq")
-    assert sum(entry.reason == "kept on request" for entry in plan.kept) == 6
+    assert sum(entry.reason == "kept on request" for entry in plan.unquantized) == 6
     make_codes(plan, source, device="cpu")
     model = load(plan, source.folder, device="cpu")
     assert resident_bytes(model) == plan.bytes

@@ -1,10 +1,10 @@
 import pytest
 
+from bitplan.formats.scheme import QuantScheme
 from bitplan.search.knapsack import Option, solve
 from bitplan.search.study import bend, role, search
-from bitplan.sensitivity.bank import Choice
 
-CHOICES = [Choice(f"int{bits}-g64", "gptq") for bits in (2, 3, 4, 6)]
+CHOICES = [QuantScheme(f"int{bits}-g64", "gptq") for bits in (2, 3, 4, 6)]
 PROBLEM = {
     f"model.layers.{layer}.{part}": [
         Option(choice, size, (layer + 1) * weight * 4.0**-i)
@@ -16,10 +16,10 @@ PROBLEM = {
 BUDGET = 28
 
 
-def judge(allocation):
+def evaluate(allocation):
     """Truth differs from the prediction: attention matters more than it was said to."""
     return sum(
-        (10 if "attn" in group else 1) * next(o.loss for o in PROBLEM[group] if o.choice == choice)
+        (10 if "attn" in group else 1) * next(o.loss for o in PROBLEM[group] if o.scheme == choice)
         for group, choice in allocation.items()
     )
 
@@ -27,19 +27,19 @@ def judge(allocation):
 def test_candidates_fit_and_the_first_is_the_knapsacks_own(tmp_path):
     seen = []
     best, exact = search(
-        PROBLEM, BUDGET, lambda a: seen.append(a) or judge(a), trials=25, journal=tmp_path / "j", name="s"
+        PROBLEM, BUDGET, lambda a: seen.append(a) or evaluate(a), trials=25, journal=tmp_path / "j", name="s"
     )
     assert exact == solve(PROBLEM, BUDGET)
-    assert seen[0] == exact.choices
-    sizes = [sum(next(o.nbytes for o in PROBLEM[g] if o.choice == c) for g, c in a.items()) for a in seen]
+    assert seen[0] == exact.allocation
+    sizes = [sum(next(o.nbytes for o in PROBLEM[g] if o.scheme == c) for g, c in a.items()) for a in seen]
     assert max(sizes) <= BUDGET
-    assert best.loss == min(map(judge, seen)) == judge(best.allocation)
-    assert best.loss < judge(exact.choices)  # it learned what the prediction had wrong
+    assert best.loss == min(map(evaluate, seen)) == evaluate(best.allocation)
+    assert best.loss < evaluate(exact.allocation)  # it learned what the prediction had wrong
     assert len({tuple(a.values()) for a in seen}) == len(seen)  # no plan is judged twice
 
 
 def test_a_study_that_was_cut_short_ends_as_it_would_have(tmp_path):
-    whole, _ = search(PROBLEM, BUDGET, judge, trials=12, journal=tmp_path / "whole", name="s")
+    whole, _ = search(PROBLEM, BUDGET, evaluate, trials=12, journal=tmp_path / "whole", name="s")
     calls = 0
 
     def interrupted(allocation):
@@ -47,16 +47,16 @@ def test_a_study_that_was_cut_short_ends_as_it_would_have(tmp_path):
         calls += 1
         if calls == 4:
             raise KeyboardInterrupt
-        return judge(allocation)
+        return evaluate(allocation)
 
     with pytest.raises(KeyboardInterrupt):
         search(PROBLEM, BUDGET, interrupted, trials=12, journal=tmp_path / "cut", name="s")
-    resumed, _ = search(PROBLEM, BUDGET, judge, trials=12, journal=tmp_path / "cut", name="s")
+    resumed, _ = search(PROBLEM, BUDGET, evaluate, trials=12, journal=tmp_path / "cut", name="s")
     assert (resumed.allocation, resumed.loss) == (whole.allocation, whole.loss)
 
 
 def test_a_finished_study_is_not_run_again(tmp_path):
-    first, _ = search(PROBLEM, BUDGET, judge, trials=5, journal=tmp_path / "j", name="s")
+    first, _ = search(PROBLEM, BUDGET, evaluate, trials=5, journal=tmp_path / "j", name="s")
     again, _ = search(
         PROBLEM, BUDGET, lambda a: pytest.fail("judged again"), trials=5, journal=tmp_path / "j", name="s"
     )

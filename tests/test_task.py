@@ -20,7 +20,7 @@ from bitplan.sensitivity.tasks.harness import harness_questions
 from bitplan.sensitivity.tasks.likelihood import log_likelihoods
 from bitplan.sensitivity.tasks.paired import paired
 from bitplan.sensitivity.tasks.score import likelihoods, losses, score, verdict, writes
-from bitplan.sensitivity.tasks.task import Question, Row, encode, make_task, read_task
+from bitplan.sensitivity.tasks.task import Question, TokenRow, encode, make_task, read_task
 from bitplan.sensitivity.texts import stdlib
 from tests import tiny
 
@@ -123,7 +123,7 @@ class TestTokens:
         assert tiny.tokenizer().decode([token for row in item.rows for token in row.ids[-row.scored :]]) == text[1:]
 
 
-def rows_alone(model, rows: list[Row]) -> list[float]:
+def rows_alone(model, rows: list[TokenRow]) -> list[float]:
     """Σ log p of the scored tokens, each row by itself."""
     found = []
     for row in rows:

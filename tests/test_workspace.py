@@ -12,7 +12,7 @@ from bitplan.formats.kv.cache import new_cache
 from bitplan.formats.modules import pack_parameter
 from bitplan.formats.table import FORMATS
 from bitplan.planner.evaluate.throughput import Allocated
-from bitplan.planner.memory.footprint import INSIDE, SMALL, Setting, foresee
+from bitplan.planner.memory.footprint import INSIDE, SMALL, Workload, estimate_memory
 from bitplan.planner.memory.kv_size import cache_bytes
 from tests import tiny
 
@@ -27,18 +27,22 @@ def on_meta(name: str, dtype: torch.dtype):
 
 
 @torch.no_grad()
-def used(model, setting: Setting) -> tuple[int, int]:
+def used(model, workload: Workload) -> tuple[int, int]:
     """The KV cache's bytes, and the most that a real prefill by chunks and one step need beside it."""
-    ids = torch.randint(0, 250, (setting.batch, setting.context), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 250, (workload.batch, workload.context), generator=torch.Generator().manual_seed(0))
     caches = []
 
     def run():
         cache = DynamicCache(config=model.config)
-        if setting.kv_format != "native":
-            cache = new_cache(model, setting.kv_format, setting.batch, setting.context)
-        last = setting.context - 1
-        first = last % setting.chunk
-        ends = [*([first] if first else []), *range(first + setting.chunk, last + 1, setting.chunk), last + 1]
+        if workload.kv_format != "native":
+            cache = new_cache(model, workload.kv_format, workload.batch, workload.context)
+        last = workload.context - 1
+        first = last % workload.prefill_chunk
+        ends = [
+            *([first] if first else []),
+            *range(first + workload.prefill_chunk, last + 1, workload.prefill_chunk),
+            last + 1,
+        ]
         for start, stop in zip([0, *ends], ends, strict=False):
             logits = model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
             logits[:, -1, :].to(copy=True, dtype=torch.float32).argmax(-1)
@@ -55,9 +59,9 @@ def used(model, setting: Setting) -> tuple[int, int]:
 def test_foretold_is_what_a_run_takes(name, kv_format):
     if name == "opt" and kv_format != "native":
         pytest.skip("its positions are read from data where the cache is preallocated")
-    setting = Setting(100, batch=2, chunk=32, kv_format=kv_format)
-    foretold = foresee(on_meta(name, torch.float32), setting, CPU)
-    kept, most = used(tiny.build(name), setting)
+    workload = Workload(context=100, batch=2, prefill_chunk=32, kv_format=kv_format)
+    foretold = estimate_memory(on_meta(name, torch.float32), workload, CPU)
+    kept, most = used(tiny.build(name), workload)
     assert foretold.kv_cache == kept
     assert most <= foretold.workspace <= INSIDE * most * 1.01 + SMALL
 
@@ -73,40 +77,45 @@ def test_packed_weights_too(format):
                     module._parameters["weight" + suffix].data = tensor
         return model
 
-    setting = Setting(64, batch=1, chunk=16)
-    foretold = foresee(packed(on_meta("llama", torch.float32)), setting, CPU)
-    _, most = used(packed(tiny.build("llama")), setting)
+    workload = Workload(context=64, batch=1, prefill_chunk=16)
+    foretold = estimate_memory(packed(on_meta("llama", torch.float32)), workload, CPU)
+    _, most = used(packed(tiny.build("llama")), workload)
     assert most <= foretold.workspace <= INSIDE * most * 1.1 + SMALL
 
 
 def test_experts():
-    setting = Setting(64, batch=2, chunk=32)
-    foretold = foresee(on_meta("mixtral", torch.bfloat16), setting, CPU)
-    kept, most = used(tiny.build("mixtral", torch.bfloat16), setting)
+    workload = Workload(context=64, batch=2, prefill_chunk=32)
+    foretold = estimate_memory(on_meta("mixtral", torch.bfloat16), workload, CPU)
+    kept, most = used(tiny.build("mixtral", torch.bfloat16), workload)
     assert foretold.kv_cache == kept and most <= foretold.workspace
 
 
 def test_a_gpus_allocator_rounds_up_and_its_blas_takes_its_part():
     model = on_meta("llama", torch.bfloat16)
-    here, there = foresee(model, Setting(64), CPU), foresee(model, Setting(64), Machine("cuda", (9, 0)))
+    here, there = (
+        estimate_memory(model, Workload(context=64), CPU),
+        estimate_memory(model, Workload(context=64), Machine("cuda", (9, 0))),
+    )
     assert there.workspace > 32 << 20
     assert there.kv_cache == here.kv_cache == 2 * 2 * 2 * 16 * 64 * 2  # layers, keys and values, heads, size, bytes
 
 
 def test_more_context_takes_more_and_a_window_caps_it():
     model = on_meta("llama", torch.float32)
-    sizes = [foresee(model, Setting(context), CPU).kv_cache for context in (32, 64, 128)]
+    sizes = [estimate_memory(model, Workload(context=context), CPU).kv_cache for context in (32, 64, 128)]
     assert sizes == [sizes[0], 2 * sizes[0], 4 * sizes[0]]
     config = copy.deepcopy(tiny.CONFIGS["gemma2"])
     config.sliding_window = 16
     with torch.device("meta"):
         windowed = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    short, long = (foresee(windowed, Setting(context, chunk=8), CPU).kv_cache for context in (64, 128))
+    short, long = (
+        estimate_memory(windowed, Workload(context=context, prefill_chunk=8), CPU).kv_cache for context in (64, 128)
+    )
     assert long - short == 64 * 2 * 2 * 16 * 4  # only one of two layers grows
 
 
 def test_a_forward_that_reads_its_data_is_refused():
     model = on_meta("llama", torch.float32)
     model.forward = lambda input_ids, **kwargs: input_ids.sum().item()
-    with pytest.raises(BitplanError, match=r"cannot be foretold.*--budget"):
-        foresee(model, Setting(8), CPU)
+    with pytest.raises(BitplanError, match=r"cannot be estimated.*--budget"):
+        estimate_memory(model, Workload(context=8), CPU)

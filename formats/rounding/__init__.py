@@ -50,24 +50,24 @@ def rounding_named(name: str) -> Rounding:
     return ROUNDINGS[name]
 
 
-def rounding_for(format: Format, asked: str | None = None) -> str:
+def rounding_for(format: Format, requested: str | None = None) -> str:
     """The rounding `format` gets in a plan: the one asked for where it fits, else the format's default."""
-    name = rounding_named(asked).name if asked else format.default_rounding
+    name = rounding_named(requested).name if requested else format.default_rounding
     return name if ROUNDINGS[name].fits(format) else "nearest"
 
 
-def rounding_alone(format: Format, asked: str | None = None) -> str:
+def rounding_alone(format: Format, requested: str | None = None) -> str:
     """The rounding that scores `format` on a unit alone: the one that a plan would use, or gptq in its place."""
-    name = rounding_for(format, asked)
+    name = rounding_for(format, requested)
     return name if ROUNDINGS[name].alone else "gptq"
 
 
-def refuse_misfit(asked: str | None, formats: Sequence[Format]) -> None:
+def refuse_misfit(requested: str | None, formats: Sequence[Format]) -> None:
     """Raises UsageError for a rounding that there is not, or that none of `formats` has."""
-    if asked and not any(rounding_named(asked).fits(format) for format in formats):
+    if requested and not any(rounding_named(requested).fits(format) for format in formats):
         names = ", ".join(format.name for format in formats)
         having = [name for name, row in ROUNDINGS.items() if any(row.fits(format) for format in formats)]
-        raise UsageError(f"{names} cannot be rounded by {asked!r}, only by {', '.join(having)}: change --rounding")
+        raise UsageError(f"{names} cannot be rounded by {requested!r}, only by {', '.join(having)}: change --rounding")
 
 
 __all__ = ["ROUNDINGS", "Hessian", "Rounding", "refuse_misfit", "rounding_alone", "rounding_for", "rounding_named"]

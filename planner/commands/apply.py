@@ -7,13 +7,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bitplan.formats.errors import UsageError
 from bitplan.formats.sizes import format_bytes
-from bitplan.planner.commands.common import put, texts_of
-from bitplan.planner.export.gptq_layout import refuse_unsayable, save_gptq
-from bitplan.planner.hf.quantizer import refuse_missing
-from bitplan.planner.load import find_for, make_codes, materialize, resident_bytes
+from bitplan.planner.assemble import refinished
+from bitplan.planner.codes import refuse_missing
+from bitplan.planner.commands.common import emit, texts_of
+from bitplan.planner.export.gptq_layout import refuse_unsupported, save_gptq
+from bitplan.planner.load import find_for, load_planned, make_codes, resident_bytes
 from bitplan.planner.plan import Plan
 from bitplan.planner.report.model_card import refuse_folder, save
-from bitplan.planner.select import refinished
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.loss import Reference
 from bitplan.sensitivity.profile import read
@@ -28,7 +28,7 @@ def run(arguments: Namespace) -> None:
     if arguments.layout == "gptq":
         if arguments.save is None:
             raise UsageError("--layout gptq says how to write a checkpoint: give --save DIR")
-        refuse_unsayable(plan)
+        refuse_unsupported(plan)
     source = find_for(plan, arguments.model, arguments.trust_remote_code)
     make_codes(plan, source, arguments.text, arguments.device)
     refuse_missing(plan)
@@ -36,7 +36,7 @@ def run(arguments: Namespace) -> None:
     if arguments.text or arguments.dataset or arguments.heldout:
         texts = texts_of(arguments, source)
         reference = Reference(load_reference(source, arguments.device), texts.heldout)
-    model = materialize(plan, source, arguments.device)
+    model = load_planned(plan, source, arguments.device)
     size = resident_bytes(model)
     data: dict[str, Any] = {
         "resident_bytes": size,
@@ -53,12 +53,16 @@ def run(arguments: Namespace) -> None:
         data["research"] = plan.research
         text.append(f"research stage: {', '.join(plan.research)}")
     if reference is not None:
-        judgement = reference.judge(model, plan.kv_cache.format)
-        data |= {"nll": judgement.nll, "ppl": judgement.ppl, "kl": judgement.kl, "kl_se": judgement.kl_se}
-        data |= {"delta_nll": judgement.delta_nll, "delta_nll_se": judgement.delta_nll_se, "tokens": judgement.tokens}
+        evaluation = reference.evaluate(model, plan.workload.kv_format)
+        data |= {"nll": evaluation.nll, "ppl": evaluation.ppl, "kl": evaluation.kl, "kl_se": evaluation.kl_se}
+        data |= {
+            "delta_nll": evaluation.delta_nll,
+            "delta_nll_se": evaluation.delta_nll_se,
+            "tokens": evaluation.tokens,
+        }
         text.append(
-            f"{judgement.tokens:,} held-out tokens: perplexity {judgement.ppl:.3f},"
-            f" KL {judgement.kl:.5f} ± {judgement.kl_se:.5f}"
+            f"{evaluation.tokens:,} held-out tokens: perplexity {evaluation.ppl:.3f},"
+            f" KL {evaluation.kl:.5f} ± {evaluation.kl_se:.5f}"
         )
     if arguments.save:
         data["saved"] = str(arguments.save)
@@ -71,7 +75,7 @@ def run(arguments: Namespace) -> None:
     if arguments.prompt is not None:
         data["text"] = _continue(model, sources.load_tokenizer(source), arguments.prompt)
         text.append(data["text"])
-    put(arguments, data, "\n".join(text))
+    emit(arguments, data, "\n".join(text))
 
 
 def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from bitplan.formats.errors import FormatUnavailable, UsageError
 from bitplan.formats.rounding import refuse_misfit
-from bitplan.formats.table import FORMATS, MENU
+from bitplan.formats.table import DEFAULT_FORMATS, FORMATS
 from bitplan.planner.assemble import parse_formats
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.session import read_texts
@@ -16,11 +16,11 @@ from bitplan.sensitivity.tasks.task import Task, read_task
 from bitplan.sensitivity.texts.text import Texts
 
 
-def put(arguments: Namespace, data: Any, text: str) -> None:
+def emit(arguments: Namespace, data: Any, text: str) -> None:
     print(json.dumps(data, allow_nan=False) if arguments.json else text)
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(text, file=sys.stderr)
 
 
@@ -39,15 +39,15 @@ def texts_of(arguments: Namespace, source: Source) -> Texts:
     )
     parts = {name: getattr(texts, name).ids.shape for name in ("calibration", "search", "heldout")}
     sizes = ", ".join(f"{name} {count} × {length} tokens" for name, (count, length) in parts.items())
-    say(f"text: {texts.source}: {sizes}")
+    log(f"text: {texts.source}: {sizes}")
     found, length = texts.calibration.ids.numel(), texts.calibration.ids.shape[1]
     if found < arguments.tokens // length * length:
-        say(f"the text gives {found:,} calibration tokens, fewer than the {arguments.tokens:,} asked for")
+        log(f"the text gives {found:,} calibration tokens, fewer than the {arguments.tokens:,} asked for")
     return texts
 
 
-def menu_formats(arguments: Namespace) -> tuple[str, ...]:
-    menu = parse_formats(arguments.formats, MENU)
+def candidate_formats(arguments: Namespace) -> tuple[str, ...]:
+    menu = parse_formats(arguments.formats, DEFAULT_FORMATS)
     refuse_misfit(arguments.rounding, [FORMATS[name] for name in menu])
     for name in menu:
         if reason := FORMATS[name].unavailable():
@@ -66,5 +66,5 @@ def tasks_of(arguments: Namespace, source: Source) -> list[Task]:
     tasks = [read_task(name, tokenizer, length, arguments.limit) for name in arguments.task]
     for task in tasks:
         if task.note:
-            say(task.note)
+            log(task.note)
     return tasks

@@ -6,12 +6,12 @@ from bitplan.formats.errors import FormatUnavailable
 from bitplan.formats.rounding import refuse_misfit
 from bitplan.formats.table import FORMATS
 from bitplan.planner.assemble import COMPARED, parse_formats
-from bitplan.planner.commands.common import put, say, tasks_of, texts_of
+from bitplan.planner.commands.common import emit, log, tasks_of, texts_of
 from bitplan.planner.evaluate.compare import FAILURES, compare, why_not
 from bitplan.planner.load import check_plan_fits, make_codes
 from bitplan.planner.plan import Plan
+from bitplan.planner.report.comparison import compare_cells, compare_text
 from bitplan.planner.report.html import csv_text, html_text
-from bitplan.planner.report.show import compare_cells, compare_text
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.profile import read
 from bitplan.sensitivity.session import open_session
@@ -45,9 +45,9 @@ def run(arguments: Namespace) -> None:
         session, formats, plans, arguments.rounding, bool(arguments.heal), arguments.device, tasks, refused
     ):
         lines.append(line)
-        say(f"{line.name}: {'measured' if line.judgement else line.note}")
+        log(f"{line.name}: {'measured' if line.evaluation else line.note}")
     if arguments.html:
         write_text(arguments.html, html_text(lines, *compare_cells(lines), f"{source.model}: formats and plans"))
     if arguments.csv:
         write_text(arguments.csv, csv_text(lines))
-    put(arguments, {"rows": [line.as_dict() for line in lines]}, compare_text(lines))
+    emit(arguments, {"rows": [line.as_dict() for line in lines]}, compare_text(lines))

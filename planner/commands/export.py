@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 
-from bitplan.planner.commands.common import put, say
+from bitplan.planner.commands.common import emit, log
 from bitplan.planner.export import NEED_MODEL, TARGETS, export, export_text, write_export
 from bitplan.planner.load import find_for
 from bitplan.planner.plan import Plan
@@ -20,5 +20,5 @@ def run(arguments: Namespace) -> None:
     source = find_for(plan, arguments.model, arguments.trust_remote_code) if needs_model else None
     exported = export(plan, arguments.to, nearest=arguments.nearest, profile=profile, source=source)
     write_export(exported, arguments.output, force=arguments.force, text=arguments.text, device=arguments.device)
-    say(f"written to {arguments.output}")
-    put(arguments, exported.as_dict(), export_text(exported))
+    log(f"written to {arguments.output}")
+    emit(arguments, exported.as_dict(), export_text(exported))

@@ -3,9 +3,9 @@
 from argparse import Namespace
 from typing import Any
 
-from bitplan.formats.table import FORMATS, MENU
-from bitplan.planner.commands.common import put
-from bitplan.planner.report.show import table
+from bitplan.formats.table import DEFAULT_FORMATS, FORMATS
+from bitplan.planner.commands.common import emit
+from bitplan.planner.report.tables import table
 
 
 def run(arguments: Namespace) -> None:
@@ -19,7 +19,12 @@ def run(arguments: Namespace) -> None:
             "rounding": row.default_rounding,
         }
         rows.append(
-            {**facts, "planned_by_default": name in MENU, "research": row.is_research, "unavailable": row.unavailable()}
+            {
+                **facts,
+                "planned_by_default": name in DEFAULT_FORMATS,
+                "research": row.is_research,
+                "unavailable": row.unavailable(),
+            }
         )
     text = [
         (
@@ -32,4 +37,4 @@ def run(arguments: Namespace) -> None:
         for r in rows
     ]
     head = ("format", "bits per weight of 4096 × 4096", "rounding", "planned by default", "")
-    put(arguments, rows, table(head, text))
+    emit(arguments, rows, table(head, text))

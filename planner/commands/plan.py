@@ -3,13 +3,23 @@
 from argparse import Namespace
 
 from bitplan.formats.errors import PlanMismatch, UsageError
-from bitplan.planner.commands.common import menu_formats, put, say, tasks_of, texts_of
-from bitplan.planner.memory.budget import CONTEXT, asked_cache, budget_bytes, device_budget, refuse_unclear
+from bitplan.planner.assemble import Finish, quick_plan
+from bitplan.planner.commands.common import candidate_formats, emit, log, tasks_of, texts_of
+from bitplan.planner.memory.budget import (
+    CONTEXT,
+    DeviceBudget,
+    budget_bytes,
+    device_budget,
+    refuse_unclear,
+    requested_workload,
+)
 from bitplan.planner.memory.device import find_device
+from bitplan.planner.memory.fit import checkpoint_dtype
 from bitplan.planner.plan import Budget
+from bitplan.planner.report.memory import device_budget_text, kv_cache_text
 from bitplan.planner.report.show import plan_text
-from bitplan.planner.select import Finish, make_plan, quick_plan
-from bitplan.search.problem import menu_of, refuse_infeasible
+from bitplan.planner.select import make_plan
+from bitplan.search.problem import problem_of, refuse_infeasible
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.audit import audit, sizes
 from bitplan.sensitivity.profile import Profile, read, write
@@ -29,12 +39,12 @@ def run(arguments: Namespace) -> None:
     found = find_device(arguments.gpu, arguments.device) if arguments.gpu else None
     if found is None:
         budget_bytes(arguments.budget, arguments.bpw, arguments.fraction, 1)  # its words, before any work
-    formats = menu_formats(arguments)
+    formats = candidate_formats(arguments)
     source = sources.find(arguments.model, trust_remote_code=arguments.trust_remote_code)
     task = next(iter(tasks_of(arguments, source)), None)
     if task:
         task.halves()  # its complaint, before any work
-    kv_cache = asked_cache(
+    workload = requested_workload(
         source,
         arguments.kv_dtype,
         CONTEXT if found and arguments.context is None else arguments.context,
@@ -43,15 +53,19 @@ def run(arguments: Namespace) -> None:
         exactly=arguments.context is not None,
     )
 
+    def report(terms: DeviceBudget) -> None:
+        log(device_budget_text(terms))
+        log(kv_cache_text(source, checkpoint_dtype(source)))
+
     def budget_of(profile: Profile, formats: tuple[str, ...] | None) -> Budget:
-        menu = menu_of(profile, formats)
+        problem = problem_of(profile, formats)
         if found is not None:
-            return device_budget(found, arguments.reserve, source, menu, kv_cache, say)
-        size, asked = budget_bytes(
+            return device_budget(found, arguments.reserve, source, problem, workload, report)
+        size, requested = budget_bytes(
             arguments.budget, arguments.bpw, arguments.fraction, profile.provenance.model.parameters
         )
-        budget = Budget(asked=asked, weights=size)
-        refuse_infeasible(menu, budget.weights, budget.asked)
+        budget = Budget(requested=requested, weights=size)
+        refuse_infeasible(problem, budget.weights, budget.requested)
         return budget
 
     if arguments.profile:
@@ -66,25 +80,25 @@ def run(arguments: Namespace) -> None:
         session = open_session(source, texts_of(arguments, source), tuple(arguments.keep), arguments.device)
         budget = budget_of(sizes(session, formats, arguments.rounding), None)
         profile = audit(session, formats, arguments.rounding)
-    menu = menu_of(profile, formats if arguments.formats else None)
+    problem = problem_of(profile, formats if arguments.formats else None)
     finish = Finish(arguments.rounding, bool(arguments.heal))
     if arguments.trials and session is not None:
         made = make_plan(
-            menu,
+            problem,
             budget,
             session,
             finish,
             trials=arguments.trials,
             device=arguments.device,
-            kv_cache=kv_cache,
+            workload=workload,
             task=task,
         )
     else:
-        made = quick_plan(menu, budget, finish, kv_cache)
+        made = quick_plan(problem, budget, finish, workload)
     if arguments.output:
         write(arguments.output, made)
-        say(f"plan written to {arguments.output}")
-    put(arguments, made.model_dump(mode="json"), plan_text(made))
+        log(f"plan written to {arguments.output}")
+    emit(arguments, made.model_dump(mode="json"), plan_text(made))
 
 
 def _check_profile(profile: Profile, source: Source, formats: tuple[str, ...]) -> None:
@@ -102,7 +116,7 @@ def _check_profile(profile: Profile, source: Source, formats: tuple[str, ...]) -
 
 
 def _kept(profile: Profile) -> tuple[str, ...]:
-    return tuple(k.name.removesuffix(".weight") for k in profile.kept if k.reason == "kept on request")
+    return tuple(k.name.removesuffix(".weight") for k in profile.unquantized if k.reason == "kept on request")
 
 
 def _profile_texts(arguments: Namespace, profile: Profile, source: Source) -> Texts:

@@ -7,13 +7,14 @@ from contextlib import suppress
 from dataclasses import replace
 
 from bitplan.formats.errors import ModelUnreadable, UsageError
-from bitplan.planner.cli import build_parser
-from bitplan.planner.commands.common import put, texts_of
+from bitplan.planner.commands.arguments import build_parser
+from bitplan.planner.commands.common import emit, texts_of
 from bitplan.planner.evaluate.recommend import PURPOSES, recommend
-from bitplan.planner.memory.budget import CONTEXT, asked_cache
+from bitplan.planner.memory.budget import CONTEXT, requested_workload
 from bitplan.planner.memory.device import find_device
-from bitplan.planner.memory.fit import find_shape, fit, fit_text
-from bitplan.planner.report.show import advice_text
+from bitplan.planner.memory.fit import find_shape, fit
+from bitplan.planner.report.comparison import advice_text
+from bitplan.planner.report.memory import fit_text
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.store import cache_folder
 
@@ -32,17 +33,17 @@ def run(arguments: Namespace) -> None:
         source = sources.find(arguments.model, trust_remote_code=arguments.trust_remote_code)
         advice = recommend(source, arguments.purpose, texts_of(arguments, source), arguments.device)
         to_measure = advice.to_measure(model, _typed(arguments, asks))
-        put(arguments, advice.as_dict(), advice_text(advice, to_measure, model))
+        emit(arguments, advice.as_dict(), advice_text(advice, to_measure, model))
         return
     if arguments.gpu is None:
         raise UsageError("--for fit asks what fits a device: name it by --gpu 24GiB, or --gpu auto for the one here")
     found = find_device(arguments.gpu, arguments.device)
     source = find_shape(arguments.model, arguments.trust_remote_code)
-    asked = CONTEXT if arguments.context is None else arguments.context
-    kv_cache = asked_cache(
-        source, arguments.kv_dtype, asked, arguments.batch, arguments.prefill_chunk, arguments.context is not None
+    requested = CONTEXT if arguments.context is None else arguments.context
+    workload = requested_workload(
+        source, arguments.kv_dtype, requested, arguments.batch, arguments.prefill_chunk, arguments.context is not None
     )
-    fitted = fit(found, arguments.reserve, source, kv_cache)
+    fitted = fit(found, arguments.reserve, source, workload)
     texts = None
     if source.weights_sha256 and any(cache_folder().glob("*/compared/*.json")):
         with suppress(ModelUnreadable):  # without a tokenizer nothing was measured
@@ -53,7 +54,7 @@ def run(arguments: Namespace) -> None:
     notes = ((f"make it: {command}",) if command else ()) + advice.notes
     advice = replace(advice, format=fitted.format or "none", why=fitted.answer, notes=notes)
     told = advice_text(advice, advice.to_measure(model, _typed(arguments, asks)), model)
-    put(arguments, {**advice.as_dict(), **fitted.as_dict(plan)}, f"{fit_text(fitted)}\n{told}")
+    emit(arguments, {**advice.as_dict(), **fitted.as_dict(plan)}, f"{fit_text(fitted)}\n{told}")
 
 
 def _typed(arguments: Namespace, names: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 from argparse import Namespace
 
 from bitplan.formats.kernels.dispatch import named_machine
-from bitplan.planner.commands.common import put
+from bitplan.planner.commands.common import emit
 from bitplan.planner.plan import Plan
 from bitplan.planner.report.show import kernel_rows, kernels_text, plan_text
 from bitplan.sensitivity.profile import read
@@ -16,4 +16,4 @@ def run(arguments: Namespace) -> None:
         rows = kernel_rows(plan, named_machine(arguments.device))
         data["kernels"] = [dict(zip(("unit", "count", "format", "kernel", "why"), row, strict=True)) for row in rows]
         text = f"{text}\n\n{kernels_text(rows, arguments.device)}"
-    put(arguments, data, text)
+    emit(arguments, data, text)

@@ -18,12 +18,12 @@ import bitplan
 from bitplan.formats.errors import BitplanError
 from bitplan.formats.table import FORMATS
 from bitplan.planner.assemble import is_float, uniform_plan
-from bitplan.planner.evaluate.throughput import Running, run
-from bitplan.planner.load import materialize, resident_bytes
+from bitplan.planner.evaluate.throughput import Throughput, run
+from bitplan.planner.load import load_planned, resident_bytes
 from bitplan.planner.plan import Plan
 from bitplan.planner.quantize.distillation import round_missing
 from bitplan.sensitivity import source as sources
-from bitplan.sensitivity.loss import Judgement, Reference
+from bitplan.sensitivity.loss import Evaluation, Reference
 from bitplan.sensitivity.session import Session, pick_device
 from bitplan.sensitivity.source import Source
 from bitplan.sensitivity.store import sha256, write_text
@@ -33,7 +33,7 @@ from bitplan.sensitivity.tasks.task import Task
 
 
 @dataclass(frozen=True)
-class TaskLine:
+class TaskResult:
     """A task's figure, and its difference from full precision on the same items with an interval."""
 
     task: str
@@ -43,16 +43,16 @@ class TaskLine:
 
 
 @dataclass(frozen=True)
-class Line:
+class ComparisonRow:
     """One row of the table. `note` says why a row has no figures."""
 
     name: str
     resident_bytes: int | None = None
     bits_per_weight: float | None = None
     times_smaller_than_fp32: float | None = None
-    judgement: Judgement | None = None
-    tasks: tuple[TaskLine, ...] = ()
-    running: Running | None = None
+    evaluation: Evaluation | None = None
+    tasks: tuple[TaskResult, ...] = ()
+    throughput: Throughput | None = None
     load_seconds: float | None = None
     research: bool = False
     """It has formats below 2 bits."""
@@ -65,16 +65,16 @@ class Line:
     @property
     def peak_bytes(self) -> int | None:
         """Weights, and the most that one sequence of the held-out text's length takes beside them."""
-        return self.resident_bytes + self.running.peak_bytes if self.resident_bytes and self.running else None
+        return self.resident_bytes + self.throughput.peak_bytes if self.resident_bytes and self.throughput else None
 
     def as_dict(self) -> dict[str, Any]:
         facts = asdict(self)
-        judgement, running = facts.pop("judgement") or {}, facts.pop("running") or {}
-        running.pop("peak_bytes", None)
-        ppl = {"ppl": self.judgement.ppl} if self.judgement else {}
+        evaluation, throughput = facts.pop("evaluation") or {}, facts.pop("throughput") or {}
+        throughput.pop("peak_bytes", None)
+        ppl = {"ppl": self.evaluation.ppl} if self.evaluation else {}
         facts["tasks"] = [{"task": t.task, "measure": t.measure, **_finite(asdict(t.result))} for t in self.tasks]
         derived = {"times_smaller_than_bf16": self.times_smaller_than_bf16, "peak_bytes": self.peak_bytes}
-        return {**facts, **derived, **judgement, **ppl, **running}
+        return {**facts, **derived, **evaluation, **ppl, **throughput}
 
 
 def _finite(facts: dict[str, Any]) -> dict[str, Any]:
@@ -105,11 +105,11 @@ def compare(
     formats: tuple[str, ...],
     plans: dict[str, Plan],
     rounding: str | None = None,
-    healed: bool = False,
+    distilled: bool = False,
     device: str = "auto",
     tasks: Sequence[Task] = (),
     refused: Mapping[str, str] | None = None,
-) -> Iterator[Line]:
+) -> Iterator[ComparisonRow]:
     """Yield a line per format and plan (name → plan) as each is measured. The session's model is given up first; the
     plans' codes must be in the cache (`materialize.make_codes`), but for those `refused` (name → why).
 
@@ -118,10 +118,10 @@ def compare(
     wanted: list[tuple[str, Plan | str]] = []
     for name in formats:
         try:
-            row = name if is_float(name) else uniform_plan(session, name, rounding, healed)
-            wanted.append((row.budget.asked if isinstance(row, Plan) else name, row))
+            row = name if is_float(name) else uniform_plan(session, name, rounding, distilled)
+            wanted.append((row.budget.requested if isinstance(row, Plan) else name, row))
         except FAILURES as error:
-            yield Line(name, note=why_not(error))
+            yield ComparisonRow(name, note=why_not(error))
     wanted += plans.items()
     rows = [(name, row, _journal(session, row, tasks, device)) for name, row in wanted]
     if all(journal.exists() for _, _, journal in rows):
@@ -142,7 +142,7 @@ def compare(
         if journal.exists():
             yield _recalled(name, journal)
         elif name in refused:
-            yield Line(name, note=refused[name])
+            yield ComparisonRow(name, note=refused[name])
         else:
             line = _measured(name, row, session, device, reference, tasks, scores)
             if line.note is None:
@@ -160,25 +160,27 @@ def _measured(
     reference: Reference,
     tasks: Sequence[Task],
     scores: Sequence[Scores],
-) -> Line:
+) -> ComparisonRow:
     source, parameters = session.source, session.provenance.model.parameters
-    kv_format = row.kv_cache.format if isinstance(row, Plan) else "native"
+    kv_format = row.workload.kv_format if isinstance(row, Plan) else "native"
     began = time.perf_counter()
     try:
-        model = load_float(source, row, device) if isinstance(row, str) else materialize(row, source, device)
+        model = load_float(source, row, device) if isinstance(row, str) else load_planned(row, source, device)
         seconds, size = time.perf_counter() - began, resident_bytes(model)
-        judgement = reference.judge(model, kv_format)
+        evaluation = reference.evaluate(model, kv_format)
         lines = []
         for task, base in zip(tasks, scores, strict=True):
             found = score(model, task, kv_format)
             measure = "nats per token" if task.kind == "text" else "accuracy"
-            lines.append(TaskLine(task.name, measure, paired(base.values, found.values)))
-        running = run(model, reference.blocks.ids[0], kv_format)
+            lines.append(TaskResult(task.name, measure, paired(base.values, found.values)))
+        throughput = run(model, reference.blocks.ids[0], kv_format)
     except FAILURES as error:
-        return Line(name, note=why_not(error))
+        return ComparisonRow(name, note=why_not(error))
     research = isinstance(row, Plan) and bool(row.research)
     times = 4 * parameters / size
-    return Line(name, size, size * 8 / parameters, times, judgement, tuple(lines), running, seconds, research)
+    return ComparisonRow(
+        name, size, size * 8 / parameters, times, evaluation, tuple(lines), throughput, seconds, research
+    )
 
 
 # Finished rows
@@ -188,7 +190,7 @@ def _journal(session: Session, row: Plan | str, tasks: Sequence[Task], device: s
     """Where a row's figures are kept: by all that they hang on but the machine's load."""
     made = row
     if isinstance(row, Plan):
-        made = repr([(unit.name, unit.format, unit.rounding) for unit in row.units]) + f"{row.healed} {row.kv_cache}"
+        made = repr([(unit.name, unit.format, unit.rounding) for unit in row.units]) + f"{row.distilled} {row.workload}"
     facts, device = session.provenance, pick_device(device)
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"cpu {torch.get_num_threads()}"
     texts = [facts.text.heldout.sha256, facts.text.calibration.sha256, *(task.fingerprint for task in tasks)]
@@ -196,15 +198,15 @@ def _journal(session: Session, row: Plan | str, tasks: Sequence[Task], device: s
     return session.compared / f"{key}.json"
 
 
-def recalled(session: Session, name: str, row: Plan | str, device: str) -> Line | None:
+def recalled(session: Session, name: str, row: Plan | str, device: str) -> ComparisonRow | None:
     """A row that was measured on the session's text, or None."""
     journal = _journal(session, row, (), device)
     return _recalled(name, journal) if journal.exists() else None
 
 
-def _recalled(name: str, journal: Path) -> Line:
+def _recalled(name: str, journal: Path) -> ComparisonRow:
     facts = json.loads(journal.read_text())
-    facts["judgement"] = Judgement(**facts["judgement"])
-    facts["running"] = Running(**facts["running"])
-    facts["tasks"] = tuple(TaskLine(t["task"], t["measure"], Paired(**t["result"])) for t in facts["tasks"])
-    return replace(Line(**facts), name=name)
+    facts["evaluation"] = Evaluation(**facts["evaluation"])
+    facts["throughput"] = Throughput(**facts["throughput"])
+    facts["tasks"] = tuple(TaskResult(t["task"], t["measure"], Paired(**t["result"])) for t in facts["tasks"])
+    return replace(ComparisonRow(**facts), name=name)

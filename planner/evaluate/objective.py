@@ -6,14 +6,14 @@ May import: sensitivity, planner.plan/session.
 from transformers import PreTrainedModel
 
 from bitplan.planner.plan import Measured, TaskFacts, TaskMeasured
-from bitplan.sensitivity.loss import Judgement, Reference, standard_error
+from bitplan.sensitivity.loss import Evaluation, Reference, standard_error
 from bitplan.sensitivity.session import Session
 from bitplan.sensitivity.tasks.paired import paired
 from bitplan.sensitivity.tasks.score import Scores, likelihoods, losses, score
 from bitplan.sensitivity.tasks.task import Task
 
 
-class Judge:
+class Objective:
     """The session's full-precision model as the others are measured beside it: KL on the search and held-out texts,
     and a task where there is one, of which one half of the items chooses and the other is reported.
 
@@ -43,7 +43,7 @@ class Judge:
 
     def kl(self, model: PreTrainedModel) -> float:
         """Nats per token on the search text."""
-        return self._search.judge(model).kl
+        return self._search.evaluate(model).kl
 
     def loss(self, model: PreTrainedModel) -> float:
         """What a search makes least: the task's mean loss an item on its search half, or without a task `kl`."""
@@ -54,7 +54,7 @@ class Judge:
 
     def heldout(self, model: PreTrainedModel, kv_format: str = "native") -> Measured:
         """What is reported: on the held-out text, and on the task's other half."""
-        found = measured(self._heldout.judge(model, kv_format))
+        found = measured(self._heldout.evaluate(model, kv_format))
         if self._halves is None or self._bases is None:
             return found
         task, base = self._halves[1], self._bases[1]
@@ -62,8 +62,8 @@ class Judge:
         return found.model_copy(update={"task": on_task})
 
 
-def measured(judgement: Judgement) -> Measured:
-    return Measured(**{name: getattr(judgement, name) for name in Measured.model_fields if name != "task"})
+def measured(evaluation: Evaluation) -> Measured:
+    return Measured(**{name: getattr(evaluation, name) for name in Measured.model_fields if name != "task"})
 
 
 def _beside(task: Task, base: Scores, other: Scores) -> TaskMeasured:

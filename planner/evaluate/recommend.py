@@ -16,12 +16,12 @@ from torch import nn
 from bitplan.formats.errors import FormatUnavailable
 from bitplan.formats.table import FORMATS
 from bitplan.planner.assemble import is_float, uniform_plan
-from bitplan.planner.evaluate.compare import Line, recalled
-from bitplan.sensitivity.bank import workspace
-from bitplan.sensitivity.loss import Judgement
+from bitplan.planner.evaluate.compare import ComparisonRow, recalled
+from bitplan.sensitivity.loss import Evaluation
 from bitplan.sensitivity.session import SEED, Session, open_session
 from bitplan.sensitivity.source import Source
 from bitplan.sensitivity.texts.text import Texts
+from bitplan.sensitivity.weight_cache import workspace
 
 PURPOSES = {
     "training": (
@@ -74,7 +74,7 @@ class Advice:
     """The field's rule."""
     notes: tuple[str, ...]
     """What this model's own figures say to the rule, a sentence each."""
-    rows: tuple[Line, ...]
+    rows: tuple[ComparisonRow, ...]
     """What `compare` has measured on this text."""
     missing: tuple[str, ...]
     """What it has not."""
@@ -108,7 +108,7 @@ def recommend(source: Source, purpose: str, texts: Texts | None, device: str = "
     session = None
     if texts is not None and (purpose == "training" or has_rows(source, texts)):
         session = open_session(source, texts, device=device)
-    found: dict[str, Line] = {}
+    found: dict[str, ComparisonRow] = {}
     for asked in EVIDENCE[purpose]:
         line = _recalled(session, asked, device) if session else None
         if line is not None:
@@ -127,7 +127,7 @@ def has_rows(source: Source, texts: Texts) -> bool:
     return any((folder / "compared").glob("*.json"))
 
 
-def _recalled(session: Session, asked: str, device: str) -> Line | None:
+def _recalled(session: Session, asked: str, device: str) -> ComparisonRow | None:
     format, _, rounding = asked.partition("/")
     if is_float(format):
         return recalled(session, format, format, device)
@@ -135,7 +135,7 @@ def _recalled(session: Session, asked: str, device: str) -> Line | None:
         plan = uniform_plan(session, format, rounding or None)
     except FormatUnavailable:
         return None
-    return recalled(session, plan.budget.asked, plan, device)
+    return recalled(session, plan.budget.requested, plan, device)
 
 
 # What the rows say to the rule
@@ -143,31 +143,31 @@ def _recalled(session: Session, asked: str, device: str) -> Line | None:
 Verdict = tuple[str | None, list[str]]
 
 
-def verdict(purpose: str, found: dict[str, Line]) -> Verdict:
+def verdict(purpose: str, found: dict[str, ComparisonRow]) -> Verdict:
     """What measured rows, by their names in EVIDENCE, say: the answer where it is not the rule's, and sentences."""
     return {"training": _training, "inference": _inference, "cost": _cost, "fit": _fit}[purpose](found)
 
 
-def _judged(line: Line) -> Judgement:
-    assert line.judgement is not None  # only rows with figures are kept
-    return line.judgement
+def _evaluation(line: ComparisonRow) -> Evaluation:
+    assert line.evaluation is not None  # only rows with figures are kept
+    return line.evaluation
 
 
-def _surely_less(one: Line, other: Line) -> bool:
+def _surely_less(one: ComparisonRow, other: ComparisonRow) -> bool:
     """The KL of `one` is less by more than noise."""
-    a, b = _judged(one), _judged(other)
+    a, b = _evaluation(one), _evaluation(other)
     return a.kl + SURE * hypot(a.kl_se, b.kl_se) < b.kl
 
 
-def _beside(one: Line, other: Line) -> str:
-    return f"KL {_judged(one).kl:.5f} against {_judged(other).kl:.5f} nats per token"
+def _beside(one: ComparisonRow, other: ComparisonRow) -> str:
+    return f"KL {_evaluation(one).kl:.5f} against {_evaluation(other).kl:.5f} nats per token"
 
 
-def _perplexity(line: Line) -> str:
-    return f"{100 * expm1(_judged(line).delta_nll):+.2f} % perplexity"
+def _perplexity(line: ComparisonRow) -> str:
+    return f"{100 * expm1(_evaluation(line).delta_nll):+.2f} % perplexity"
 
 
-def _training(found: dict[str, Line]) -> Verdict:
+def _training(found: dict[str, ComparisonRow]) -> Verdict:
     if {"bf16", "fp16"} <= found.keys() and _surely_less(found["fp16"], found["bf16"]):
         told = _beside(found["fp16"], found["bf16"])
         return None, [
@@ -185,10 +185,10 @@ def _range(activation: Activation) -> str:
     )
 
 
-def _inference(found: dict[str, Line]) -> Verdict:
+def _inference(found: dict[str, ComparisonRow]) -> Verdict:
     answer, notes = None, []
     if int8 := found.get("int8"):
-        loss = _judged(int8)
+        loss = _evaluation(int8)
         if loss.delta_nll - SURE * loss.delta_nll_se > SMALL:
             answer = "bf16"
             notes.append(f"against the rule, INT8's loss on this model is not very small: {_perplexity(int8)}")
@@ -197,17 +197,17 @@ def _inference(found: dict[str, Line]) -> Verdict:
     if {"int8", "fp8"} <= found.keys() and _surely_less(found["fp8"], found["int8"]):
         notes.append(f"against the rule, FP8 loses less than INT8 here: {_beside(found['fp8'], found['int8'])}")
     if int4 := found.get("int4-g128/gptq"):
-        loss = _judged(int4)
+        loss = _evaluation(int4)
         if loss.delta_nll + SURE * loss.delta_nll_se < SMALL:
             notes.append(f"the rule asks for more than is needed here: int4-g128 costs {_perplexity(int4)} only")
     slower = _slower(found.get("int8"), found.get("bf16"))
     return answer, notes + slower
 
 
-def _slower(one: Line | None, other: Line | None) -> list[str]:
-    if not (one and other and one.running and other.running):
+def _slower(one: ComparisonRow | None, other: ComparisonRow | None) -> list[str]:
+    if not (one and other and one.throughput and other.throughput):
         return []
-    speeds = one.running.decode_tokens_per_s, other.running.decode_tokens_per_s
+    speeds = one.throughput.decode_tokens_per_s, other.throughput.decode_tokens_per_s
     if speeds[0] >= speeds[1]:
         return []
     return [
@@ -216,7 +216,7 @@ def _slower(one: Line | None, other: Line | None) -> list[str]:
     ]
 
 
-def _cost(found: dict[str, Line]) -> Verdict:
+def _cost(found: dict[str, ComparisonRow]) -> Verdict:
     answer, notes = None, []
     awq, gptq, nf4 = (found.get(name) for name in ("int4-g128/awq", "int4-g128/gptq", "nf4"))
     best = awq
@@ -239,7 +239,7 @@ def _cost(found: dict[str, Line]) -> Verdict:
             f"against the rule, NF4 loses less than {best.name} here ({_beside(nf4, best)}), of {nf4.resident_bytes:,}"
             f" bytes against {best.resident_bytes:,}"
         )
-    if best and _judged(best).delta_nll - SURE * _judged(best).delta_nll_se > LARGE:
+    if best and _evaluation(best).delta_nll - SURE * _evaluation(best).delta_nll_se > LARGE:
         notes.append(
             f"against the rule, the loss of INT4 is not small on this model: {_perplexity(best)}; a mixed plan of as"
             f" many bytes keeps sensitive layers at more bits"
@@ -247,7 +247,7 @@ def _cost(found: dict[str, Line]) -> Verdict:
     return answer, notes
 
 
-def _fit(found: dict[str, Line]) -> Verdict:
+def _fit(found: dict[str, ComparisonRow]) -> Verdict:
     binary = found.get("binary-g64")
     return None, [f"1 bit on this model: {_perplexity(binary)}, research stage"] if binary else []
 

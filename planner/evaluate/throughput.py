@@ -18,7 +18,7 @@ STEPS = 16
 
 
 @dataclass(frozen=True)
-class Running:
+class Throughput:
     """One sequence: a prompt read at once, then tokens decoded one by one. Bytes are beside the weights, KV cache
     included."""
 
@@ -57,7 +57,7 @@ class Allocated:
 
 
 @torch.inference_mode()
-def run(model: PreTrainedModel, ids: Tensor, kv_format: str = "native") -> Running:
+def run(model: PreTrainedModel, ids: Tensor, kv_format: str = "native") -> Throughput:
     """Read a prompt int64 [length] but for its last tokens, and decode those; once to warm up, once for the memory and
     once for the time."""
     prompt, rest = ids[None, : -STEPS - 1].to(model.device), ids[None, -STEPS - 1 :].to(model.device)
@@ -83,4 +83,4 @@ def run(model: PreTrainedModel, ids: Tensor, kv_format: str = "native") -> Runni
     held = cache()
     prefill = step(prompt, held)
     decode = median(step(rest[:, i : i + 1], held) for i in range(STEPS))
-    return Running(prompt.shape[1] / prefill, 1 / decode, allocated.bytes)
+    return Throughput(prompt.shape[1] / prefill, 1 / decode, allocated.bytes)

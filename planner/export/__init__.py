@@ -10,16 +10,16 @@ that the target has, and `exported.changes` lists every unit that is another or 
 from pathlib import Path
 
 from bitplan.formats.errors import PlanMismatch, UsageError
+from bitplan.planner.codes import refuse_missing
 from bitplan.planner.export.auto_round import AutoRound
 from bitplan.planner.export.compressed_tensors import CompressedTensors, save_compressed
 from bitplan.planner.export.gguf import Gguf
 from bitplan.planner.export.gptqmodel import GptqModel
 from bitplan.planner.export.lower import settled
 from bitplan.planner.export.show import export_text
-from bitplan.planner.export.target import Exported, Line, Target
+from bitplan.planner.export.target import Exported, ExportedUnit, Target
 from bitplan.planner.export.torchao import TorchAo
-from bitplan.planner.hf.quantizer import refuse_missing
-from bitplan.planner.load import make_codes, materialize
+from bitplan.planner.load import load_planned, make_codes
 from bitplan.planner.plan import Plan
 from bitplan.sensitivity.profile import Profile
 from bitplan.sensitivity.source import Source
@@ -63,11 +63,11 @@ def export(
         old, new = losses.get((before.name, before.format)), losses.get((before.name, like))
         nats = 0.0 if like == before.format else new - old if old is not None and new is not None else None
         size = told.nbytes(after)
-        lines.append(Line(before.name, before.format, after.format, told.word(after), before.bytes, size, nats))
-    total = sum(line.bytes for line in lines) + sum(map(told.kept_nbytes, plan.kept))
+        lines.append(ExportedUnit(before.name, before.format, after.format, told.word(after), before.bytes, size, nats))
+    total = sum(line.bytes for line in lines) + sum(map(told.unquantized_nbytes, plan.unquantized))
     notes = told.notes(made)
-    if made.kv_cache.format != "native":
-        notes.append(f"the plan's KV cache, {made.kv_cache.format}, is not told: set it at the server")
+    if made.workload.kv_format != "native":
+        notes.append(f"the plan's KV cache, {made.workload.kv_format}, is not told: set it at the server")
     return Exported(told, made, tuple(lines), told.text(made), plan.bytes, total, tuple(notes))
 
 
@@ -90,7 +90,7 @@ def write_export(
         return 0
     make_codes(exported.plan, source, text, device)
     refuse_missing(exported.plan)
-    return save_compressed(materialize(exported.plan, source, device), exported, output, force)
+    return save_compressed(load_planned(exported.plan, source, device), exported, output, force)
 
 
 __all__ = ["NEED_MODEL", "TARGETS", "Exported", "Line", "Target", "export", "export_text", "write_export"]

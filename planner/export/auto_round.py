@@ -18,7 +18,7 @@ class AutoRound(Target):
     readers = "auto-round"
     joins = False
 
-    def unsayable(self, unit: PlannedUnit) -> str | None:
+    def unsupported(self, unit: PlannedUnit) -> str | None:
         if unit.is_native:
             return None
         if unit.kind in KINDS:
@@ -56,5 +56,5 @@ def entry(unit: PlannedUnit) -> dict[str, Any]:
 def config(plan: Plan) -> dict[str, Any]:
     """Every layer by its exact name, those too that stay: the others would get auto-round's own scheme."""
     named = {unit.name: entry(unit) for unit in plan.units if unit.kind not in KINDS}
-    kept = [entry.name.removesuffix(".weight") for entry in plan.kept if len(entry.shape) == 2]
+    kept = [entry.name.removesuffix(".weight") for entry in plan.unquantized if len(entry.shape) == 2]
     return named | dict.fromkeys(kept, UNTOUCHED)

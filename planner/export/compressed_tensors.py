@@ -57,7 +57,7 @@ class CompressedTensors(Target):
     readers = "vLLM, transformers"
     holds_codes = True
 
-    def unsayable(self, unit: PlannedUnit) -> str | None:
+    def unsupported(self, unit: PlannedUnit) -> str | None:
         if unit.is_native:
             return None
         if unit.kind != "linear":  # vLLM's quantized embedding takes every zero point for the middle
@@ -135,7 +135,7 @@ def config(plan: Plan) -> dict[str, Any]:
     formats = {group["format"] for group in groups.values()}
     native = [unit for unit in plan.units if unit.is_native]
     ignored = [name for unit in native for name in (unit.name, *unit.tied)]
-    ignored += [entry.name.removesuffix(".weight") for entry in plan.kept if len(entry.shape) == 2]
+    ignored += [entry.name.removesuffix(".weight") for entry in plan.unquantized if len(entry.shape) == 2]
     return {
         "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",

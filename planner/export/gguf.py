@@ -14,7 +14,7 @@ from bitplan.formats.errors import FormatUnavailable, UsageError
 from bitplan.formats.table import DTYPES, FORMATS
 from bitplan.planner.export.target import Target
 from bitplan.planner.plan import Plan, PlannedUnit
-from bitplan.sensitivity.profile import KeptEntry
+from bitplan.sensitivity.profile import UnquantizedEntry
 
 SIZES = {
     "f32": (1, 4),
@@ -94,7 +94,7 @@ class Gguf(Target):
         found = [name.removesuffix(".weight") + ".weight" for part in parts if (name := self.name_of(part))]
         return found if len(found) == len(parts) else []
 
-    def unsayable(self, unit: PlannedUnit) -> str | None:
+    def unsupported(self, unit: PlannedUnit) -> str | None:
         names = self.names(unit.parameter)
         if not names:
             return "for which GGUF has no name"
@@ -119,11 +119,11 @@ class Gguf(Target):
         block, size = SIZES[self.word(unit)]
         return unit.experts * unit.rows * unit.columns // block * size
 
-    def kept_nbytes(self, entry: KeptEntry) -> int:
+    def unquantized_nbytes(self, entry: UnquantizedEntry) -> int:
         """llama.cpp's converter makes vectors f32."""
-        return prod(entry.shape) * SIZES[self._kept_type(entry)][1]
+        return prod(entry.shape) * SIZES[self._unquantized_type(entry)][1]
 
-    def _kept_type(self, entry: KeptEntry) -> str:
+    def _unquantized_type(self, entry: UnquantizedEntry) -> str:
         left = any(part in name for part in LEFT for name in self.names(entry.name))
         return "f32" if len(entry.shape) < 2 or left else OTHERS.get(DTYPES.get(entry.dtype, ""), "f32")
 
@@ -133,13 +133,13 @@ class Gguf(Target):
     def text(self, plan: Plan) -> str:
         """Kept matrices have lines too, or they would get the type asked for on the command line."""
         types = {unit.parameter: self.word(unit) for unit in plan.units}
-        types |= {entry.name: self._kept_type(entry) for entry in plan.kept if len(entry.shape) > 1}
+        types |= {entry.name: self._unquantized_type(entry) for entry in plan.unquantized if len(entry.shape) > 1}
         lines = {name: type for parameter, type in types.items() for name in self.names(parameter)}
         return "".join(f"^{re.escape(name)}$={type}\n" for name, type in lines.items())
 
     def notes(self, plan: Plan) -> list[str]:
         dtype = OTHERS.get(DTYPES.get(plan.provenance.model.dtype, ""), "f32")
-        lost = [entry.name for entry in plan.kept if len(entry.shape) > 1 and not self.names(entry.name)]
+        lost = [entry.name for entry in plan.unquantized if len(entry.shape) > 1 and not self.names(entry.name)]
         unnamed = [f"GGUF has no name for {', '.join(lost)}, kept: what they become gets the type Q8_0"] if lost else []
         return [
             *unnamed,

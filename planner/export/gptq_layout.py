@@ -29,7 +29,7 @@ from bitplan.formats.errors import FormatUnavailable
 from bitplan.formats.integers import IntegerFormat
 from bitplan.formats.modules import Packed, is_experts
 from bitplan.formats.packed import pack, unpack
-from bitplan.formats.table import FORMATS, MENU
+from bitplan.formats.table import DEFAULT_FORMATS, FORMATS
 from bitplan.planner.plan import Plan, PlannedUnit
 from bitplan.planner.report.model_card import Layout, write_papers, written_beside
 from bitplan.sensitivity.source import Source
@@ -61,7 +61,7 @@ model = GPTQModel.load("path/to/this/folder")
 )
 
 
-def is_sayable(format: object) -> bool:
+def is_supported(format: object) -> bool:
     """Whether the layout has the codes of a format."""
     return isinstance(format, IntegerFormat) and format.bits in BITS and format.zero_point in ("integer", "middle")
 
@@ -73,14 +73,14 @@ def settings(unit: PlannedUnit) -> tuple[int, int]:
     return format.code_bits, format.group if 0 < format.group < unit.columns else -1
 
 
-def refuse_unsayable(plan: Plan) -> None:
+def refuse_unsupported(plan: Plan) -> None:
     """Raises FormatUnavailable where the layout has no words for some of a plan's units. Needs no model."""
     if experts := [unit.name for unit in plan.units if unit.kind == "experts"]:
         raise joined_experts(experts)
     reasons: dict[tuple[str, str], list[str]] = defaultdict(list)
     packed = [unit for unit in plan.units if not unit.is_native]
     for unit in packed:
-        if reason := unsayable(unit):
+        if reason := unsupported(unit):
             reasons[reason].append(unit.name)
     if reasons:
         found = "; ".join(f"{_names(names)}, {what}" for (what, _), names in reasons.items())
@@ -104,15 +104,18 @@ def _names(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def unsayable(unit: PlannedUnit) -> tuple[str, str] | None:
+def unsupported(unit: PlannedUnit) -> tuple[str, str] | None:
     """What stands against a unit, and which change of the plan mends it ("": keep the unit in floats)."""
     if unit.kind not in ("linear", "conv1d"):
         return {"tied": "an embedding and the head", "embedding": "an embedding"}.get(unit.kind, unit.kind), ""
     if not re.search(r"\.\d+\.", unit.name):
         return "outside of the model's blocks", ""
     format = FORMATS[unit.format]
-    if not is_sayable(format):
-        return f"in {unit.format}", f"--formats {','.join(name for name in MENU if is_sayable(FORMATS[name]))}"
+    if not is_supported(format):
+        return (
+            f"in {unit.format}",
+            f"--formats {','.join(name for name in DEFAULT_FORMATS if is_supported(FORMATS[name]))}",
+        )
     if unit.rows % RUN or unit.columns % RUN:
         return f"of {unit.rows} × {unit.columns} weights, no multiples of {RUN}", ""
     _, group = settings(unit)
@@ -225,7 +228,7 @@ def save_gptq(model: PreTrainedModel, plan: Plan, source: Source, folder: Path, 
     Everything is written beside and renamed at the end. Raises FormatUnavailable where the layout has no words for a
     unit, BitplanError where the folder cannot be written.
     """
-    refuse_unsayable(plan)
+    refuse_unsupported(plan)
     if experts := [name for name, module in model.named_modules() if is_experts(module)]:
         raise joined_experts(experts)
     quantization = quantization_config(model, plan)

@@ -13,9 +13,9 @@ from bitplan.formats.modules import is_experts
 from bitplan.planner.export.gptq_layout import (
     joined_experts,
     quantization_config,
-    refuse_unsayable,
+    refuse_unsupported,
     settings,
-    unsayable,
+    unsupported,
 )
 from bitplan.planner.export.target import Target, group_size, integer
 from bitplan.planner.plan import Plan, PlannedUnit
@@ -28,8 +28,8 @@ class GptqModel(Target):
     name = "gptqmodel"
     readers = "gptqmodel"
 
-    def unsayable(self, unit: PlannedUnit) -> str | None:
-        reason = None if unit.is_native else unsayable(unit)
+    def unsupported(self, unit: PlannedUnit) -> str | None:
+        reason = None if unit.is_native else unsupported(unit)
         return reason[0] if reason else None
 
     def word(self, unit: PlannedUnit) -> str:
@@ -48,7 +48,7 @@ class GptqModel(Target):
         return 4 * words + 2 * groups * unit.rows + 4 * unit.columns
 
     def text(self, plan: Plan) -> str:
-        refuse_unsayable(plan)
+        refuse_unsupported(plan)
         assert self.source is not None
         model = skeleton(self.source)
         if experts := [name for name, module in model.named_modules() if is_experts(module)]:

@@ -8,12 +8,12 @@ from collections.abc import Iterable
 
 from bitplan.formats.errors import FormatUnavailable
 from bitplan.formats.rounding import ROUNDINGS, rounding_for
-from bitplan.formats.table import DTYPES, FORMATS, MENU
+from bitplan.formats.table import DEFAULT_FORMATS, DTYPES, FORMATS
 from bitplan.planner.export.gptq_layout import FUSED
 from bitplan.planner.export.target import Target
 from bitplan.planner.plan import Plan, PlannedUnit
 
-CANDIDATES = (*MENU, "fp8")
+CANDIDATES = (*DEFAULT_FORMATS, "fp8")
 """What `nearest` tries, beside each weight's own float type."""
 NAMED = 3
 
@@ -30,7 +30,7 @@ def settled(plan: Plan, target: Target, nearest: bool) -> Plan:
                 raise FormatUnavailable(_told(target, split, ["--keep for all that servers join, or for none of them"]))
             return changed(plan, {name: _native(_unit(plan, name)) for name in split})
         return plan
-    lost = [unit.name for unit in plan.units if unit.name in reasons and not _sayable([unit], _native(unit), target)]
+    lost = [unit.name for unit in plan.units if unit.name in reasons and not _supported([unit], _native(unit), target)]
     if lost:
         raise FormatUnavailable(f"{target.name} cannot say {_names(lost)}, {reasons[lost[0]]}, in whatever format")
     if not nearest:
@@ -48,13 +48,13 @@ def settled(plan: Plan, target: Target, nearest: bool) -> Plan:
 def changed(plan: Plan, formats: dict[str, str]) -> Plan:
     """The plan with other formats for some units, and without what was measured and predicted of it."""
     units = [_in_format(unit, formats.get(unit.name, unit.format)) for unit in plan.units]
-    total = sum(unit.bytes for unit in units) + sum(entry.bytes for entry in plan.kept)
+    total = sum(unit.bytes for unit in units) + sum(entry.bytes for entry in plan.unquantized)
     packed = any(not unit.is_native for unit in units)
     parts = {
         "units": [unit.model_dump() for unit in units],
         "bytes": total,
         "bits_per_weight": total * 8 / plan.provenance.model.parameters,
-        "healed": plan.healed and packed,
+        "distilled": plan.distilled and packed,
     }
     return Plan.model_validate(
         plan.model_dump() | parts | dict.fromkeys(("predicted", "search", "measured", "uniform"))
@@ -82,10 +82,10 @@ def _unit(plan: Plan, name: str) -> PlannedUnit:
 
 
 def _reasons(units: Iterable[PlannedUnit], target: Target) -> dict[str, str]:
-    return {unit.name: reason for unit in units if (reason := target.unsayable(unit))}
+    return {unit.name: reason for unit in units if (reason := target.unsupported(unit))}
 
 
-def _sayable(members: list[PlannedUnit], name: str, target: Target) -> bool:
+def _supported(members: list[PlannedUnit], name: str, target: Target) -> bool:
     return not _reasons((_in_format(unit, name) for unit in members), target)
 
 
@@ -95,7 +95,7 @@ def _nearest(members: list[PlannedUnit], target: Target) -> str:
     planned = sum(unit.bytes for unit in members)
     distances = []
     for name in dict.fromkeys((*CANDIDATES, _native(members[0]))):
-        if _sayable(members, name, target):
+        if _supported(members, name, target):
             units = [_in_format(unit, name) for unit in members]
             there, ours = sum(map(target.nbytes, units)), sum(unit.bytes for unit in units)
             distances.append((abs(there - planned), abs(ours - planned), -ours, name))
@@ -104,7 +104,7 @@ def _nearest(members: list[PlannedUnit], target: Target) -> str:
 
 def _split(plan: Plan) -> dict[str, str]:
     """Packed units beside a kept or otherwise planned one with which servers join them."""
-    formats = {entry.name.removesuffix(".weight"): "kept" for entry in plan.kept if len(entry.shape) == 2}
+    formats = {entry.name.removesuffix(".weight"): "kept" for entry in plan.unquantized if len(entry.shape) == 2}
     formats |= {unit.name: unit.format for unit in plan.units}
     packed = {unit.name for unit in plan.packed}
     reasons: dict[str, str] = {}
@@ -127,8 +127,8 @@ def _names(names: list[str]) -> str:
 def _ways(plan: Plan, target: Target, reasons: dict[str, str]) -> list[str]:
     """Options of `bitplan plan` that would leave these units sayable."""
     units = [unit for unit in plan.units if unit.name in reasons]
-    menu = [name for name in CANDIDATES if any(_sayable([unit], name, target) for unit in units)]
-    kept = [unit.name for unit in units if not any(_sayable([unit], name, target) for name in menu)]
+    menu = [name for name in CANDIDATES if any(_supported([unit], name, target) for unit in units)]
+    kept = [unit.name for unit in units if not any(_supported([unit], name, target) for name in menu)]
     ways = [f"--formats {','.join(menu)}"] if menu and len(kept) < len(units) else []
     if kept:
         ways.append(" ".join(f"--keep {name}" for name in kept) if len(kept) <= NAMED else "--keep for the others")

@@ -2,13 +2,13 @@
 
 from collections import defaultdict
 
-from bitplan.planner.export.target import Exported, Line
-from bitplan.planner.report.show import NUMBER, table
+from bitplan.planner.export.target import Exported, ExportedUnit
+from bitplan.planner.report.tables import NUMBER, table
 
 
 def export_text(exported: Exported) -> str:
     """What `bitplan export` prints: every unit with both formats and bytes, layers folded; what was changed has →."""
-    folded: dict[tuple[str, str, str], list[Line]] = defaultdict(list)
+    folded: dict[tuple[str, str, str], list[ExportedUnit]] = defaultdict(list)
     for line in exported.lines:
         ours = line.format if line.format == line.planned else f"{line.planned} → {line.format}"
         folded[NUMBER.sub("*", line.unit), ours, line.word].append(line)
@@ -25,14 +25,14 @@ def export_text(exported: Exported) -> str:
         for (name, ours, word), lines in folded.items()
     ]
     kept = exported.bytes - sum(line.bytes for line in exported.lines)
-    rows.append(("kept", "", "", "", f"{sum(entry.bytes for entry in exported.plan.kept):,}", f"{kept:,}", ""))
+    rows.append(("kept", "", "", "", f"{sum(entry.bytes for entry in exported.plan.unquantized):,}", f"{kept:,}", ""))
     rows.append(("all", "", "", "", f"{exported.planned_bytes:,}", f"{exported.bytes:,}", _nats(exported.lines)))
     target = exported.target
     head = ("unit", "", "plan", target.name, "bytes planned", "bytes there", "Δ predicted nats")
     return "\n".join([f"for {target.readers}", "", table(head, rows, left=4), "", *exported.notes])
 
 
-def _nats(lines: list[Line] | tuple[Line, ...]) -> str:
+def _nats(lines: list[ExportedUnit] | tuple[ExportedUnit, ...]) -> str:
     if any(line.nats is None for line in lines):
         return "not known"
     total = sum(line.nats or 0.0 for line in lines)

@@ -13,7 +13,7 @@ from typing import ClassVar
 from bitplan.formats.integers import IntegerFormat
 from bitplan.formats.table import FORMATS
 from bitplan.planner.plan import Plan, PlannedUnit
-from bitplan.sensitivity.profile import KeptEntry
+from bitplan.sensitivity.profile import UnquantizedEntry
 from bitplan.sensitivity.source import Source
 
 KINDS = {"tied": "an embedding and the head", "embedding": "an embedding", "experts": "the joined experts of a block"}
@@ -40,7 +40,7 @@ class Target(ABC):
         self.source = source
 
     @abstractmethod
-    def unsayable(self, unit: PlannedUnit) -> str | None:
+    def unsupported(self, unit: PlannedUnit) -> str | None:
         """What stands against a unit, in words that follow its name; None where the target has words for it."""
 
     @abstractmethod
@@ -55,7 +55,7 @@ class Target(ABC):
         """Bytes that a sayable unit takes at the readers'."""
         return unit.bytes
 
-    def kept_nbytes(self, entry: KeptEntry) -> int:
+    def unquantized_nbytes(self, entry: UnquantizedEntry) -> int:
         """Bytes that a kept tensor takes at the readers'."""
         return entry.bytes
 
@@ -69,7 +69,7 @@ class Target(ABC):
 
 
 @dataclass(frozen=True)
-class Line:
+class ExportedUnit:
     """One unit: what the plan says, what the target is told, and the bytes of both."""
 
     unit: str
@@ -94,7 +94,7 @@ class Exported:
     target: Target
     plan: Plan
     """As the target is told it: the given one, unless `nearest` changed units."""
-    lines: tuple[Line, ...]
+    lines: tuple[ExportedUnit, ...]
     text: str
     """The file's contents; for a target that holds codes, its quantization config."""
     planned_bytes: int
@@ -103,7 +103,7 @@ class Exported:
     notes: tuple[str, ...]
 
     @property
-    def changes(self) -> list[Line]:
+    def changes(self) -> list[ExportedUnit]:
         return [line for line in self.lines if line.is_changed]
 
     def as_dict(self) -> dict[str, object]:

@@ -25,7 +25,7 @@ class TorchAo(Target):
     name = "torchao"
     readers = "torchao in transformers"
 
-    def unsayable(self, unit: PlannedUnit) -> str | None:
+    def unsupported(self, unit: PlannedUnit) -> str | None:
         if unit.is_native:
             return None
         if unit.kind != "linear":
@@ -87,7 +87,7 @@ def config(plan: Plan) -> dict[str, Any]:
     """The quantization_config. A name without a config stays as it is."""
     linears = [unit for unit in plan.units if unit.kind == "linear"]
     # By a module's name transformers 5.23 quantizes its bias too, and fails: where there is one, the weight is named.
-    biases = {entry.name for entry in plan.kept}
+    biases = {entry.name for entry in plan.unquantized}
     named = {unit.parameter if f"{unit.name}.bias" in biases else unit.name: entry(unit) for unit in linears}
     head = any("." not in unit.name and not unit.is_native for unit in linears)
     return {

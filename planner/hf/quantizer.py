@@ -18,13 +18,14 @@ from bitplan.formats.errors import BitplanError, CodesMissing, FormatUnavailable
 from bitplan.formats.kv.cache import use_kv_format
 from bitplan.formats.modules import canonical, is_transposed, pack_parameter
 from bitplan.formats.table import format_named
+from bitplan.planner.codes import codes_folder, refuse_missing, unit_path, unquantized_path
 from bitplan.planner.hf.register import METHOD
 from bitplan.planner.hf.streaming import RoundOnLoad, refuse_disk, rounded
 from bitplan.planner.plan import Plan, PlannedUnit
-from bitplan.sensitivity.bank import from_file, workspace
 from bitplan.sensitivity.profile import read
 from bitplan.sensitivity.source import weights_fingerprint
-from bitplan.sensitivity.store import is_whole, load_tensors, sha256
+from bitplan.sensitivity.store import is_whole, load_tensors
+from bitplan.sensitivity.weight_cache import from_file
 
 
 def _answer_dtype(model: Any, dtype: torch.dtype) -> None:
@@ -61,40 +62,6 @@ class PlanConfig(QuantizationConfigMixin):
 
 class SavedPlanConfig(PlanConfig):
     """The plan inside a saved checkpoint. A class of its own, so that a PlanConfig beside it is an error."""
-
-
-def codes_folder(plan: Plan) -> Path:
-    """Where the cache keeps the codes of this plan, which hang on each other."""
-    facts = plan.provenance
-    folder = workspace(facts.model.weights_sha256, facts.text.calibration.sha256, facts.seed)
-    allocation = repr([(unit.name, unit.format, unit.rounding) for unit in plan.units])
-    healed = facts.text.search.sha256 if plan.healed else ""  # healing stops by the search text
-    return folder / "plans" / sha256(allocation, healed)[:24]
-
-
-def unit_path(folder: Path, unit: str) -> Path:
-    return folder / "units" / f"{unit}.safetensors"
-
-
-def kept_path(folder: Path, parameter: str) -> Path:
-    """A kept tensor that rounding or healing has changed."""
-    return folder / "kept" / f"{parameter}.safetensors"
-
-
-def missing_codes(plan: Plan) -> list[PlannedUnit]:
-    """Units whose codes follow from text and are not in the cache."""
-    folder = codes_folder(plan)
-    return [unit for unit in plan.packed if not is_whole(unit_path(folder, unit.name))] if plan.needs_text else []
-
-
-def refuse_missing(plan: Plan) -> None:
-    """Raises CodesMissing where the cache lacks codes that follow from text."""
-    if units := missing_codes(plan):
-        raise CodesMissing(
-            f"{len(units)} units, {units[0].name} first, are to be rounded ({plan.rounding}) on the plan's calibration"
-            f" text ({plan.provenance.text.source}): run `bitplan apply PLAN --text FILE …` once with it, or"
-            f" bitplan.load(plan, text=[…])"
-        )
 
 
 def refuse_unavailable(plan: Plan) -> None:
@@ -173,7 +140,9 @@ class PlanQuantizer(HfQuantizer):
         refuse_missing(self.plan)
         if self.plan.needs_text:
             folder = codes_folder(self.plan)
-            self.changed = {kept.name for kept in self.plan.kept if is_whole(kept_path(folder, kept.name))}
+            self.changed = {
+                kept.name for kept in self.plan.unquantized if is_whole(unquantized_path(folder, kept.name))
+            }
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return not self.pre_quantized and (param_name in self.packed or param_name in self.changed)
@@ -209,7 +178,7 @@ class PlanQuantizer(HfQuantizer):
         device: Any = get_device(self.device_map, name, valid_torch_device=True)
         unit = self.packed.get(name)
         if name in self.changed:
-            return {name: self._cached(kept_path, name)["tensor"].to(device, value.dtype)}
+            return {name: self._cached(unquantized_path, name)["tensor"].to(device, value.dtype)}
         if unit is None:
             return {name: value}
         if self.plan.needs_text:
@@ -236,9 +205,9 @@ class PlanQuantizer(HfQuantizer):
             _answer_dtype(model, getattr(torch, self.plan.provenance.model.dtype))
         # Saved under the model's own names: reversing a checkpoint's conversions would tear packed tensors apart.
         model._weight_conversions = []
-        use_kv_format(model, self.plan.kv_cache.format)
-        if self.plan.kv_cache.chunk:
-            model.generation_config.prefill_chunk_size = self.plan.kv_cache.chunk
+        use_kv_format(model, self.plan.workload.kv_format)
+        if self.plan.workload.prefill_chunk:
+            model.generation_config.prefill_chunk_size = self.plan.workload.prefill_chunk
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

@@ -15,7 +15,7 @@ METHOD = "bitplan"
 TABLE = "transformers.quantizers.auto"
 
 
-class _Later:
+class _LazyClass:
     """Stands for a class of planner.pretrained until something is asked of it."""
 
     def __init__(self, name: str):
@@ -29,8 +29,8 @@ class _Later:
 
 
 def _fill(table: Any) -> None:
-    table.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = _Later("SavedPlanConfig")
-    table.AUTO_QUANTIZER_MAPPING[METHOD] = _Later("PlanQuantizer")
+    table.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = _LazyClass("SavedPlanConfig")
+    table.AUTO_QUANTIZER_MAPPING[METHOD] = _LazyClass("PlanQuantizer")
 
 
 class _AfterImport(MetaPathFinder):

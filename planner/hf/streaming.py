@@ -43,10 +43,10 @@ class RoundOnLoad(ConversionOps):
 
     def convert(self, input_dict: dict[str, Any], *args: Any, model: Any = None, **kwargs: Any) -> Any:
         values = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
-        return Later(self.make, values, model)
+        return LazyTensors(self.make, values, model)
 
 
-class Later(Mapping[str, Tensor]):
+class LazyTensors(Mapping[str, Tensor]):
     """Tensors by name that are made when first looked at.
 
     transformers logs an error inside of `convert`, goes on with the other weights, allocates and initialises in full

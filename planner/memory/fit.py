@@ -1,7 +1,7 @@
 """Does it fit: a device's memory against a model in plain formats, and what a mixed plan would have on it.
 
 The model is looked at on torch's meta device, so its config is all that is read: no weight, and no text.
-May import: formats, sensitivity, planner.audit/budget/device/plan/room/show/workspace.
+May import: formats, sensitivity, planner.plan, the modules beside it.
 """
 
 import json
@@ -13,57 +13,54 @@ from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedModel
 
 from bitplan.formats.errors import BitplanError, ModelUnreadable, first_line
-from bitplan.formats.sizes import format_bytes
-from bitplan.formats.table import DTYPES, MENU
-from bitplan.planner.memory.budget import Room, alike, neediest, reserved, what_fits
-from bitplan.planner.memory.device import Device, setting_of
-from bitplan.planner.memory.footprint import Needs, foresee, meta_model
-from bitplan.planner.plan import KVCache
-from bitplan.planner.report.show import table
+from bitplan.formats.table import DEFAULT_FORMATS, DTYPES
+from bitplan.planner.memory.budget import DeviceBudget, largest_estimate, meta_models, reserved, what_fits
+from bitplan.planner.memory.device import Device
+from bitplan.planner.memory.footprint import MemoryEstimate, estimate_memory, meta_model
+from bitplan.planner.plan import Workload
 from bitplan.sensitivity import source as sources
-from bitplan.sensitivity.audit import unit_entry
-from bitplan.sensitivity.bank import unit_bytes
-from bitplan.sensitivity.graph import Kept, Unit, find_units
+from bitplan.sensitivity.graph import Unit, Unquantized, find_units
+from bitplan.sensitivity.profile import unit_entry
 from bitplan.sensitivity.progress import progress
 from bitplan.sensitivity.source import Source
 from bitplan.sensitivity.store import sha256
 
 SHOWN = ("int8", "int4-g128", "int3-g64")
 """Formats of the table, between the checkpoint's own type and the floor of what plans choose from. What a format needs
-beside its weights hangs on its kernel and its group, so the neediest of these are the neediest of all."""
+beside its weights depends on its kernel and its group, so the most of these is the most of all."""
 HEADERS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 """Types as safetensors' headers name them."""
 
 
 @dataclass(frozen=True)
-class Row:
+class FitRow:
     """A model in one format on the device. Bytes."""
 
     format: str
     weights: int
-    needs: Needs
-    room: Room
+    estimate: MemoryEstimate
+    budget: DeviceBudget
 
     @property
     def workspace(self) -> int:
-        return self.needs.workspace + self.room.device.taken
+        return self.estimate.workspace + self.budget.device.context
 
     @property
     def total(self) -> int:
-        return self.weights + self.needs.kv_cache + self.workspace + self.room.reserve
+        return self.weights + self.estimate.kv_cache + self.workspace + self.budget.reserve
 
     @property
     def spare(self) -> int:
         """What is left of the device; below zero: what it lacks."""
-        return self.room.device.memory - self.total
+        return self.budget.device.memory - self.total
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "format": self.format,
             "weights": self.weights,
-            "kv_cache": self.needs.kv_cache,
+            "kv_cache": self.estimate.kv_cache,
             "workspace": self.workspace,
-            "reserve": self.room.reserve,
+            "reserve": self.budget.reserve,
             "total": self.total,
             "fits": self.spare >= 0,
         }
@@ -71,11 +68,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Fit:
-    room: Room
+    budget: DeviceBudget
     """What `bitplan plan` would have for weights."""
     native: str
     """The checkpoint's own type, as a format."""
-    rows: tuple[Row, ...]
+    rows: tuple[FitRow, ...]
     """By falling bytes."""
     parameters: int
     least: int
@@ -84,7 +81,7 @@ class Fit:
     """What would fit, where nothing does."""
 
     @property
-    def largest(self) -> Row | None:
+    def largest(self) -> FitRow | None:
         """The first of the plain formats that fits."""
         return next((row for row in self.rows if row.spare >= 0), None)
 
@@ -92,7 +89,7 @@ class Fit:
     def mixed(self) -> int | None:
         """Bytes of weights that a mixed plan has; None where a float type fits, or no plan does."""
         plain = self.largest is not None and self.largest.format in DTYPES.values()
-        return None if plain or self.room.weights < self.least else self.room.weights
+        return None if plain or self.budget.weights < self.least else self.budget.weights
 
     @property
     def format(self) -> str | None:
@@ -124,16 +121,16 @@ class Fit:
         return f"{plan} --formats {self.format}" if self.format and self.format not in DTYPES.values() else None
 
     def as_dict(self, plan: str) -> dict[str, Any]:
-        setting, mixed = self.room.setting, None
+        workload, mixed = self.budget.workload, None
         if self.mixed is not None:
             mixed = {"bytes": self.mixed, "bits_per_weight": self.mixed * 8 / self.parameters}
         return {
             "command": self.command(plan),
-            "device": {"asked": self.room.device.asked, "bytes": self.room.device.memory},
-            "context": setting.context,
-            "batch": setting.batch,
-            "kv_format": setting.kv_format,
-            "prefill_chunk": setting.chunk,
+            "device": {"requested": self.budget.device.requested, "bytes": self.budget.device.memory},
+            "context": workload.context,
+            "batch": workload.batch,
+            "kv_format": workload.kv_format,
+            "prefill_chunk": workload.prefill_chunk,
             "parameters": self.parameters,
             "fits": [row.as_dict() for row in self.rows],
             "largest_that_fits": self.largest.format if self.largest else None,
@@ -141,54 +138,39 @@ class Fit:
         }
 
 
-def fit(found: Device, reserve: str | None, source: Source, kv_cache: KVCache) -> Fit:
-    """The arithmetic of a device. Units are all weights that could take a format: that a few are kept, which only a run
+def fit(device: Device, reserve: str | None, source: Source, workload: Workload) -> Fit:
+    """The arithmetic of a device. Units are all weights that could take a format: that a few cannot, which only a run
     of the model shows, is not known here. Raises UsageError, ModelUnreadable, BitplanError."""
-    setting = setting_of(kv_cache)
-    assert setting is not None
     dtype = checkpoint_dtype(source)
     plain = _on_meta(source, dtype)
-    units, kept = find_units(plain)
+    units, unquantized = find_units(plain)
     if not units:
         raise ModelUnreadable(f"{source.model} has no weight that can take a format")
-    floor = [min((unit_bytes(unit, name), name) for name in MENU) for unit in units]
-    least = sum(size for size, _ in floor) + sum(tensor.nbytes for tensor in kept)
-    lowest = tuple(dict.fromkeys(name for _, name in floor))
+    smallest = [min((unit.nbytes(name), name) for name in DEFAULT_FORMATS) for unit in units]
+    least = sum(size for size, _ in smallest) + sum(tensor.nbytes for tensor in unquantized)
+    lowest = tuple(dict.fromkeys(name for _, name in smallest))
     names = dict.fromkeys((*SHOWN, *lowest))
-    models = alike(source, dtype, [unit_entry(replace(unit, group=unit.name)) for unit in units], names)
-    found_needs = [foresee(model, setting, found.on) for model in progress(models, desc="memory", unit="format")]
-    room = Room(found, reserved(found, reserve), setting, neediest(found_needs))
+    models = meta_models(source, dtype, [unit_entry(replace(unit, group=unit.name)) for unit in units], names)
+    estimates = [
+        estimate_memory(model, workload, device.on) for model in progress(models, desc="memory", unit="format")
+    ]
+    budget = DeviceBudget(device, reserved(device, reserve), workload, largest_estimate(estimates))
 
-    native, needs = DTYPES[dtype], dict(zip((DTYPES[dtype], *names), found_needs, strict=True))
-    rows = [Row(native, _bytes(units, kept, native), needs[native], room)]
+    native, of = DTYPES[dtype], dict(zip((DTYPES[dtype], *names), estimates, strict=True))
+    rows = [FitRow(native, _bytes(units, unquantized, native), of[native], budget)]
     if native == "fp32":
         half = _on_meta(source, "bfloat16")
-        rows.append(Row("bf16", _bytes(*find_units(half), "bf16"), foresee(half, setting, found.on), room))
-    rows += [Row(name, _bytes(units, kept, name), needs[name], room) for name in SHOWN]
-    rows.append(Row(",".join(lowest), least, neediest(needs[name] for name in lowest), room))
+        estimate = estimate_memory(half, workload, device.on)
+        rows.append(FitRow("bf16", _bytes(*find_units(half), "bf16"), estimate, budget))
+    rows += [FitRow(name, _bytes(units, unquantized, name), of[name], budget) for name in SHOWN]
+    rows.append(FitRow(",".join(lowest), least, largest_estimate(of[name] for name in lowest), budget))
     fitting = any(row.spare >= 0 for row in rows)
-    way_out = None if fitting else what_fits(room, least, models, found_needs)
-    return Fit(room, native, tuple(rows), plain.num_parameters(), least, way_out)
+    way_out = None if fitting else what_fits(budget, least, models, estimates)
+    return Fit(budget, native, tuple(rows), plain.num_parameters(), least, way_out)
 
 
-def _bytes(units: list[Unit], kept: list[Kept], format: str) -> int:
-    return sum(unit_bytes(unit, format) for unit in units) + sum(tensor.nbytes for tensor in kept)
-
-
-def fit_text(found: Fit) -> str:
-    """What fills the device, a row a format."""
-    rows = []
-    for row in found.rows:
-        name = f"{row.format}, as it is" if row.format == found.native else row.format
-        name += ", the floor" if row is found.rows[-1] else ""
-        terms = (row.weights, row.needs.kv_cache, row.workspace, row.room.reserve, row.total)
-        verdict = f"fits, {format_bytes(row.spare)} spare" if row.spare >= 0 else f"{format_bytes(-row.spare)} too much"
-        rows.append((name, *(f"{size:,}" for size in terms), verdict))
-    head = ("bytes", "weights", "KV cache", "workspace", "reserve", "sum", f"of {found.room.device.memory:,}")
-    context = (
-        f"; the workspace holds {format_bytes(taken)} of CUDA context" if (taken := found.room.device.taken) else ""
-    )
-    return "\n".join([f"{found.room.described}{context}", table(head, rows)])
+def _bytes(units: list[Unit], unquantized: list[Unquantized], format: str) -> int:
+    return sum(unit.nbytes(format) for unit in units) + sum(tensor.nbytes for tensor in unquantized)
 
 
 # The model without its weights

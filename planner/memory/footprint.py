@@ -1,9 +1,9 @@
-"""What a model needs on its device beside its weights: KV cache and workspace, foretold on meta tensors.
+"""What a model needs on its device beside its weights: KV cache and workspace, estimated on meta tensors.
 
 The model's own forward runs without data, on the meta device, while every storage that it makes is counted from its
 making to its end. So no formula stands for an architecture. What a forward hides from torch is added by name: what
 attention keeps inside, and on CUDA the granularity of the allocator and cuBLAS' workspace.
-May import: formats, sensitivity.
+May import: formats, sensitivity, planner.plan, planner.memory.kv_size.
 """
 
 import weakref
@@ -20,12 +20,13 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from bitplan.formats.errors import BitplanError
+from bitplan.formats.errors import BitplanError, first_line
 from bitplan.formats.kernels.dispatch import Machine, as_if_on
 from bitplan.formats.kv.cache import new_cache
 from bitplan.formats.modules import pack_parameter
 from bitplan.formats.table import format_named
 from bitplan.planner.memory.kv_size import cache_bytes
+from bitplan.planner.plan import Workload
 from bitplan.sensitivity.profile import UnitEntry
 from bitplan.sensitivity.source import Source
 
@@ -38,17 +39,7 @@ INSIDE, SMALL = 1.02, 1 << 16
 
 
 @dataclass(frozen=True)
-class Setting:
-    """How a model is to be used: `batch` sequences of `context` tokens, prompts read `chunk` tokens at a time."""
-
-    context: int
-    batch: int = 1
-    chunk: int = 512
-    kv_format: str = "native"
-
-
-@dataclass(frozen=True)
-class Needs:
+class MemoryEstimate:
     """Bytes beside the weights. The peaks hold what is live at once, the KV cache not counted."""
 
     kv_cache: int
@@ -145,13 +136,16 @@ def counting(on: Machine) -> Iterator[LiveBytes]:
         yield live
 
 
-def foresee(model: PreTrainedModel, setting: Setting, on: Machine) -> Needs:
-    """What `model`, on the meta device, needs on a machine. Raises BitplanError where its forward needs data."""
-    batch, chunk = setting.batch, max(min(setting.chunk, setting.context - 1), 1)
+def estimate_memory(model: PreTrainedModel, workload: Workload, on: Machine) -> MemoryEstimate:
+    """What `model`, on the meta device, needs on a machine for a workload of a given context. Raises BitplanError where
+    its forward needs data."""
+    batch, context = workload.batch, workload.context
+    assert context is not None
+    chunk = max(min(workload.prefill_chunk or context, context - 1), 1)
     fixed = 0 if on.kind == "cpu" else CUBLAS.get(on.capability[0], 8320 << 10)
     try:
         with counting(on) as live:
-            cache = _filled(model, setting, chunk)
+            cache = _filled(model, workload, context, chunk)
             peaks = []
             for tokens in (chunk, 1):
                 live.restart()
@@ -160,10 +154,10 @@ def foresee(model: PreTrainedModel, setting: Setting, on: Machine) -> Needs:
             kept = cache_bytes(cache)
     except (RuntimeError, NotImplementedError, TypeError) as error:
         raise BitplanError(
-            f"the memory of {type(model).__name__} cannot be foretold without its data"
-            f" ({str(error).strip().splitlines()[0]}): say the budget by --budget, --bpw or --fraction"
+            f"the memory of {type(model).__name__} cannot be estimated without its data"
+            f" ({first_line(error)}): give the budget by --budget, --bpw or --fraction"
         ) from error
-    return Needs(kept, *(fixed + int((peak - kept) * INSIDE) + SMALL for peak in peaks))
+    return MemoryEstimate(kept, *(fixed + int((peak - kept) * INSIDE) + SMALL for peak in peaks))
 
 
 def _step(model: PreTrainedModel, ids: Tensor, cache: Cache) -> None:
@@ -172,17 +166,17 @@ def _step(model: PreTrainedModel, ids: Tensor, cache: Cache) -> None:
     out.logits[:, -1, :].to(copy=True, dtype=torch.float32).argmax(-1)
 
 
-def _filled(model: PreTrainedModel, setting: Setting, chunk: int) -> Cache:
+def _filled(model: PreTrainedModel, workload: Workload, context: int, chunk: int) -> Cache:
     """A cache that lacks one chunk and one token of the context."""
-    token = torch.empty(setting.batch, 1, dtype=torch.long, device="meta")
-    if setting.kv_format != "native":  # its tensors have their full size from the first token on
-        empty = new_cache(model, setting.kv_format, setting.batch, setting.context)
+    token = torch.empty(workload.batch, 1, dtype=torch.long, device="meta")
+    if workload.kv_format != "native":  # its tensors have their full size from the first token on
+        empty = new_cache(model, workload.kv_format, workload.batch, context)
         model(input_ids=token, past_key_values=empty, use_cache=True)
         return empty
     probe = DynamicCache(config=model.config)
     model(input_ids=token, past_key_values=probe, use_cache=True)
     cache = DynamicCache(config=model.config)
-    before = setting.context - chunk - 1
+    before = context - chunk - 1
     for index, layer in enumerate(probe.layers):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if keys is not None and values is not None and before > 0:

@@ -18,15 +18,16 @@ from bitplan.formats.base import as_bits, as_floats
 from bitplan.formats.errors import RoundingFailed
 from bitplan.formats.modules import Packed
 from bitplan.formats.table import format_named
-from bitplan.planner.hf.quantizer import PlanConfig, codes_folder, holders, kept_path, missing_codes, unit_path
+from bitplan.planner.codes import codes_folder, missing_codes, unit_path, unquantized_path
+from bitplan.planner.hf.quantizer import PlanConfig, holders
 from bitplan.planner.plan import Plan, PlannedUnit
 from bitplan.planner.quantize.sequential import Sequence
 from bitplan.sensitivity import source as sources
-from bitplan.sensitivity.bank import for_file
 from bitplan.sensitivity.loss import Reference
 from bitplan.sensitivity.progress import progress
 from bitplan.sensitivity.session import SEED, Session, load_reference
 from bitplan.sensitivity.store import IN_MEMORY, load_tensors, save_tensors
+from bitplan.sensitivity.weight_cache import for_file
 
 STEPS = 200
 TOKENS = 2048
@@ -46,26 +47,26 @@ def round_missing(plan: Plan, session: Session) -> None:
     """Make the codes of the plan that the cache lacks, and heal them where the plan says so. Raises RoundingFailed."""
     if not missing_codes(plan):
         return
-    unhealed = plan.model_copy(update={"healed": False})
-    if missing_codes(unhealed):
-        Sequence(unhealed, session).run()
-    if plan.healed:
-        heal(plan, unhealed, session)
+    undistilled = plan.model_copy(update={"distilled": False})
+    if missing_codes(undistilled):
+        Sequence(undistilled, session).run()
+    if plan.distilled:
+        heal(plan, undistilled, session)
 
 
-def heal(plan: Plan, unhealed: Plan, session: Session) -> None:
+def heal(plan: Plan, undistilled: Plan, session: Session) -> None:
     """Train, and write the healed codes of every unit to the cache. Raises RoundingFailed where the loss is NaN."""
     teacher = session.model if session.whole else load_reference(session.source, session.device)
     calibration = Reference(teacher, session.texts.calibration)
     search = Reference(teacher, session.texts.search)
     del teacher
-    student = sources.load_model(session.source, session.device, quantization_config=PlanConfig(unhealed))
-    healing = Healing(student, plan)
+    student = sources.load_model(session.source, session.device, quantization_config=PlanConfig(undistilled))
+    healing = Distillation(student, plan)
     healing.run(calibration, search)
     healing.write()
 
 
-class Healing:
+class Distillation:
     """A packed model in float32 whose scales and vectors are parameters."""
 
     def __init__(self, model: PreTrainedModel, plan: Plan):
@@ -88,7 +89,7 @@ class Healing:
                         groups.append({"params": [self.trained[first][0]], "rate": rate})
                     module._parameters[weight + suffix] = self.trained[first][0]
         parameters = dict(model.named_parameters())
-        for entry in plan.kept:
+        for entry in plan.unquantized:
             found = parameters.get(entry.name)
             if found is not None and found.ndim == 1 and found.is_floating_point():
                 found.requires_grad_(True)
@@ -145,9 +146,9 @@ class Healing:
     def write(self) -> None:
         """The best state as stored tensors: changed kept tensors first, then every unit's."""
         stored = {name: p.detach().to(dtype).cpu() for name, (p, dtype) in self.trained.items()}
-        for entry in self.plan.kept:
+        for entry in self.plan.unquantized:
             if entry.name in stored:
-                save_tensors(kept_path(self.folder, entry.name), {"tensor": stored[entry.name]})
+                save_tensors(unquantized_path(self.folder, entry.name), {"tensor": stored[entry.name]})
         for unit in self.plan.packed:
             save_tensors(unit_path(self.folder, unit.name), for_file(self._tensors(unit, stored)))
         self._state.unlink(missing_ok=True)
@@ -169,7 +170,7 @@ class Healing:
         """KL on the search text with every parameter as it would be stored."""
         exact = self._copy()
         self._put({name: value.to(self.trained[name][1]).float() for name, value in exact.items()})
-        kl = search.judge(self.model).kl
+        kl = search.evaluate(self.model).kl
         self._put(exact)
         return kl
 

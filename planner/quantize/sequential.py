@@ -23,16 +23,17 @@ from bitplan.formats.modules import canonical, is_transposed
 from bitplan.formats.rounding.awq import clipped_codes, search_scale
 from bitplan.formats.rounding.gptq import Hessian, gptq_codes
 from bitplan.formats.rounding.tuned import STEPS, Learned, tune
+from bitplan.formats.scheme import QuantScheme
 from bitplan.formats.table import format_named
-from bitplan.planner.hf.quantizer import codes_folder, kept_path, unit_path
+from bitplan.planner.codes import codes_folder, unit_path, unquantized_path
 from bitplan.planner.plan import Plan
-from bitplan.sensitivity.bank import Choice, for_file, from_file
 from bitplan.sensitivity.chain import BATCH, Chain
 from bitplan.sensitivity.graph import Unit
 from bitplan.sensitivity.progress import progress
 from bitplan.sensitivity.session import SEED, Session
 from bitplan.sensitivity.store import load_tensors, save_tensors, scratch
 from bitplan.sensitivity.trace import Trace, Use
+from bitplan.sensitivity.weight_cache import for_file, from_file
 
 
 class Sequence:
@@ -77,12 +78,12 @@ class Sequence:
             for unit in units:
                 work.put(unit, from_file(found[unit.name]))  # type: ignore[arg-type]
             for name in work.vectors:
-                if kept := load_tensors(kept_path(self.folder, name)):
+                if kept := load_tensors(unquantized_path(self.folder, name)):
                     work.now[name] = kept["tensor"].to(self.device, torch.float32)
         else:
             made = work.round(units)
             for name, vector in work.changed.items():
-                save_tensors(kept_path(self.folder, name), {"tensor": vector})
+                save_tensors(unquantized_path(self.folder, name), {"tensor": vector})
             for name, tensors in made.items():
                 save_tensors(unit_path(self.folder, name), for_file(tensors))
         if segment == 0:
@@ -115,7 +116,7 @@ class Segment:
         prefix = self.chain.paths[index - 1] + "." if 0 < index <= len(self.chain.paths) else None
         self.vectors = {
             entry.name: entry
-            for entry in sequence.plan.kept
+            for entry in sequence.plan.unquantized
             if prefix and entry.name.startswith(prefix) and len(entry.shape) == 1
         }
         """Kept tensors of the block into which a scale may be folded."""
@@ -234,8 +235,8 @@ class Segment:
         for unit in units:
             steps[self.session.graph.readers.get(unit.name, unit.name)].append(unit)
         for together in steps.values():
-            asked = [unit for unit in together if self._rounding(unit) != "nearest"]
-            hessians = self.hessians(asked, cross=self._rounding(asked[0]) != "awq") if asked else []
+            to_round = [unit for unit in together if self._rounding(unit) != "nearest"]
+            hessians = self.hessians(to_round, cross=self._rounding(to_round[0]) != "awq") if to_round else []
             for unit in together:
                 try:
                     made[unit.name] = self._round_one(unit, hessians, learned)
@@ -256,7 +257,9 @@ class Segment:
             self.session.gather(self.units)
         for unit in units:
             rounding = "nearest" if self._rounding(unit) == "nearest" else "gptq"
-            made[unit.name] = self.session.bank.tensors(unit, Choice(self.planned[unit.name].format, rounding))
+            made[unit.name] = self.session.weight_cache.tensors(
+                unit, QuantScheme(self.planned[unit.name].format, rounding)
+            )
             self.put(unit, made[unit.name])
         return made
 

@@ -7,7 +7,7 @@ from html import escape
 from math import ceil, floor, log2, log10
 from typing import Any
 
-from bitplan.planner.evaluate.compare import Line
+from bitplan.planner.evaluate.compare import ComparisonRow
 
 PLANS, FORMATS = "#c2410c", "#1d4ed8"
 PAGE = """<!doctype html>
@@ -28,7 +28,7 @@ td:first-child, th:first-child {{ text-align: left }}
 """
 
 
-def flat(lines: Sequence[Line]) -> list[dict[str, Any]]:
+def flat(lines: Sequence[ComparisonRow]) -> list[dict[str, Any]]:
     """A dict a line, tasks' figures in columns of their own."""
     rows = []
     for line in lines:
@@ -40,7 +40,7 @@ def flat(lines: Sequence[Line]) -> list[dict[str, Any]]:
     return rows
 
 
-def csv_text(lines: Sequence[Line]) -> str:
+def csv_text(lines: Sequence[ComparisonRow]) -> str:
     rows = flat(lines)
     out = io.StringIO()
     writer = csv.DictWriter(out, list(dict.fromkeys(key for row in rows for key in row)))
@@ -49,7 +49,7 @@ def csv_text(lines: Sequence[Line]) -> str:
     return out.getvalue()
 
 
-def html_text(lines: Sequence[Line], head: Sequence[str], cells: Sequence[Sequence[str]], title: str) -> str:
+def html_text(lines: Sequence[ComparisonRow], head: Sequence[str], cells: Sequence[Sequence[str]], title: str) -> str:
     """One page without scripts. `cells` are the rows as the table for the terminal has them."""
     notes = "".join(f"<p>{escape(line.name)}: {escape(line.note)}</p>" for line in lines if line.note)
     notes += "".join(f"<p>{escape(line.name)}: research stage</p>" for line in lines if line.research)
@@ -62,12 +62,12 @@ def html_text(lines: Sequence[Line], head: Sequence[str], cells: Sequence[Sequen
     )
 
 
-def frontier_svg(lines: Sequence[Line], width: int = 760, height: int = 420) -> str:
+def frontier_svg(lines: Sequence[ComparisonRow], width: int = 760, height: int = 420) -> str:
     """KL against bits per weight, both by powers; plans are joined by a line."""
     points = sorted(
-        (log2(line.bits_per_weight), log10(line.judgement.kl), line.name)
+        (log2(line.bits_per_weight), log10(line.evaluation.kl), line.name)
         for line in lines
-        if line.judgement and line.bits_per_weight and line.judgement.kl > 0
+        if line.evaluation and line.bits_per_weight and line.evaluation.kl > 0
     )
     if not points:
         return ""

@@ -86,7 +86,7 @@ def card_text(plan: Plan, layout: Layout) -> str:
 def _card_rows(plan: Plan) -> dict[str, str]:
     bits = f"{plan.bits_per_weight:.3f} bits per weight"
     rows = {
-        "budget": f"{plan.budget.asked}: {plan.budget.weights:,} bytes",
+        "budget": f"{plan.budget.requested}: {plan.budget.weights:,} bytes",
         "plan": f"{plan.bytes:,} bytes in bitplan's own packing, {bits}",
     }
     if plan.measured:
@@ -102,9 +102,9 @@ def _card_rows(plan: Plan) -> dict[str, str]:
             " at 95 %)"
         )
     if plan.uniform and plan.uniform.measured:
-        u, judged = plan.uniform, plan.uniform.measured
+        u, m = plan.uniform, plan.uniform.measured
         rows["best uniform that fits"] = (
-            f"{u.format}, {u.bytes:,} bytes: perplexity {judged.ppl:.3f}, KL {judged.kl:.5f} ± {judged.kl_se:.5f}"
+            f"{u.format}, {u.bytes:,} bytes: perplexity {m.ppl:.3f}, KL {m.kl:.5f} ± {m.kl_se:.5f}"
         )
     return rows | {"made by": f"bitplan {plan.provenance.versions['bitplan']}"}
 

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from bitplan.sensitivity.loss import log_probabilities, taken
 from bitplan.sensitivity.progress import progress
-from bitplan.sensitivity.tasks.task import Row
+from bitplan.sensitivity.tasks.task import TokenRow
 
 ROWS = 32
 AT_ONCE = 1 << 26
@@ -21,25 +21,25 @@ AT_ONCE = 1 << 26
 
 
 @torch.no_grad()
-def log_likelihoods(model: Any, rows: list[Row], kv_format: str = "native", name: str = "task") -> list[float]:
+def log_likelihoods(model: Any, rows: list[TokenRow], kv_format: str = "native", name: str = "task") -> list[float]:
     """Σ log p of each row's scored tokens, in nats. Raises FormatUnavailable, UnknownFormat for the KV format.
 
     A row that comes twice runs once. So does what several rows begin with before their scored tokens, where the model
     keeps it in a cache that is transformers' own; others run whole. Shorter rows are filled up on the right, where a
     causal model's earlier tokens do not see it.
     """
-    families: dict[tuple[int, ...], list[Row]] = {}
+    families: dict[tuple[int, ...], list[TokenRow]] = {}
     for row in dict.fromkeys(rows):
         families.setdefault(row.context, []).append(row)
     shares = kv_format == "native" and _keeps_plainly(model)
-    shared: list[Row] = []
-    alone: list[Row] = []
+    shared: list[TokenRow] = []
+    alone: list[TokenRow] = []
     for context, family in families.items():
         (shared if shares and len(family) > 1 and len(context) > 1 else alone).extend(family)
     shared.sort(key=lambda row: -len(row.context))  # stable: families stay together
     alone.sort(key=lambda row: -len(row.ids))
     limit = AT_ONCE // model.config.get_text_config().vocab_size
-    found: dict[Row, float] = {}
+    found: dict[TokenRow, float] = {}
     with progress(total=len(shared) + len(alone), desc=name, unit="row") as bar:
         for batch in _batches(shared, limit, alike=True):
             found |= zip(batch, _after_context(model, batch), strict=True)
@@ -59,9 +59,9 @@ def _keeps_plainly(model: Any) -> bool:
     )
 
 
-def _batches(rows: list[Row], limit: int, alike: bool) -> Iterator[list[Row]]:
+def _batches(rows: list[TokenRow], limit: int, alike: bool) -> Iterator[list[TokenRow]]:
     """At most ROWS rows and `limit` tokens; `alike`: of contexts of one length, so that no context is filled up."""
-    batch: list[Row] = []
+    batch: list[TokenRow] = []
     for row in rows:
         longest = max(len(other.ids) for other in [*batch, row])
         full = len(batch) == ROWS or (len(batch) + 1) * longest > limit
@@ -73,7 +73,7 @@ def _batches(rows: list[Row], limit: int, alike: bool) -> Iterator[list[Row]]:
         yield batch
 
 
-def _after_context(model: Any, batch: list[Row]) -> list[float]:
+def _after_context(model: Any, batch: list[TokenRow]) -> list[float]:
     places = {context: i for i, context in enumerate(dict.fromkeys(row.context for row in batch))}
     device, begun = _device(model), len(batch[0].context) - 1
     contexts = torch.tensor([context[:-1] for context in places], device=device)
@@ -84,7 +84,7 @@ def _after_context(model: Any, batch: list[Row]) -> list[float]:
     return _sums(logits[:, :-1].float().log_softmax(-1), ids, batch, begun)
 
 
-def _sums(log_p: Tensor, ids: Tensor, batch: list[Row], begun: int) -> list[float]:
+def _sums(log_p: Tensor, ids: Tensor, batch: list[TokenRow], begun: int) -> list[float]:
     """Σ log p of the scored tokens; `ids` lack each row's first `begun` tokens."""
     nats = taken(log_p, ids).double().cpu()
     ends = [len(row.ids) - begun - 1 for row in batch]

@@ -39,7 +39,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Row:
+class TokenRow:
     """Token ids of one sequence, of which the last `scored` count."""
 
     ids: tuple[int, ...]
@@ -54,7 +54,7 @@ class Row:
 class Item:
     """choice: a row per choice. exact: one row. text: a row per window of the model's length."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[TokenRow, ...]
     answer: int = 0
     """The row of the right choice."""
     sizes: tuple[int, ...] = ()
@@ -219,7 +219,7 @@ def encode(question: Question, tokenizer: PreTrainedTokenizerBase, length: int) 
             )
         kept = ids[max(0, start - room) : start]
         cut |= len(kept) < start
-        rows.append(Row((*begin, *kept, *ids[start:]), len(ids) - start))
+        rows.append(TokenRow((*begin, *kept, *ids[start:]), len(ids) - start))
     sizes = tuple(max(1, len(answer.strip().encode())) for _, answer in question.candidates)
     item = Item(tuple(rows), question.answer, sizes, cut=cut)
     if question.kind == "choice":
@@ -240,13 +240,13 @@ def _end_token(where: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [token]
 
 
-def _windows(question: Question, ids: list[int], length: int, first: list[int]) -> Iterator[Row]:
+def _windows(question: Question, ids: list[int], length: int, first: list[int]) -> Iterator[TokenRow]:
     """Cut a text into windows that score each token but the first once; all but the first window begin with `first`
     and the token before."""
     if len(ids) < 2:
         raise UsageError(f"{question.where}: the text is of one token, so there is nothing to predict")
-    yield Row(tuple(ids[:length]), min(length, len(ids)) - 1)
+    yield TokenRow(tuple(ids[:length]), min(length, len(ids)) - 1)
     step = length - len(first) - 1
     for at in range(length, len(ids), step):
         part = ids[at : at + step]
-        yield Row((*first, ids[at - 1], *part), len(part))
+        yield TokenRow((*first, ids[at - 1], *part), len(part))

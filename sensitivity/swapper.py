@@ -1,0 +1,35 @@
+"""Exchanges units' weights in a full-precision model, and restores them. May import: formats, sensitivity.graph."""
+
+from torch import Tensor, nn
+
+from bitplan.formats.modules import canonical, is_transposed
+from bitplan.sensitivity.graph import Unit
+
+
+class WeightSwapper:
+    """A full-precision model whose units' weights can be exchanged and put back."""
+
+    def __init__(self, model: nn.Module, units: tuple[Unit, ...]):
+        self.model = model
+        self.units = {unit.name: unit for unit in units}
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._parameters = {unit.name: parameters[unit.parameter] for unit in units}
+        self._originals = {name: parameter.data for name, parameter in self._parameters.items()}
+        self._transposed = {u.name: is_transposed(model.get_submodule(u.parameter.rpartition(".")[0])) for u in units}
+
+    def weight(self, unit: Unit) -> Tensor:
+        """The original weight, float32 [experts * rows, columns]."""
+        return canonical(self._originals[unit.name], self._transposed[unit.name]).float()
+
+    def exchange(self, unit: Unit, weight: Tensor) -> None:
+        """Put a float weight [experts * rows, columns] in the place of the unit's."""
+        original = self._originals[unit.name]
+        weight = (
+            weight.to(original).unflatten(0, (unit.experts, unit.rows)) if original.ndim == 3 else weight.to(original)
+        )
+        self._parameters[unit.name].data = (
+            weight.transpose(-1, -2).contiguous() if self._transposed[unit.name] else weight
+        )
+
+    def restore(self, unit: Unit) -> None:
+        self._parameters[unit.name].data = self._originals[unit.name]
