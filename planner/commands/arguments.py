@@ -27,27 +27,12 @@ def build_parser() -> argparse.ArgumentParser:
         "audit", "Score what each format costs each unit, in nats per token.", _model, _text, _candidates, _device
     )
     audit.add_argument("--measure", action="store_true", help="also run the model with each unit exchanged alone")
+    _sheets(audit, "figures and sortable tables", "a line for each unit and format")
+    audit.add_argument("--all", action="store_true", help="print every unit in every format, nothing folded")
     _output(audit, "profile.json")
 
     plan = command("plan", "Make a plan for a memory budget.", _model, _text, _candidates, _device)
-    budget = plan.add_argument_group("budget, said once; all of the model's bytes count")
-    budget.add_argument("--budget", metavar="SIZE", help="3MiB, 6GB, 1234567B")
-    budget.add_argument("--bpw", type=float, metavar="BITS", help="bits per weight, over all parameters")
-    budget.add_argument("--fraction", type=float, metavar="PART", help="part of the bf16 size")
-    budget.add_argument("--gpu", metavar="SIZE", help="24GiB, or auto: what is free; weights get what the rest leaves")
-    _use(budget)
-    budget.add_argument("--reserve", metavar="SIZE", help="leave so much of the device alone (2%% of it)")
-    plan.add_argument(
-        "--profile", type=Path, metavar="FILE", help="a profile from `bitplan audit`; without, audit first"
-    )
-    plan.add_argument(
-        "--trials",
-        type=int,
-        default=30,
-        help="whole plans to judge by real KL (30); 0: by the profile alone, unmeasured",
-    )
-    _task(plan)
-    _output(plan, "plan.json")
+    _planned(plan)
 
     apply = command("apply", "Load a planned model; save it, judge it, let it write.", _device)
     apply.add_argument("plan", type=Path, help="a plan file")
@@ -144,11 +129,31 @@ def _finish(parser: argparse.ArgumentParser) -> None:
         )
 
 
+def _planned(plan: argparse.ArgumentParser) -> None:
+    budget = plan.add_argument_group("budget, said once; all of the model's bytes count")
+    budget.add_argument("--budget", metavar="SIZE", help="3MiB, 6GB, 1234567B")
+    budget.add_argument("--bpw", type=float, metavar="BITS", help="bits per weight, over all parameters")
+    budget.add_argument("--fraction", type=float, metavar="PART", help="part of the bf16 size")
+    budget.add_argument("--gpu", metavar="SIZE", help="24GiB, or auto: what is free; weights get what the rest leaves")
+    _use(budget)
+    budget.add_argument("--reserve", metavar="SIZE", help="leave so much of the device alone (2%% of it)")
+    plan.add_argument(
+        "--profile", type=Path, metavar="FILE", help="a profile from `bitplan audit`; without, audit first"
+    )
+    plan.add_argument(
+        "--trials",
+        type=int,
+        default=30,
+        help="whole plans to judge by real KL (30); 0: by the profile alone, unmeasured",
+    )
+    _task(plan)
+    _output(plan, "plan.json")
+
+
 def _compared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", type=Path, nargs="+", default=[], metavar="FILE", help="plans of the same model")
     _task(parser, "+", "a .jsonl file, or a task of lm-eval")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with a picture of the frontier")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows as CSV")
+    _sheets(parser, "the frontier and a sortable table", "the rows")
     parser.add_argument("--force", action="store_true", help="replace what exists")
 
 
@@ -183,6 +188,11 @@ def _exported(parser: argparse.ArgumentParser) -> None:
 
 def _device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (cuda where there is one)")
+
+
+def _sheets(parser: argparse.ArgumentParser, page: str, rows: str) -> None:
+    parser.add_argument("--html", type=Path, metavar="FILE", help=f"write a page with {page}; needs bitplan[report]")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help=f"write {rows} as CSV")
 
 
 def _output(parser: argparse.ArgumentParser, name: str) -> None:

@@ -10,8 +10,9 @@ from bitplan.planner.commands.common import emit, log, tasks_of, texts_of
 from bitplan.planner.evaluate.compare import FAILURES, compare, why_not
 from bitplan.planner.load import check_plan_fits, make_codes
 from bitplan.planner.plan import Plan
-from bitplan.planner.report.comparison import compare_cells, compare_text
-from bitplan.planner.report.html import csv_text, html_text
+from bitplan.planner.report.comparison import compare_text
+from bitplan.planner.report.page.render import refuse_without_report, render
+from bitplan.planner.report.sheet import csv_text
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.profile import read
 from bitplan.sensitivity.session import open_session
@@ -21,6 +22,7 @@ from bitplan.sensitivity.store import refuse_overwrite, write_text
 def run(arguments: Namespace) -> None:
     for path in (arguments.html, arguments.csv):
         refuse_overwrite(path, arguments.force)
+    refuse_without_report(arguments.html)
     formats = parse_formats(arguments.formats, COMPARED)
     refuse_misfit(arguments.rounding, [FORMATS[name] for name in formats])
     names = [path.name for path in arguments.plan]
@@ -47,7 +49,9 @@ def run(arguments: Namespace) -> None:
         lines.append(line)
         log(f"{line.name}: {'measured' if line.evaluation else line.note}")
     if arguments.html:
-        write_text(arguments.html, html_text(lines, *compare_cells(lines), f"{source.model}: formats and plans"))
+        from bitplan.planner.report.page.compare import compare_page  # matplotlib is an extra
+
+        write_text(arguments.html, render(compare_page(lines, session.provenance)))
     if arguments.csv:
         write_text(arguments.csv, csv_text(lines))
     emit(arguments, {"rows": [line.as_dict() for line in lines]}, compare_text(lines))

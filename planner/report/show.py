@@ -1,6 +1,6 @@
 """Tables for people.
 
-May import: formats, planner.plan/budget/compare/recommend, sensitivity.profile.
+May import: formats, planner.plan, planner.report.tables.
 """
 
 from collections import defaultdict
@@ -13,7 +13,6 @@ from bitplan.formats.sizes import format_bytes
 from bitplan.formats.table import FORMATS
 from bitplan.planner.plan import NATIVE_WORKLOAD, Plan, PlannedUnit, TaskFacts, TaskMeasured
 from bitplan.planner.report.tables import NUMBER, folded, table, with_interval
-from bitplan.sensitivity.profile import Profile
 
 
 def plan_text(plan: Plan) -> str:
@@ -129,16 +128,3 @@ def _kernel(unit: PlannedUnit, dtype: torch.dtype, on: Machine) -> Kernel:
 def kernels_text(rows: Sequence[tuple[str, int, str, str, str]], device: str) -> str:
     cells = [(name, f"×{count}" if count > 1 else "", *rest) for name, count, *rest in rows]
     return table((f"on {device}", "", "format", "kernel", "because"), cells, left=5)
-
-
-def profile_text(profile: Profile) -> str:
-    """What `bitplan audit` prints: nats per token above full precision, a row a unit, a column a format."""
-    formats = list(dict.fromkeys(row.format for row in profile.rows))
-    cells = {(row.unit, row.format): f"{row.delta_nll:.5f}" for row in profile.rows}
-    kept = f"{len(profile.unquantized)} tensors kept as they are, {profile.unquantized_bytes:,} bytes"
-    rows = [(unit.name, *(cells.get((unit.name, name), "–") for name in formats)) for unit in profile.units]
-    lines = [table(("nats per token above full precision", *formats), rows), kept]
-    for row in profile.kv_cache:
-        error = "" if row.kl_se is None else f" ± {row.kl_se:.5f}"
-        lines.append(f"KV cache in {row.format}: KL {row.kl:.5f}{error}")
-    return "\n".join(lines)

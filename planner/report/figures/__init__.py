@@ -1,0 +1,1 @@
+"""The pages' figures, drawn by matplotlib as SVG that follows the page's colours."""

@@ -1,0 +1,89 @@
+"""The page of a profile: which units, kinds and layers are sensitive, and what a byte buys.
+
+May import: formats, search, sensitivity, planner.report.
+"""
+
+from collections import defaultdict
+
+from bitplan.formats.sizes import format_bytes
+from bitplan.planner.report.figures.heat import heat_map
+from bitplan.planner.report.losses import Losses, losses_of
+from bitplan.planner.report.page.facts import model_name, number, provenance, unquantized
+from bitplan.planner.report.page.render import Page
+from bitplan.planner.report.page.sensitivity import (
+    Sizes,
+    agreement,
+    cache_table,
+    depth_figure,
+    frontier_figure,
+    heat_figure,
+    ranking_data,
+    ranking_table,
+    sizes_of,
+    uniform_table,
+)
+from bitplan.search.problem import problem_of
+from bitplan.sensitivity.profile import Profile
+
+
+def audit_page(profile: Profile) -> Page:
+    """Figures and tables of a profile; where no unit can take any format, only what is unquantized."""
+    losses = losses_of(profile)
+    facts, formats = profile.provenance.model, losses.formats
+    title, papers = model_name(facts.id), provenance(profile.provenance)
+    lead = (
+        f"Sensitivity of {len(profile.units)} units to {len(formats)} formats: {facts.parameters:,} parameters in"
+        f" {facts.dtype}; losses in nats per token above full precision."
+    )
+    if not formats:
+        return Page(title, lead, (), [unquantized(profile.unquantized)], papers)
+    sizes = sizes_of(problem_of(profile))
+    heat = heat_map(losses.place, losses.costs, formats)
+    pictures, tables = agreement(losses)
+    return Page(
+        title=title,
+        lead=lead,
+        findings=findings(losses, sizes),
+        formats=formats,
+        chosen=losses.usual,
+        colours=heat.colours,
+        figures=[heat_figure(losses, heat), frontier_figure(losses, sizes), *depth_figure(losses), *pictures],
+        tables=[
+            ranking_table(losses),
+            uniform_table(losses, sizes),
+            *tables,
+            *cache_table(profile),
+            unquantized(profile.unquantized),
+        ],
+        provenance=papers,
+        data=ranking_data(losses),
+    )
+
+
+def findings(losses: Losses, sizes: Sizes) -> list[str]:
+    """What an engineer would take from the figures, in sentences."""
+    format, total = losses.usual, sizes.knee.nbytes + sizes.kept
+    said = [
+        f"The knee of the frontier is at {sizes.bits(total):.2f} bits per weight ({format_bytes(total)}), with"
+        f" {number(sizes.knee.loss)} nats per token by prediction: a budget to start from is"
+        f" --bpw {sizes.bits(total):.2f}."
+    ]
+    units = [unit for unit, row in losses.rows.items() if format in row]
+    whole = sum(losses.cost(unit, format) for unit in units)
+    if whole > 0:
+        kinds: dict[str, float] = defaultdict(float)
+        for unit in units:
+            kinds[losses.place[unit].kind] += losses.cost(unit, format)
+        first = sorted(kinds, key=lambda kind: -kinds[kind])[:2]
+        shares = " and ".join(f"{kind} ({100 * kinds[kind] / whole:.0f} %)" for kind in first)
+        said.append(f"In {format} most of the summed loss comes from {shares}.")
+        dear = sorted(units, key=lambda unit: -losses.per_mib(unit, format))[:3]
+        said.append(f"Units that lose most for each byte saved in {format}: {', '.join(dear)}.")
+    found = losses.total(format)
+    at = [p for p in sizes.points if found and p.nbytes + sizes.kept <= found[0]]
+    if found and at and at[-1].loss > 0 and found[1] > 0:
+        said.append(
+            f"In the bytes of uniform {format}, mixed formats predict {number(at[-1].loss)} nats per token instead of"
+            f" {number(found[1])}."
+        )
+    return said
