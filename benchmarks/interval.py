@@ -25,8 +25,9 @@ from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.progress import progress
 from bitplan.sensitivity.session import open_session, read_texts
 from bitplan.sensitivity.tasks.paired import paired
+from bitplan.sensitivity.tasks.question import Question
 from bitplan.sensitivity.tasks.score import score
-from bitplan.sensitivity.tasks.task import Question, Task, make_task
+from bitplan.sensitivity.tasks.task import Task, make_task
 from bitplan.sensitivity.texts.text import read_file
 
 ITEMS, REPETITIONS, PAIRS = 200, 1000, (50, 200)

@@ -139,7 +139,7 @@ def test_an_interrupted_measurement_goes_on(run, checkpoint, tmp_path, monkeypat
 def quick(monkeypatch):
     """Learning and healing in a few steps."""
     for name, value in (
-        ("sequential.STEPS", 3),
+        ("segment.STEPS", 3),
         ("distillation.STEPS", 4),
         ("distillation.LOOK", 2),
         ("distillation.TOKENS", 256),

@@ -18,7 +18,7 @@ from bitplan.planner.hf.quantizer import PlanConfig
 from bitplan.planner.load import load, load_planned, resident_bytes
 from bitplan.planner.plan import Plan, PlannedUnit
 from bitplan.planner.quantize import distillation as heal
-from bitplan.planner.quantize import sequential as sequence
+from bitplan.planner.quantize import segment
 from bitplan.planner.quantize.distillation import Distillation, round_missing
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.loss import Reference
@@ -35,7 +35,7 @@ def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("BITPLAN_CACHE", str(tmp_path / "cache"))
     for name, value in {"STEPS": 6, "TOKENS": 256, "LOOK": 2}.items():
         monkeypatch.setattr(heal, name, value)
-    monkeypatch.setattr(sequence, "STEPS", 3)
+    monkeypatch.setattr(segment, "STEPS", 3)
     return tmp_path / "cache"
 
 

@@ -3,6 +3,7 @@
 import ast
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -35,3 +36,54 @@ class TestFiles:
             told = ast.get_docstring(ast.parse(source))
             assert told
             assert path.name in ("__init__.py", "errors.py") or "May import:" in told
+
+
+ORDER = (
+    ("plan",),
+    ("codes", "assemble", "memory"),
+    ("hf",),
+    ("quantize",),
+    ("load",),
+    ("evaluate",),
+    ("select", "report"),
+    ("export", "demo", "manager"),
+    ("commands",),
+    ("cli",),
+)
+"""The rooms of planner/ by floor: a room imports from the floors before its own."""
+
+
+def modules() -> dict[str, Path]:
+    """bitplan.search.knapsack → its file; packages by their own name."""
+    names = (".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES)
+    return {f"bitplan.{name.removesuffix('.__init__')}": path for name, path in zip(names, FILES, strict=True)}
+
+
+def imports(path: Path, known: dict[str, Path]) -> set[str]:
+    """The modules of the project that a file imports, at its top or inside of functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                found.add(full if full in known else node.module)
+    return found & set(known)
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    known = modules()
+    graph = nx.DiGraph((name, other) for name, path in known.items() for other in imports(path, known) - {name})
+    assert nx.is_directed_acyclic_graph(graph), nx.find_cycle(graph)
+
+
+def test_the_rooms_of_the_planner_are_the_drawn_ones():
+    floor = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
+    names = {path.stem for path in (ROOT / "planner").iterdir() if not path.stem.startswith("__")}
+    assert names == set(floor)
+    known = modules()
+    for name, path in known.items():
+        if name.startswith("bitplan.planner."):
+            room = name.split(".")[2]
+            for other in imports(path, known):
+                above = other.split(".")[2] if other.startswith("bitplan.planner.") else room
+                assert above == room or floor[above] < floor[room], f"{name} imports {other}"

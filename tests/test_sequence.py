@@ -18,9 +18,12 @@ from bitplan.planner.assemble import uniform_plan
 from bitplan.planner.codes import codes_folder, missing_codes, unit_path, unquantized_path
 from bitplan.planner.load import load, load_planned, make_codes, resident_bytes
 from bitplan.planner.plan import Plan
+from bitplan.planner.quantize import segment
 from bitplan.planner.quantize import sequential as sequence
 from bitplan.planner.quantize.distillation import round_missing
-from bitplan.planner.quantize.sequential import Segment, Sequence
+from bitplan.planner.quantize.folding import fold_scales
+from bitplan.planner.quantize.segment import Segment
+from bitplan.planner.quantize.sequential import Sequence
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.loss import Reference
 from bitplan.sensitivity.session import Session, open_session, read_texts
@@ -35,7 +38,7 @@ IDS = torch.arange(3, 43).unsqueeze(0)
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
     """An empty cache for each test, and learning that takes no time."""
-    monkeypatch.setattr(sequence, "STEPS", 3)
+    monkeypatch.setattr(segment, "STEPS", 3)
     monkeypatch.setenv("BITPLAN_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -199,7 +202,7 @@ class TestQuality:
     @pytest.mark.parametrize("name", ["llama", "gpt2"])
     def test_tuned_leaves_a_block_no_farther_than_gptq(self, name, session_of, monkeypatch):
         """The first block's output on the same inputs, beside the full-precision block's."""
-        monkeypatch.setattr(sequence, "STEPS", 20)
+        monkeypatch.setattr(segment, "STEPS", 20)
         session, errors = session_of(name), {}
         choices = {unit.name: "int8/nearest" for unit in session.graph.units if unit.kind in ("embedding", "tied")}
         for rounding in ("nearest", "gptq", "tuned"):
@@ -237,16 +240,16 @@ class TestQuality:
 def test_awqs_scales_change_nothing_before_rounding(name, changes, unfolded, session_of):
     session = session_of(name)
     steps = Sequence(uniform_plan(session, "int3-g32", "awq"), session)
-    first = Segment(steps, 0, None, None).outputs(None, {})
-    work = Segment(steps, 1, first, first)
+    first = steps.segment(0, None, None).outputs(None, {})
+    work = steps.segment(1, first, first)
     before = work.outputs(first, {})
-    work._scale(work.units)
+    left = fold_scales(work, work.units)
     prefix = steps.chain.paths[0] + "."
     assert {name for name in work.changed if "norm" in name or "ln_" in name} == {prefix + name for name in changes}
     assert all(
         (name in work.changed) == (not unfolded) for name in (f"{prefix}fc1.bias", f"{prefix}self_attn.v_proj.bias")
     )
-    assert sorted(steps.unfolded) == [prefix + path for path in unfolded]
+    assert sorted(left) == [prefix + path for path in unfolded]
     assert any(not torch.equal(work.now[parameter], weight) for parameter, weight in work.originals.items())
     assert_close(work.outputs(first, work.now), before, rtol=1e-4, atol=1e-5 * float(before.abs().max()))
 
@@ -262,10 +265,10 @@ def test_awqs_scales_change_nothing_where_one_activation_is_massive(checkpoint, 
     source = sources.find(folder)
     session = open_session(source, read_texts(source, tokens=1024, length=64), device="cpu")
     steps = Sequence(uniform_plan(session, "int3-g32", "awq"), session)
-    first = Segment(steps, 0, None, None).outputs(None, {})
-    work = Segment(steps, 1, first, first)
+    first = steps.segment(0, None, None).outputs(None, {})
+    work = steps.segment(1, first, first)
     before = work.outputs(first, {}) - first
-    work._scale(work.units)
+    fold_scales(work, work.units)
     after = work.outputs(first, work.now) - first
     others = [column for column in range(64) if column != 7]
     scale = float(before[..., others].abs().max())

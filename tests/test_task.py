@@ -19,8 +19,9 @@ from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.tasks.harness import harness_questions
 from bitplan.sensitivity.tasks.likelihood import log_likelihoods
 from bitplan.sensitivity.tasks.paired import paired
+from bitplan.sensitivity.tasks.question import Question
 from bitplan.sensitivity.tasks.score import likelihoods, losses, score, verdict, writes
-from bitplan.sensitivity.tasks.task import Question, TokenRow, encode, make_task, read_task
+from bitplan.sensitivity.tasks.task import TokenRow, encode, make_task, read_task
 from bitplan.sensitivity.texts import stdlib
 from tests import tiny
 

@@ -2,7 +2,7 @@
 
 What has choices and one right answer is read: output_type multiple_choice, without scoring of its own. Tasks that let
 a model write and filter what it wrote (generate_until) are refused, since their marks hang on each task's own filters.
-May import: formats.errors, sensitivity.task; lm_eval where it is installed.
+May import: formats.errors, sensitivity.tasks.question; lm_eval where it is installed.
 """
 
 import difflib
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bitplan.formats.errors import UsageError, first_line
-from bitplan.sensitivity.tasks.task import Question
+from bitplan.sensitivity.tasks.question import Question
 
 FEWSHOT_SEED = 1234
 """What `lm_eval run` seeds the choice of few-shot examples with."""
@@ -21,7 +21,7 @@ SHOWN = 5
 def harness_questions(name: str, limit: int | None = None, include_path: str | Path | None = None) -> list[Question]:
     """A task's questions, the first `limit` or all, as the harness puts them without a chat template; names are also
     looked up in `include_path`, a folder of YAML files. The numbers are its acc (values) and acc_bytes (per_byte),
-    but for choices that a token shared with the prompt, where `sensitivity.task.encode` says what differs.
+    but for choices that a token shared with the prompt, where `sensitivity.tasks.task.encode` says what differs.
 
     Raises UsageError: lm_eval is not installed, does not know the name, cannot have the data, or scores otherwise.
     """

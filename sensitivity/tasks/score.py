@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from bitplan.formats.kv.cache import new_cache
 from bitplan.sensitivity.progress import progress
 from bitplan.sensitivity.tasks.likelihood import log_likelihoods
-from bitplan.sensitivity.tasks.task import SLACK, Item, Kind, Task
+from bitplan.sensitivity.tasks.question import Kind
+from bitplan.sensitivity.tasks.task import SLACK, Item, Task
 
 
 @dataclass(frozen=True)

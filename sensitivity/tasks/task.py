@@ -1,41 +1,26 @@
-"""A task of the user's own: lines of a file → items of tokens that a model is scored on.
+"""A task: questions as token sequences that a model is scored on.
 
-A file is JSON lines of one kind: {"prompt", "choices", "answer"} (choice), {"prompt", "answer"} (exact) or {"text"}
-(text). `answer` of a choice is the number of the choice, from 0, or its text. Other fields are left alone, and so are
-blank lines. Prompt and answer are joined as they stand: a space between them belongs to one of them. No chat template
-is applied. May import: formats.errors, sensitivity.harness/store/text.
+Prompt and answer are joined as they stand: a space between them belongs to one of them. No chat template is applied.
+May import: formats.errors, sensitivity.store, sensitivity.texts, the modules beside it.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
-from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from bitplan.formats.errors import UsageError
 from bitplan.sensitivity.store import sha256
-from bitplan.sensitivity.texts.text import _encode, _first_token, read_file
+from bitplan.sensitivity.tasks.harness import harness_questions
+from bitplan.sensitivity.tasks.question import Kind, Question, read_questions
+from bitplan.sensitivity.texts.text import _encode, _first_token
 
-Kind = Literal["choice", "exact", "text"]
 SLACK = 4
 """Tokens that an exact answer may take beyond its own, for the line's end."""
-PREVIEW = 40
 FEWEST = 20
 """Items that a task must have to be searched with: half of them choose, half are reported."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """One item as words. `candidates` are pairs of what is given and what is scored; the right one is `answer`."""
-
-    where: str
-    """file:line, for messages."""
-    kind: Kind
-    candidates: tuple[tuple[str, str], ...]
-    answer: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,8 +91,6 @@ def read_task(
     path = Path(path_or_name)
     if path.is_file() or path.suffix in (".json", ".jsonl"):
         return make_task(path.stem, read_questions(path)[:limit], tokenizer, length)
-    from bitplan.sensitivity.tasks.harness import harness_questions
-
     return make_task(str(path_or_name), harness_questions(str(path_or_name), limit), tokenizer, length)
 
 
@@ -115,75 +98,6 @@ def make_task(name: str, questions: Sequence[Question], tokenizer: PreTrainedTok
     """Tokenize questions of one kind. Raises UsageError for what has no tokens or more than the model takes."""
     items = tuple(encode(question, tokenizer, length) for question in questions)
     return Task(name, questions[0].kind, items, tokenizer)
-
-
-def read_questions(path: Path) -> list[Question]:
-    """Raises UsageError that names the file and the line."""
-    found: list[Question] = []
-    for number, line in enumerate(read_file(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        question = _question(f"{path}:{number}", line)
-        if found and question.kind != found[0].kind:
-            raise UsageError(
-                f"{question.where}: an item of the kind {question.kind!r} in a file that began with {found[0].kind!r} "
-                f"({found[0].where}): give each kind a file of its own"
-            )
-        found.append(question)
-    if not found:
-        raise UsageError(f"{path}:1: the task file is empty: give one JSON object a line")
-    return found
-
-
-def _question(where: str, line: str) -> Question:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        at = f"column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
-        raise UsageError(f"{where}: not a line of JSON ({at})") from None
-    if not isinstance(entry, dict):
-        raise UsageError(f"{where}: a task's line is a JSON object, not {_short(entry)}")
-    if "text" in entry and "prompt" not in entry:
-        return Question(where, "text", (("", _text(where, entry, "text")),))
-    for name in ("prompt", "answer"):
-        if name not in entry:
-            raise UsageError(f"{where}: no field {name!r}: give prompt and answer, with choices or without, or text")
-    prompt = _text(where, entry, "prompt", empty=True)
-    if "choices" not in entry:
-        return Question(where, "exact", ((prompt, _text(where, entry, "answer")),))
-    choices, answer = entry["choices"], entry["answer"]
-    if not isinstance(choices, list) or len(choices) < 2:
-        raise UsageError(f"{where}: 'choices' must be a list of two or more texts, not {_short(choices)}")
-    texts = [_text(where, dict(enumerate(choices)), i) for i in range(len(choices))]
-    if twice := sorted({text for text in texts if texts.count(text) > 1}):
-        raise UsageError(f"{where}: the choice {_short(twice[0])} is there twice")
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(texts):
-        right = answer
-    elif isinstance(answer, str) and answer in texts:
-        right = texts.index(answer)
-    else:
-        raise UsageError(
-            f"{where}: the answer {_short(answer)} is not among the {len(texts)} choices: give the text of one, or its"
-            f" number from 0 to {len(texts) - 1}"
-        )
-    return Question(where, "choice", tuple((prompt, text) for text in texts), right)
-
-
-def _short(value: Any) -> str:
-    told = json.dumps(value, ensure_ascii=False)
-    return told if len(told) <= PREVIEW else f"{told[:PREVIEW]}…"
-
-
-def _text(where: str, entry: dict, key: str | int, empty: bool = False) -> str:
-    value = entry[key]
-    label = f"choice {key}" if isinstance(key, int) else repr(key)
-    if not isinstance(value, str) or not (empty or value.strip()):
-        raise UsageError(f"{where}: {label} must be text that is not empty, not {_short(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise UsageError(f"{where}: {label} holds half a character (a lone surrogate)") from None
-    return value
 
 
 def encode(question: Question, tokenizer: PreTrainedTokenizerBase, length: int) -> Item:

@@ -1,0 +1,252 @@
+"""One segment of a model while its units are rounded: on the inputs that they will get, aimed at what the
+full-precision model's inputs would have made (Li et al. 2025, GPTAQ). May import: formats, sensitivity, planner.plan.
+"""
+
+from collections import defaultdict
+from contextlib import suppress
+
+import torch
+from torch import Tensor, nn
+
+from bitplan.formats.base import Tensors
+from bitplan.formats.errors import RoundingFailed
+from bitplan.formats.integers import IntegerFormat
+from bitplan.formats.modules import canonical, is_transposed
+from bitplan.formats.rounding.awq import clipped_codes
+from bitplan.formats.rounding.gptq import Hessian, gptq_codes
+from bitplan.formats.rounding.tuned import STEPS, Learned, tune
+from bitplan.formats.scheme import QuantScheme
+from bitplan.formats.table import format_named
+from bitplan.planner.plan import Plan
+from bitplan.sensitivity.chain import BATCH, Chain
+from bitplan.sensitivity.graph import Unit
+from bitplan.sensitivity.session import SEED, Session
+from bitplan.sensitivity.store import scratch
+from bitplan.sensitivity.trace import Trace, Use
+
+
+class Enough(Exception):
+    """Ends a pass through a block that has shown all that it was run for."""
+
+
+class Segment:
+    """A segment on the device: `true` and `got` are the hidden states that the full-precision model and the rounded one
+    give it; `now` holds what its units' parameters have become. `rounded` are the weights of the first segment, which
+    the last may read again (tied heads)."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        session: Session,
+        chain: Chain,
+        index: int,
+        true: Tensor | None,
+        got: Tensor | None,
+        rounded: dict[str, Tensor],
+    ):
+        self.index, self.true, self.got = index, true, got
+        self.session, self.chain, self.ids = session, chain, session.texts.calibration.ids
+        self.planned, self.device = {unit.name: unit for unit in plan.units}, session.device
+        self.module = self.chain.module(index)
+        parameters = dict(self.module.named_parameters())
+        self.units = self.chain.units[index]
+        self.originals = {u.parameter: parameters[self.chain.local(index, u.parameter)].data for u in self.units}
+        self.now: dict[str, Tensor] = dict(rounded) if index == len(self.chain) - 1 else {}
+        self.now |= self.originals
+        prefix = self.chain.paths[index - 1] + "." if 0 < index <= len(self.chain.paths) else None
+        self.vectors = {
+            entry.name: entry
+            for entry in plan.unquantized
+            if prefix and entry.name.startswith(prefix) and len(entry.shape) == 1
+        }
+        """Unquantized vectors of the block, into which a scale may be folded."""
+        self.changed: dict[str, Tensor] = {}
+        self.transposed = {unit.name: is_transposed(self._owner(unit)) for unit in self.units}
+
+    def _owner(self, unit: Unit) -> nn.Module:
+        return self.module.get_submodule(self.chain.local(self.index, unit.parameter).rpartition(".")[0])
+
+    def format(self, unit: Unit) -> IntegerFormat:
+        format = format_named(self.planned[unit.name].format)
+        assert isinstance(format, IntegerFormat)
+        return format
+
+    def rounding(self, unit: Unit) -> str:
+        return self.planned[unit.name].rounding
+
+    # Running --------------------------------------------------------------------------------------------------------
+
+    def _batches(self) -> list[slice]:
+        return [slice(i, i + BATCH) for i in range(0, len(self.ids), BATCH)]
+
+    def forward(self, states: Tensor | None, at: slice | Tensor, weights: dict[str, Tensor]) -> Tensor:
+        ids = self.ids[at].to(self.device)
+        x = ids.new_zeros(0) if states is None else states[at].to(self.device)
+        return self.chain.run(self.index, self.module, x, ids, weights)
+
+    @torch.no_grad()
+    def outputs(self, states: Tensor | None, weights: dict[str, Tensor]) -> Tensor:
+        made: Tensor | None = None
+        for at in self._batches():
+            out = self.forward(states, at, weights)
+            if made is None:
+                made = scratch((len(self.ids), *out.shape[1:]))
+            made[at] = out.cpu()
+            if not out.isfinite().all():
+                raise RoundingFailed(
+                    f"{self.chain.name(self.index)}: its output holds NaN or infinity; the blocks before it are kept"
+                )
+        assert made is not None
+        return made
+
+    @torch.no_grad()
+    def hessians(self, units: list[Unit], cross: bool = True) -> list[Hessian]:
+        """The second moments of an input that `units` share, one per expert; with those against the full-precision
+        model's inputs, but for experts, whose routing may differ."""
+        first = units[0]
+        size = (first.experts, first.columns, first.columns)
+        moments = torch.zeros(size, device=self.device)
+        crossed = torch.zeros(size[1:], device=self.device) if cross and first.experts == 1 else None
+        counts = torch.zeros(first.experts, device=self.device)
+        uses = 0
+        seen: list[Tensor] = []
+
+        def note(use: Use) -> None:
+            if use.lookup:
+                return
+            x = use.input.detach().flatten(0, -2)
+            if first.experts > 1:
+                moments[use.expert].addmm_(x.T, x)
+                counts[use.expert] += len(x)
+                return
+            seen.append(x)
+            if len(seen) == uses:
+                raise Enough
+
+        def inputs(states: Tensor | None, at: slice, weights: dict[str, Tensor]) -> list[Tensor]:
+            seen.clear()
+            with suppress(Enough), Trace({first.parameter: weights[first.parameter]}, note):
+                self.forward(states, at, weights)
+            return list(seen)
+
+        for at in self._batches():
+            now = inputs(self.got, at, self.now)
+            uses = uses or len(now)  # the first batch told after how many the rest of the block need not run
+            true = now if crossed is None else inputs(self.true, at, self.originals)
+            for x, x0 in zip(now, true, strict=True):
+                moments[0].addmm_(x.T, x)
+                counts += len(x)
+                if crossed is not None:
+                    crossed.addmm_(x0.T, x)
+        moments /= counts.clamp(min=1).view(-1, 1, 1)
+        if crossed is not None:
+            crossed /= counts.clamp(min=1)
+        return [Hessian(moment, crossed) for moment in moments]
+
+    # Rounding -------------------------------------------------------------------------------------------------------
+
+    def put(self, unit: Unit, tensors: Tensors) -> None:
+        """Let a unit's stored tensors be what the segment runs on from here."""
+        format = format_named(self.planned[unit.name].format)
+        self._set(unit, format.dequantize(tensors, unit.columns, torch.float32))
+
+    def _set(self, unit: Unit, weight: Tensor) -> None:
+        self.now[unit.parameter] = self.shaped(unit, weight).to(self.device).contiguous()
+
+    def shaped(self, unit: Unit, weight: Tensor) -> Tensor:
+        """A weight [experts * rows, columns] as its parameter holds it."""
+        weight = weight.unflatten(0, (unit.experts, unit.rows)) if self.originals[unit.parameter].ndim == 3 else weight
+        return weight.transpose(-1, -2) if self.transposed[unit.name] else weight
+
+    def weight(self, unit: Unit) -> Tensor:
+        return canonical(self.now[unit.parameter], self.transposed[unit.name])
+
+    def refuse_not_finite(self, units: list[Unit]) -> None:
+        """Raises RoundingFailed for weights that no format can hold."""
+        for unit in units:
+            if not self.originals[unit.parameter].isfinite().all():
+                raise RoundingFailed(f"{unit.name}: its weights hold NaN or infinity, so no format can hold them")
+
+    def round(self, units: list[Unit]) -> dict[str, Tensors]:
+        """Stored tensors of each unit. Raises RoundingFailed."""
+        if self.index == 0:
+            return self._lookups(units)
+        made: dict[str, Tensors] = {}
+        learned: dict[str, Learned] = {}
+        steps: dict[str, list[Unit]] = defaultdict(list)
+        for unit in units:
+            steps[self.session.graph.readers.get(unit.name, unit.name)].append(unit)
+        for together in steps.values():
+            to_round = [unit for unit in together if self.rounding(unit) != "nearest"]
+            hessians = self.hessians(to_round, cross=self.rounding(to_round[0]) != "awq") if to_round else []
+            for unit in together:
+                try:
+                    made[unit.name] = self._round_one(unit, hessians, learned)
+                except RoundingFailed as error:
+                    raise RoundingFailed(f"{self.chain.name(self.index)}: {unit.name}: {error}") from error
+                self.put(unit, made[unit.name])
+        if learned:
+            self._tune(learned)
+            for name, one in learned.items():
+                made[name] = one.tensors()
+                self.put(next(unit for unit in units if unit.name == name), made[name])
+        return {name: {s: t.cpu() for s, t in tensors.items()} for name, tensors in made.items()}
+
+    def _lookups(self, units: list[Unit]) -> dict[str, Tensors]:
+        """What comes before the blocks is rounded on the full-precision model's statistics."""
+        made = {}
+        if any(self.rounding(unit) != "nearest" for unit in units):
+            self.session.gather(self.units)
+        for unit in units:
+            rounding = "nearest" if self.rounding(unit) == "nearest" else "gptq"
+            made[unit.name] = self.session.weight_cache.tensors(
+                unit, QuantScheme(self.planned[unit.name].format, rounding)
+            )
+            self.put(unit, made[unit.name])
+        return made
+
+    def _round_one(self, unit: Unit, hessians: list[Hessian], learned: dict[str, Learned]) -> Tensors:
+        weight, rounding = self.weight(unit), self.rounding(unit)
+        if rounding == "nearest":
+            return format_named(self.planned[unit.name].format).quantize(weight)
+        format = self.format(unit)
+        if rounding == "awq":
+            parts = zip(weight.chunk(len(hessians)), hessians, strict=True)
+            codes = [clipped_codes(part, format, hessian.matrix.diagonal()) for part, hessian in parts]
+            scale, zero = (torch.cat([getattr(grid, name) for _, grid in codes]) for name in ("scale", "zero"))
+            return format.store(torch.cat([code for code, _ in codes]), type(codes[0][1])(scale, zero))
+        codes_, grid, aimed = gptq_codes(weight, format, hessians)
+        if rounding == "tuned":
+            learned[unit.name] = Learned(format, aimed, grid)
+        return format.store(codes_, grid)
+
+    # Learning -------------------------------------------------------------------------------------------------------
+
+    def _tune(self, learned: dict[str, Learned]) -> None:
+        last = self.index == len(self.chain) - 1
+        targets = None if last else self.outputs(self.true, {})
+        units = {unit.name: unit for unit in self.units}
+        generator = torch.Generator().manual_seed(SEED + self.index)
+
+        def loss_at(at: slice | Tensor, weights: dict[str, Tensor]) -> Tensor:
+            out = self.forward(self.got, at, weights)
+            if targets is not None:
+                return (out - targets[at].to(self.device)).square().mean()
+            with torch.no_grad():
+                aim = self.forward(self.true, at, {}).log_softmax(-1)
+            return (aim.exp() * (aim - out.log_softmax(-1))).sum(-1).mean()
+
+        def weights() -> dict[str, Tensor]:
+            return self.now | {
+                units[name].parameter: self.shaped(units[name], one.weight()) for name, one in learned.items()
+            }
+
+        def minibatch(_step: int) -> Tensor:
+            return loss_at(torch.randperm(len(self.ids), generator=generator)[:BATCH], weights())
+
+        @torch.no_grad()
+        def whole() -> float:
+            fixed = weights()
+            return sum(float(loss_at(at, fixed)) for at in self._batches()) / len(self._batches())
+
+        tune(list(learned.values()), minibatch, whole, STEPS)
