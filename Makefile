@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 
-.PHONY: setup test lint demo test-lowest plans bench-prediction bench-rounding bench-one-bit bench-layout bench-exports \
-	bench-memory bench-speed bench-compare bench-interval
+.PHONY: setup test lint demo wheel-smoke test-lowest plans bench-prediction bench-rounding bench-one-bit bench-layout \
+	bench-exports bench-memory bench-speed bench-compare bench-interval
 
 setup: $(VENV)/.done
 
@@ -26,6 +26,11 @@ lint: setup
 
 demo: setup
 	$(BIN)/bitplan demo
+
+# sdist → wheel → a clean environment outside the tree: a plan, an apply, a reload, and the types that mypy and pyright
+# find (minutes; 2 GB in the temporary folder).
+wheel-smoke: setup
+	$(BIN)/python tests/wheel_smoke.py
 
 # The tests on the lowest transformers, optuna and pydantic that pyproject.toml names.
 test-lowest: $(LOWEST)/.done
