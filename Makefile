@@ -42,14 +42,14 @@ $(LOWEST)/.done: pyproject.toml constraints.txt constraints-lowest.txt
 	$(LOWEST)/bin/pip install -q -c constraints-lowest.txt -e ".[dev]"
 	touch $@
 
-# The embedded model's plans at three budgets, made again.
+# Make the plans of the embedded model at three budgets again.
 plans: setup
 	for bpw in 3 4 6; do \
 	  $(BIN)/bitplan plan planner/demo/model --text planner/demo/text/calibration.txt \
 	    --heldout planner/demo/text/heldout.txt --bpw $$bpw --force -o plans/demo-$$bpw-bpw.json || exit 1; \
 	done
 
-# Whose codes are better, ours or those of four other tools, each in an environment of its own (two hours).
+# Compare bitplan's roundings with four other tools, each in its own environment (two hours).
 # ALSO="--also MODEL TEXT HELDOUT" adds models to the embedded one.
 bench-rounding: setup
 	$(BIN)/python -m benchmarks.rounding $(ALSO)
@@ -58,31 +58,31 @@ bench-rounding: setup
 bench-one-bit: setup
 	$(BIN)/python -m benchmarks.one_bit
 
-# Whether gptqmodel and auto-gptq compute from our GPTQ layout what we compute (2 minutes, 10 GB of environments).
+# Whether gptqmodel and auto-gptq compute the same logits from bitplan's GPTQ layout (2 minutes, 10 GB of environments).
 bench-layout: setup
 	$(BIN)/python -m benchmarks.gptq_layout
 
-# Whether each export is read by its real reader as it was told (3 minutes; the readers' environments and llama-quantize
-# are made first, 15 more).
+# Whether the tools that exports are for read them as reported (3 minutes, and 15 to set up their environments and
+# llama-quantize).
 bench-exports: setup
 	$(BIN)/python -m benchmarks.exports
 
-# Whether a model takes the memory that was foretold: six plans, two contexts (6 minutes). ALSO="--8b --device cuda"
+# Compare estimated and measured memory: six plans, two contexts (6 minutes). ALSO="--8b --device cuda"
 bench-memory: setup
 	$(BIN)/python -m benchmarks.memory $(ALSO)
 
-# Tokens per second of every format, beside three other tools. ALSO="--8b --device cuda"
+# Tokens per second of every format, compared with three other tools. ALSO="--8b --device cuda"
 bench-speed: setup
 	$(BIN)/python -m benchmarks.speed $(ALSO)
 
-# How well the predicted losses order units and formats, against measuring each alone (about 4 minutes).
+# Rank correlation of predicted losses with those measured for each unit alone (about 4 minutes).
 bench-prediction: setup
 	$(BIN)/python -m benchmarks.prediction
 
-# Ten rows of `bitplan compare` from an empty cache, on the bundled task; docs/frontier.svg is its picture (5 minutes).
+# Ten rows of `bitplan compare` from an empty cache, on the bundled task; its plot is docs/frontier.svg (5 minutes).
 bench-compare: setup
 	$(BIN)/python -m benchmarks.compare
 
-# In how many of 100 repetitions the paired interval covers a known difference (10 minutes). ALSO="--also MODEL TEXT"
+# Coverage of the paired 95 % interval for known differences (10 minutes). ALSO="--also MODEL TEXT"
 bench-interval: setup
 	$(BIN)/python -m benchmarks.interval $(ALSO)
