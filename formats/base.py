@@ -1,8 +1,8 @@
-"""What a format is: a name, exact tensors for a shape, and the way from a weight to them and back.
+"""The interface of a format: its name, the exact tensors that store a weight, quantization and dequantization.
 
-Every stored tensor is of an integer type, float values included (their bits, viewed as integers). So nothing that
-casts, initialises or trains floats can touch them, and a checkpoint read without bitplan fails on shapes
-instead of loading as noise. May import: torch only.
+Every stored tensor has an integer dtype; floats (such as scales) are stored as their bits, viewed as integers. So
+nothing that casts, initialises or trains floats can change them, and a checkpoint that is loaded without bitplan fails
+on shapes instead of loading as noise. May import: torch only.
 """
 
 from abc import ABC, abstractmethod
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 TILE = {"cpu": 1 << 20}
-"""Weights dequantized at a time for a product, by the kind of device: on a CPU what its cache holds."""
+"""Weights dequantized at a time in a matrix product, by device type: on a CPU, as many as its cache holds."""
 LARGE_TILE = 1 << 24
-"""The same elsewhere, where each operation costs its launch."""
+"""The same for other devices, where a launch per operation makes small tiles expensive."""
 
 Specs = dict[str, tuple[tuple[int, ...], torch.dtype]]
 Tensors = dict[str, Tensor]
@@ -24,9 +24,10 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Format(ABC):
-    """One row of the table. A weight is [rows, columns]: outputs by inputs, or vocabulary by width.
+    """A storage format of 2-D weights.
 
-    Tensors are named by a suffix to the parameter they replace: "" (the codes), "_scale", "_zero".
+    A weight has shape [rows, columns]: [out_features, in_features] of a Linear, [vocabulary, width] of an embedding.
+    Its stored tensors are named by a suffix to the parameter's name: "" (the codes), "_scale", "_zero".
     """
 
     name: str
@@ -37,37 +38,37 @@ class Format(ABC):
 
     @property
     def is_research(self) -> bool:
-        """Below 2 bits no rounding keeps a model near full precision: outputs say so."""
+        """Whether the format has fewer than 2 bits, where no rounding preserves a model's quality. Outputs mark it."""
         return self.bits < 2
 
     @property
     def floats(self) -> dict[str, torch.dtype]:
-        """Stored tensors that hold the bits of floats, scales and such: suffix → the floats' type. `dequantize` and
-        `take_rows` also take them as float tensors, and are differentiable in them."""
+        """Suffix → dtype of the stored tensors that hold the bits of floats, such as scales. `dequantize` and
+        `take_rows` also accept them as float tensors, and are differentiable with respect to those."""
         return {}
 
     @abstractmethod
     def specs(self, rows: int, columns: int) -> Specs:
-        """Shape and dtype of every stored tensor; the first dimension of the codes is `rows`."""
+        """Suffix → (shape, dtype) of each stored tensor. The first dimension of the codes is `rows`."""
 
     @abstractmethod
     def quantize(self, weight: Tensor) -> Tensors:
-        """Round a float weight [rows, columns] to the nearest codes."""
+        """Round a float weight [rows, columns] to the nearest codes. Returns tensors as `specs` describes them."""
 
     @abstractmethod
     def dequantize(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> Tensor:
-        """The weight [rows, columns] in `dtype`."""
+        """The weight [rows, columns] in `dtype`, from its stored tensors."""
 
     @abstractmethod
     def take_rows(self, tensors: Tensors, ids: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-        """Rows `ids` (int64, any shape) of the weight: [*ids.shape, columns], no other row dequantized."""
+        """Rows `ids` (int64, any shape) of the weight in `dtype`: [*ids.shape, columns]. Other rows are not read."""
 
     def rows_of(self, tensors: Tensors, start: int, stop: int, columns: int) -> Tensors:
-        """The stored tensors of rows `start` to `stop` (views); `start` is a multiple of 32."""
+        """The stored tensors of rows `start` to `stop`, as views. `start` must be a multiple of 32."""
         return {suffix: tensor[start:stop] for suffix, tensor in tensors.items()}
 
     def linear(self, x: Tensor, tensors: Tensors, columns: int, bias: Tensor | None) -> Tensor:
-        """x @ weight.T + bias in x's dtype: dequantize, then multiply, a tile of the rows at a time."""
+        """x [..., columns] @ weight.T + bias [rows]: [..., rows] in x's dtype, dequantized by tiles of rows."""
         return self.by_tiles(x, tensors, columns, bias, lambda part: self.dequantize(part, columns, x.dtype))
 
     def by_tiles(
@@ -78,8 +79,8 @@ class Format(ABC):
         bias: Tensor | None,
         dequantize: Callable[[Tensors], Tensor],
     ) -> Tensor:
-        """The product in x's dtype, `dequantize` giving the weights of some rows. Whole where gradients are asked for,
-        which would keep every tile."""
+        """`linear` with weights from `dequantize` (stored tensors of some rows → [rows, columns] in x's dtype). The
+        weight is dequantized whole if gradients are required, since autograd would hold every tile anyway."""
         rows, bias = tensors[""].shape[0], None if bias is None else bias.to(x.dtype)
         step = max(TILE.get(x.device.type, LARGE_TILE) // columns // 32, 1) * 32
         if rows <= step or needs_grad(x, tensors):
@@ -92,19 +93,19 @@ class Format(ABC):
         return out
 
     def unavailable(self) -> str | None:
-        """Why this machine cannot run the format, or None."""
+        """The reason why this machine cannot run the format, or None if it can."""
         return None
 
     def padding(self, columns: int) -> str | None:
-        """What is padded where the columns do not divide, in words, or None."""
+        """A description of what is padded where the columns do not divide evenly, or None if nothing is."""
         return None
 
     def nbytes(self, rows: int, columns: int) -> int:
-        """Bytes of a stored weight, scales, zeros and padding included."""
+        """Bytes of a stored weight [rows, columns]: codes, scales, zero points and padding."""
         return sum(prod(shape) * dtype.itemsize for shape, dtype in self.specs(rows, columns).values())
 
     def zeros(self, rows: int, columns: int, device: torch.device | str) -> Tensors:
-        """Tensors of the right shapes and dtypes to load into."""
+        """Zero tensors of the shapes and dtypes of `specs`, to load a checkpoint into."""
         return {
             suffix: torch.zeros(shape, dtype=dtype, device=device)
             for suffix, (shape, dtype) in self.specs(rows, columns).items()
@@ -112,14 +113,15 @@ class Format(ABC):
 
 
 def needs_grad(x: Tensor, tensors: Tensors) -> bool:
+    """Whether autograd would record a product of these tensors."""
     return torch.is_grad_enabled() and (x.requires_grad or any(tensor.requires_grad for tensor in tensors.values()))
 
 
 def as_floats(bits: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of `as_bits`; a float tensor is handed on as it is."""
+    """The inverse of `as_bits`: integers viewed as floats of `dtype`. A float tensor is returned unchanged."""
     return bits if bits.is_floating_point() else bits.view(dtype)
 
 
 def as_bits(values: Tensor) -> Tensor:
-    """Float tensor viewed as integers of the same width."""
+    """A float tensor of 1, 2 or 4 bytes an element, viewed as uint8, int16 or int32."""
     return values.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[values.element_size()])

@@ -1,6 +1,6 @@
-"""bitsandbytes' formats, stored as every format is and run by its kernels.
+"""The formats of bitsandbytes (nf4, fp4, LLM.int8), which its kernels run.
 
-bitsandbytes is imported when a weight is first rounded or run. May import: formats.base.
+bitsandbytes is imported when a weight is first quantized or multiplied. May import: formats.base.
 """
 
 from dataclasses import dataclass
@@ -16,15 +16,16 @@ BLOCK = 64
 
 
 def missing() -> str | None:
+    """The reason why bitsandbytes cannot be used, or None."""
     return None if find_spec("bitsandbytes") else "bitsandbytes is not installed: pip install bitsandbytes"
 
 
 @dataclass(frozen=True)
 class Bnb4Format(Format):
-    """nf4, 4-bit NormalFloat (Dettmers et al. 2023, QLoRA), or fp4: 16 levels, one float32 magnitude per 64 columns.
+    """nf4, 4-bit NormalFloat (Dettmers et al. 2023, QLoRA), or fp4: 16 levels and a float32 absmax per 64 columns.
 
-    Rows are padded to whole blocks, so that no block spans two rows; where 64 divides the columns, codes and
-    magnitudes are those of `bitsandbytes.nn.Linear4bit` without double quantization.
+    Rows are padded to whole blocks, so that no block spans two rows. Where 64 divides the columns, codes and absmax
+    equal those of `bitsandbytes.nn.Linear4bit` without double quantization.
     """
 
     @property
@@ -52,7 +53,7 @@ class Bnb4Format(Format):
     def dequantize(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> Tensor:
         levels = self._levels(tensors[""].device)
         codes = tensors[""].view(torch.uint8)
-        # The first of two codes is the high half of the byte.
+        # The first of two codes is in the high 4 bits of the byte.
         codes = torch.stack((codes >> 4, codes & 15), -1).flatten(-2)
         values = levels[codes.int()].unflatten(-1, (-1, BLOCK)) * as_floats(tensors["_scale"], torch.float32).unsqueeze(
             -1
@@ -68,14 +69,14 @@ class Bnb4Format(Format):
         return self.by_tiles(x, tensors, columns, bias, lambda part: self._unpacked(part, columns, x.dtype))
 
     def _unpacked(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> Tensor:
-        """What `dequantize` gives, by bitsandbytes."""
+        """`dequantize`, computed by bitsandbytes."""
         import bitsandbytes.functional as bnb
 
         state = self._state(tensors, columns, dtype)
         return bnb.dequantize_4bit(tensors[""].view(torch.uint8).view(-1, 1), state)[:, :columns]
 
     def multiply(self, x: Tensor, tensors: Tensors, columns: int, bias: Tensor | None) -> Tensor:
-        """`linear` by bitsandbytes' own product, which on a GPU reads the codes as it multiplies."""
+        """`linear`, computed by `bitsandbytes.matmul_4bit`, which on a GPU dequantizes inside the product."""
         import bitsandbytes as bnb
 
         x = torch.nn.functional.pad(x, (0, -columns % BLOCK)) if columns % BLOCK else x
@@ -103,9 +104,10 @@ class Bnb4Format(Format):
 
 @dataclass(frozen=True)
 class Int8BnbFormat(Format):
-    """LLM.int8 (Dettmers et al. 2022): int8 codes with one float32 magnitude per row.
+    """LLM.int8 (Dettmers et al. 2022): int8 codes and a float32 absmax per row.
 
-    bitsandbytes' product, taken on a GPU, quantizes the inputs to int8 as well, apart from columns with a value over 6.
+    On a GPU, bitsandbytes' product also quantizes the inputs to int8, except for columns with a value above
+    `threshold`.
     """
 
     threshold: float = 6.0
@@ -137,7 +139,7 @@ class Int8BnbFormat(Format):
         return self.dequantize({suffix: tensor[ids] for suffix, tensor in tensors.items()}, columns, dtype)
 
     def multiply(self, x: Tensor, tensors: Tensors, columns: int, bias: Tensor | None) -> Tensor:
-        """`linear` by bitsandbytes' own product, which rounds the inputs too."""
+        """`linear`, computed by `bitsandbytes.matmul`, which also quantizes the inputs."""
         import bitsandbytes as bnb
 
         codes = tensors[""].view(torch.int8)[..., :columns].contiguous()

@@ -1,21 +1,21 @@
-"""Every failure that a user can mend, as one small tree. Leftmost: everything may import this, it imports nothing.
+"""The exceptions that bitplan raises for failures a user can correct. Imported everywhere; imports nothing.
 
 BitplanError              exit code 1
-├── UsageError            exit code 2: the words of the request are off
+├── UsageError            exit code 2: an invalid argument or option
 │   └── UnknownFormat
 ├── BudgetInfeasible      exit code 3: no allocation fits
-├── FormatUnavailable     a format that this machine or this weight cannot take
+├── FormatUnavailable     a format that this machine, model or weight does not support
 ├── TextTooShort
 ├── ModelUnreadable       no folder, no weights, no tokenizer
-├── PlanMismatch          plan and model disagree
+├── PlanMismatch          the plan was made for another model
 ├── FileInvalid           a plan or profile file that does not parse
-├── CodesMissing          the plan's rounding needs text that has not been seen
-└── RoundingFailed        NaN weights, a Hessian that no damping mends
+├── CodesMissing          the plan's codes follow from calibration text that was not given
+└── RoundingFailed        NaN weights, or a Hessian that is singular at any damping
 """
 
 
 class BitplanError(Exception):
-    """A failure told in one sentence: what was asked, what is possible, what to change."""
+    """Base class. The message is one sentence: what was requested, what is possible, what to change."""
 
     exit_code = 1
 
@@ -61,5 +61,5 @@ class RoundingFailed(BitplanError):
 
 
 def first_line(error: Exception) -> str:
-    """What another library's error says, for a sentence of ours; its type where it says nothing."""
+    """The first line of another library's error message, or the name of its type if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -13,12 +13,12 @@ from bitplan.formats.packed import TRITS, pack, pack_trits, unpack, unpack_at, u
 
 SHRINK = [1 - 0.025 * i for i in range(21)]
 SIGN_FACTORS = [0.6 + 0.05 * i for i in range(17)]
-"""What `fitted_grid` tries, times the grid that spans the weights, or times the mean magnitude of one bit."""
+"""The factors that `fitted_grid` tries on the scale of `grid`; SIGN_FACTORS for mid-rise grids."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Scale and zero of every group: scale float32 [rows, groups] (fp16 values), zero float32 alike."""
+    """Scale and zero point of each group: both float32 [rows, groups]; scales are exact in fp16."""
 
     scale: Tensor
     zero: Tensor
@@ -28,14 +28,18 @@ class Grid:
 class IntegerFormat(Format):
     """Codes of 1 to 8 bits with an fp16 scale per group of `group` columns (0: the whole row is one group).
 
-    `zero_point` says where the zero of the grid lies: "integer" (one stored code per group, so the grid covers
-    the group's range), "float" (the same, in fp16 and so anywhere, as torch's tinygemm and HQQ store it), "middle"
-    (2^(b-1), nothing stored, symmetric) or "half" ((2^b - 1) / 2, nothing stored; with one bit this is sign times
-    scale). `ternary`: codes are 0, 1, 2, twenty to a word. A last group that the group size does not fill is shorter.
+    `zero_point` is one of
+    - "asymmetric": a code per group is stored, so that the grid covers the group's range and 0;
+    - "float_zero": an fp16 value per group is stored, which need not be a code (as in torch's tinygemm and HQQ);
+    - "symmetric": fixed at 2^(b-1), nothing is stored;
+    - "mid_rise": fixed at (2^b - 1) / 2, between two codes, nothing is stored; with one bit, sign times scale.
+
+    `ternary`: codes are 0, 1 and 2, twenty to an int32 word. If the group size does not divide the columns, the last
+    group is shorter.
     """
 
     group: int
-    zero_point: str = "integer"
+    zero_point: str = "asymmetric"
     ternary: bool = False
     default_rounding: str = "gptq"
 
@@ -50,7 +54,7 @@ class IntegerFormat(Format):
 
     @property
     def floats(self) -> dict[str, torch.dtype]:
-        zeros = {"_zero": torch.float16} if self.zero_point == "float" else {}
+        zeros = {"_zero": torch.float16} if self.zero_point == "float_zero" else {}
         return {"_scale": torch.float16, **zeros}
 
     def groups(self, columns: int) -> int:
@@ -62,9 +66,9 @@ class IntegerFormat(Format):
             "": ((rows, -(-columns // TRITS) if self.ternary else words_per_row(columns, self.code_bits)), torch.int32),
             "_scale": ((rows, groups), torch.int16),
         }
-        if self.zero_point == "integer":
+        if self.zero_point == "asymmetric":
             specs["_zero"] = ((words_per_row(rows * groups, self.code_bits),), torch.int32)
-        if self.zero_point == "float":
+        if self.zero_point == "float_zero":
             specs["_zero"] = ((rows, groups), torch.int16)
         return specs
 
@@ -74,23 +78,25 @@ class IntegerFormat(Format):
         return None
 
     def grid(self, weight: Tensor) -> Grid:
-        """The grid that spans each row of float32 weight [rows, columns of one group]: scale and zero [rows, 1]."""
-        if self.zero_point == "float":
+        """The grid that spans each row of float32 weight [rows, columns of one group]: scale and zero [rows, 1].
+
+        Fixed mid-rise grids follow the mean magnitude instead."""
+        if self.zero_point == "float_zero":
             low, high = weight.aminmax(dim=-1, keepdim=True)
-            if self.top == 1:  # two values: the mean, more or less the mean deviation
+            if self.top == 1:  # two levels: the mean plus or minus the mean absolute deviation
                 middle = weight.mean(-1, keepdim=True)
                 spread = (weight - middle).abs().mean(-1, keepdim=True)
                 low, high = middle - spread, middle + spread
-            # A group of one value: that value is the step.
+            # All weights of the group are equal: their value becomes the scale.
             scale = torch.where(high > low, (high - low) / self.top, low.abs()).half().float()
             return Grid(scale, self.at_zero(low, scale))
-        if self.zero_point == "integer":
+        if self.zero_point == "asymmetric":
             low = weight.amin(-1, keepdim=True).clamp(max=0)
             high = weight.amax(-1, keepdim=True).clamp(min=0)
             scale = ((high - low) / self.top).half().float()
             zero = (-low / scale.clamp(min=1e-12)).round().clamp(0, self.top)
             return Grid(scale, zero)
-        if self.zero_point == "middle":
+        if self.zero_point == "symmetric":
             scale = (weight.abs().amax(-1, keepdim=True) / (self.top // 2)).half().float()
             return Grid(scale, torch.full_like(scale, self.top // 2 + 1))
         # The mean magnitude is the least-squares scale of a sign (Rastegari et al. 2016, XNOR-Net); with three values,
@@ -104,20 +110,20 @@ class IntegerFormat(Format):
         return Grid(scale, torch.full_like(scale, self.top / 2))
 
     def fitted_grid(self, weight: Tensor, importance: Tensor) -> Grid:
-        """The grid of least squared error, each column's counted `importance` [columns of one group] times, among
-        shrunken ones: clipping a few large weights makes the others' steps finer."""
+        """The grid of least squared error among shrunken ones; `importance` float32 [columns of one group] weights the
+        squared errors. Clipping a few large weights leaves finer steps for the others."""
         whole = self.grid(weight)
-        factors = SIGN_FACTORS if self.zero_point == "half" else SHRINK
+        factors = SIGN_FACTORS if self.zero_point == "mid_rise" else SHRINK
         best, least = whole, torch.full_like(whole.scale, torch.inf)
         low_end = -whole.zero * whole.scale
         high_end = low_end + self.top * whole.scale
         for factor in factors:
             scale = (whole.scale * factor).half().float()
             zero = whole.zero
-            if self.zero_point == "integer":
+            if self.zero_point == "asymmetric":
                 low = weight.amin(-1, keepdim=True).clamp(max=0)
                 zero = (-low * factor / scale.clamp(min=1e-12)).round().clamp(0, self.top)
-            elif self.zero_point == "float":  # shrunken about the middle of the range
+            elif self.zero_point == "float_zero":  # shrunken about the middle of the range
                 zero = self.at_zero((1 + factor) / 2 * low_end + (1 - factor) / 2 * high_end, scale)
             grid = Grid(scale, zero)
             error = ((self.decode(self.encode(weight, grid), grid) - weight).square() * importance).sum(
@@ -129,14 +135,15 @@ class IntegerFormat(Format):
         return best
 
     def fitted_grids(self, weight: Tensor, importance: Tensor) -> Grid:
-        """`fitted_grid` of every group of float32 weight [rows, columns]; importance [columns]."""
+        """`fitted_grid` of every group of float32 weight [rows, columns]; importance float32 [columns]. Scale and zero
+        are [rows, groups]."""
         step = self.group or weight.shape[1]
         parts = zip(weight.split(step, -1), importance.split(step), strict=True)
         grids = [self.fitted_grid(part, counted) for part, counted in parts]
         return Grid(torch.cat([grid.scale for grid in grids], -1), torch.cat([grid.zero for grid in grids], -1))
 
     def over_columns(self, values: Tensor, columns: int) -> Tensor:
-        """A value per group [rows, groups] → one per column [rows, columns]."""
+        """Repeat a value per group [rows, groups] for each column: [rows, columns]."""
         return values.repeat_interleave(self.group or columns, -1)[..., :columns]
 
     @staticmethod
@@ -146,7 +153,7 @@ class IntegerFormat(Format):
 
     @staticmethod
     def decode(codes: Tensor, grid: Grid) -> Tensor:
-        """Values of codes on a grid that broadcasts to them."""
+        """The float values of codes, on a grid that broadcasts to them."""
         return (codes - grid.zero) * grid.scale
 
     def encode(self, weight: Tensor, grid: Grid) -> Tensor:
@@ -164,27 +171,27 @@ class IntegerFormat(Format):
         return self.store(torch.cat(codes, -1), Grid(torch.cat(scales, -1), torch.cat(zeros, -1)))
 
     def store(self, codes: Tensor, grid: Grid) -> Tensors:
-        """Pack codes [rows, columns] and their grid [rows, groups] into the stored tensors."""
+        """Pack codes (any dtype) [rows, columns] and their grid [rows, groups] into the stored tensors."""
         whole = codes.to(torch.uint8)
         packed = pack_trits(whole) if self.ternary else pack(whole, self.code_bits)
         tensors = {"": packed, "_scale": as_bits(grid.scale.half())}
-        if self.zero_point == "float":
+        if self.zero_point == "float_zero":
             tensors["_zero"] = as_bits(grid.zero.half())
-        if self.zero_point == "integer":
+        if self.zero_point == "asymmetric":
             tensors["_zero"] = pack(grid.zero.to(torch.uint8).flatten(), self.code_bits)
         return tensors
 
     def dequantize(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> Tensor:
         codes = self._unpack(tensors[""], columns)
         scale = as_floats(tensors["_scale"], torch.float16)
-        zero = as_floats(tensors["_zero"], torch.float16) if self.zero_point == "float" else None
-        if self.zero_point == "integer":
+        zero = as_floats(tensors["_zero"], torch.float16) if self.zero_point == "float_zero" else None
+        if self.zero_point == "asymmetric":
             zero = unpack(tensors["_zero"], scale.numel(), self.code_bits).view(scale.shape)
         return self._values(codes, scale, zero, columns, dtype)
 
     def rows_of(self, tensors: Tensors, start: int, stop: int, columns: int) -> Tensors:
         parts = {suffix: tensor[start:stop] for suffix, tensor in tensors.items() if tensor.ndim == 2}
-        if self.zero_point == "integer":  # one stream of all rows' codes, whole words to every 32 rows
+        if self.zero_point == "asymmetric":  # one stream of all rows' codes, whole words to every 32 rows
             zeros = self.groups(columns) * self.code_bits
             parts["_zero"] = tensors["_zero"][start * zeros // 32 : words_per_row(stop * zeros, 1)]
         return parts
@@ -192,8 +199,8 @@ class IntegerFormat(Format):
     def take_rows(self, tensors: Tensors, ids: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
         codes = self._unpack(tensors[""][ids], columns)
         scale = as_floats(tensors["_scale"][ids], torch.float16)
-        zero = as_floats(tensors["_zero"][ids], torch.float16) if self.zero_point == "float" else None
-        if self.zero_point == "integer":
+        zero = as_floats(tensors["_zero"][ids], torch.float16) if self.zero_point == "float_zero" else None
+        if self.zero_point == "asymmetric":
             groups = self.groups(columns)
             positions = ids.unsqueeze(-1) * groups + torch.arange(groups, device=ids.device)
             zero = unpack_at(tensors["_zero"], positions, self.code_bits)
@@ -211,7 +218,7 @@ class IntegerFormat(Format):
         if zero is not None:
             values = values - zero.float().unsqueeze(-1)
         else:
-            values -= self.top / 2 if self.zero_point == "half" else self.top // 2 + 1
+            values -= self.top / 2 if self.zero_point == "mid_rise" else self.top // 2 + 1
         scale = scale.float().unsqueeze(-1)
         values = values * scale if scale.requires_grad else values.mul_(scale)
         return values.flatten(-2)[..., :columns].to(dtype)

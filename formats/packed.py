@@ -1,4 +1,4 @@
-"""Codes of 1 to 8 bits, or of three values, in int32 words. Bits are one little-endian stream per row.
+"""Packing of 1 to 8-bit and ternary codes into int32 words, one little-endian bit stream per row.
 
 Code k of a row occupies the row's bits k*b to k*b+b-1, lowest first; a code may straddle two words. For 2, 4 and
 8 bits, and for 3 bits in runs of 32, this is the order inside a word that GPTQ checkpoints use (along another axis).
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 TRITS = 20
-"""Codes of three values that an int32 word holds: 3**20 < 2**32."""
+"""Ternary codes that one int32 word holds: 3**20 < 2**32."""
 
 
 def words_per_row(count: int, bits: int) -> int:
@@ -36,7 +36,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(words: Tensor, count: int, bits: int) -> Tensor:
-    """The inverse of `pack`: int32 words [..., m] to uint8 codes [..., count]."""
+    """The inverse of `pack`: int32 words [..., m] → uint8 codes [..., count]."""
     period = 32 // gcd(bits, 32)
     runs, width = -(-count // period), period * bits // 32
     padded = torch.nn.functional.pad(words, (0, runs * width - words.shape[-1])).unflatten(-1, (runs, width))
@@ -44,7 +44,7 @@ def unpack(words: Tensor, count: int, bits: int) -> Tensor:
     mask = (1 << bits) - 1
     for k in range(period):
         word, shift = divmod(k * bits, 32)
-        # An arithmetic shift fills from the sign bit: masked away, except where the code straddles.
+        # An arithmetic shift fills with the sign bit: masked out below, and first where the code straddles two words.
         code = padded[..., word] >> shift
         if shift + bits > 32:
             low = 32 - shift
@@ -54,14 +54,15 @@ def unpack(words: Tensor, count: int, bits: int) -> Tensor:
 
 
 def pack_trits(codes: Tensor) -> Tensor:
-    """Pack uint8 codes 0, 1, 2 [..., n] into int32 words [..., ceil(n / 20)]: code k of a word counts 3**k."""
+    """Pack uint8 codes 0, 1, 2 [..., n] into int32 words [..., ceil(n / 20)]; code k of a word has the place value
+    3**k."""
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % TRITS)).unflatten(-1, (-1, TRITS)).long()
     values = (padded * _powers(codes.device)).sum(-1)
     return torch.where(values >= 2**31, values - 2**32, values).int()
 
 
 def unpack_trits(words: Tensor, count: int) -> Tensor:
-    """The inverse of `pack_trits`: int32 words [..., m] to uint8 codes [..., count]."""
+    """The inverse of `pack_trits`: int32 words [..., m] → uint8 codes [..., count]."""
     values = (words.long() & 0xFFFFFFFF).unsqueeze(-1)
     return (values // _powers(words.device) % 3).to(torch.uint8).flatten(-2)[..., :count]
 
@@ -71,7 +72,7 @@ def _powers(device: torch.device) -> Tensor:
 
 
 def unpack_at(words: Tensor, positions: Tensor, bits: int) -> Tensor:
-    """Codes at int64 `positions` (any shape) of one packed row `words` [m]; uint8, shaped like `positions`."""
+    """The codes at int64 `positions` (any shape) of one packed row, int32 words [m]: uint8, shaped like `positions`."""
     bit = positions * bits
     word, shift = bit // 32, bit % 32
     low = words[word].long() & 0xFFFFFFFF

@@ -1,4 +1,7 @@
-"""A quantization scheme: a format, and the rounding that chooses its codes. May import: the modules beside it."""
+"""A quantization scheme: a format and the rounding that chooses its codes.
+
+May import: formats.rounding, formats.table.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +12,7 @@ from bitplan.formats.table import format_named
 
 @dataclass(frozen=True, order=True)
 class QuantScheme:
-    """What a unit can become: `int4-g64/gptq`, or `fp8` where nearest codes are meant."""
+    """A format with a rounding, written `int4-g64/gptq`, or just `fp8` if the rounding is `nearest`."""
 
     format: str
     rounding: str
@@ -19,6 +22,10 @@ class QuantScheme:
 
 
 def schemes_for(native: str, formats: Sequence[str], rounding: str | None = None) -> list[QuantScheme]:
-    """The checkpoint's own format `native`, and each of the formats with the rounding that scores it alone."""
+    """Schemes of `native` (the checkpoint's own format, listed first) and of each of `formats`.
+
+    Each format is combined with the rounding that scores it on a single unit, see `rounding_alone`. Raises
+    UnknownFormat, and UsageError for an unknown rounding.
+    """
     names = dict.fromkeys((native, *formats))
     return [QuantScheme(n, "nearest" if n == native else rounding_alone(format_named(n), rounding)) for n in names]

@@ -1,4 +1,4 @@
-"""Sizes in bytes, read from text and written as text. May import: formats.errors."""
+"""Parsing and formatting of sizes in bytes. May import: formats.errors."""
 
 import re
 
@@ -16,7 +16,7 @@ def parse_size(text: str) -> int:
     """Bytes of a size such as 3MiB, 6GB or 1234567B. Raises UsageError."""
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
     if not found:
-        raise UsageError(f"{text!r} is no size: write a number and a unit, as 3MiB, 6GB or 1234567B")
+        raise UsageError(f"{text!r} is not a size: write a number and a unit, for example 3MiB, 6GB or 1234567B")
     number, unit = found.groups()
     if unit not in SIZES:
         fitting = [name for name in SIZES if name.lower() == unit.lower()]
@@ -28,12 +28,12 @@ def parse_size(text: str) -> int:
         raise UsageError(f"{text!r} has no unit of bytes: write {number}B, {number}MiB or {number}GiB")
     size = int(float(number) * SIZES[unit]) if "." in number else int(number) * SIZES[unit]
     if size <= 0:
-        raise UsageError(f"{text!r} is no budget: it must be above zero")
+        raise UsageError(f"{text!r} is not a valid size: it must be above zero")
     return size
 
 
 def format_bytes(size: int) -> str:
-    """Bytes for a reader: 3.14 MiB."""
+    """Bytes as text with a binary unit, such as 3.14 MiB."""
     value, names = float(size), ["B", "KiB", "MiB", "GiB", "TiB"]
     while value >= 1024 and len(names) > 1:
         value, names = value / 1024, names[1:]

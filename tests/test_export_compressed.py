@@ -29,7 +29,7 @@ def session(checkpoint):
 
 @given(
     bits=st.sampled_from([2, 3, 4, 5, 8]),
-    zero_point=st.sampled_from(["integer", "middle"]),
+    zero_point=st.sampled_from(["asymmetric", "symmetric"]),
     group=st.sampled_from([0, 32, 64]),
     rows=st.integers(1, 40),
     seed=st.integers(0, 2**32 - 1),
@@ -54,7 +54,7 @@ def test_every_code_scale_and_zero_is_read_back_from_compressed_tensors(bits, ze
     assert written["weight_shape"].tolist() == [rows, columns] and written["weight_shape"].dtype == torch.int64
     read = torch.tensor([stream(row, bits)[:columns] for row in written["weight_packed"].tolist()])
     middle = torch.full((rows, groups), 1 << (bits - 1))
-    if zero_point == "integer":
+    if zero_point == "asymmetric":
         assert written["weight_zero_point"].shape == (-(-rows * bits // 32), groups)
         middle = torch.tensor([stream(column, bits)[:rows] for column in written["weight_zero_point"].T.tolist()]).T
     else:

@@ -87,17 +87,17 @@ def test_fitted_grids_lose_the_least_of_all_clipped_ones(format):
 
     found = format.fitted_grids(weight, importance)
     losses = []
-    for factor in SIGN_FACTORS if format.zero_point == "half" else SHRINK:
+    for factor in SIGN_FACTORS if format.zero_point == "mid_rise" else SHRINK:
         # Clip every group's range by the factor, and span what is left.
         grids = []
         for part in weight.split(format.group or 172, -1):
-            if format.zero_point == "integer":
+            if format.zero_point == "asymmetric":
                 low, high = part.amin(-1, True).clamp(max=0) * factor, part.amax(-1, True).clamp(min=0) * factor
                 whole = format.grid(part).scale
                 assert_close(whole, ((high - low) / factor / format.top).half().float())
                 scale = (whole * factor).half().float()
                 grids.append((scale, (-low / scale).round().clamp(0, format.top)))
-            elif format.zero_point == "float":  # the zero point may lie anywhere: shrunken about the middle
+            elif format.zero_point == "float_zero":  # the zero point may lie anywhere: shrunken about the middle
                 whole = format.grid(part)
                 width, middle = whole.scale * format.top, (format.top / 2 - whole.zero) * whole.scale
                 scale = (whole.scale * factor).half().float()
@@ -107,10 +107,10 @@ def test_fitted_grids_lose_the_least_of_all_clipped_ones(format):
                 grids.append(((whole.scale * factor).half().float(), whole.zero))
         losses.append(loss(*(torch.cat(parts, -1) for parts in zip(*grids, strict=True))))
     # Where zeros are halves too, they round otherwise when they are computed in another order.
-    tolerance = 0.02 if format.zero_point == "float" else 1e-4
+    tolerance = 0.02 if format.zero_point == "float_zero" else 1e-4
     assert_close(loss(found.scale, found.zero), torch.stack(losses).amin(0), rtol=tolerance, atol=1e-9)
     assert torch.equal(found.scale, found.scale.half().float())
-    if format.zero_point == "integer":
+    if format.zero_point == "asymmetric":
         assert torch.equal(found.zero, found.zero.round().clamp(0, format.top))
     whole = [format.grid(part) for part in weight.split(format.group or 172, -1)]
     spanning = loss(torch.cat([grid.scale for grid in whole], -1), torch.cat([grid.zero for grid in whole], -1))

@@ -68,7 +68,7 @@ def read_back(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
 
 @given(
     bits=st.sampled_from([2, 3, 4, 8]),
-    zero_point=st.sampled_from(["integer", "middle"]),
+    zero_point=st.sampled_from(["asymmetric", "symmetric"]),
     group=st.sampled_from([0, 32, 64]),
     rows=st.integers(1, 3),
     seed=st.integers(0, 2**32 - 1),
@@ -78,8 +78,8 @@ def test_every_code_scale_and_zero_is_read_back(bits, zero_point, group, rows, s
     format, shape = IntegerFormat("", bits, group, zero_point), (32 * rows, 128)
     groups = format.groups(shape[1])
     codes = torch.randint(0, 1 << bits, shape, generator=generator)
-    middle = zero_point == "middle"
-    zero = torch.randint(0, 1 << bits, (shape[0], groups), generator=generator) if not middle else None
+    symmetric = zero_point == "symmetric"
+    zero = torch.randint(0, 1 << bits, (shape[0], groups), generator=generator) if not symmetric else None
     scale = torch.randn(shape[0], groups, generator=generator).abs().half()
     tensors = format.store(codes, Grid(scale.float(), torch.zeros(()) if zero is None else zero))
     assert torch.equal(tensors["_scale"], as_bits(scale))

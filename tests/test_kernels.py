@@ -32,7 +32,7 @@ def layer(name: str, rows: int = 96, columns: int = 192, dtype: torch.dtype = to
 @pytest.mark.parametrize("name", GROUPED + OTHERS + ALSO)
 def test_product(name, batch, monkeypatch):
     monkeypatch.setitem(base.TILE, "cpu", 64 * 192)  # two tiles, the last one shorter
-    monkeypatch.setattr(numba_kernel, "ALONE", 0)
+    monkeypatch.setattr(numba_kernel, "ONE_THREAD", 0)
     format, tensors, whole = layer(name)
     assert choose(format, 192, torch.float32, CPU).name == "numba"
     x, bias = torch.randn(batch, 1, 192), torch.randn(96)
@@ -120,7 +120,7 @@ def test_inputs_may_have_any_shape(shape):
 
 
 def test_threads_share_the_rows(monkeypatch):
-    monkeypatch.setattr(numba_kernel, "ALONE", 0)
+    monkeypatch.setattr(numba_kernel, "ONE_THREAD", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)  # 96 rows do not divide
     format, tensors, whole = layer("int3-g64")
     x = torch.randn(2, 192)

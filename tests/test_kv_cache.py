@@ -307,9 +307,9 @@ class TestCache:
         cache = new_cache(model, "int8", 2, LENGTH)
         logits(model, cache, (4,))
         for change in (cache.crop, cache.batch_repeat_interleave, cache.batch_select_indices):
-            with pytest.raises(FormatUnavailable, match="make another"):
+            with pytest.raises(FormatUnavailable, match="create a new one"):
                 change(-1)
-        with pytest.raises(UsageError, match="batch of 2, not of 1"):
+        with pytest.raises(UsageError, match="batch of 2, not 1"):
             logits(model, cache, (4,), IDS[:1])
         with pytest.raises(IndexError):
             logits(model, cache, (LENGTH,))

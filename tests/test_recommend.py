@@ -150,7 +150,7 @@ class TestFit:
             (("fit",), "name it by --gpu 24GiB"),
             (("fit", "--gpu", "auto"), "give its memory"),
             (("fit", "--gpu", "24"), "has no unit of bytes"),
-            (("fit", "--gpu", "1GiB", "--reserve", "x"), "is no size"),
+            (("fit", "--gpu", "1GiB", "--reserve", "x"), "is not a size"),
             (("fit", "--gpu", "1GiB", "--context", "0"), "--context 0: it must be 1 or more"),
             (("fit", "--gpu", "1GiB", "--kv-dtype", "int5"), "there are native, fp8"),
             (("cost", "--gpu", "1GiB"), "--gpu belongs to --for fit"),

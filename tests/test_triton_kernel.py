@@ -39,8 +39,8 @@ def interpreted(monkeypatch):
 SHAPES = [(0, 200), (32, 200), (64, 96), (128, 320)]
 CASES = [
     (bits, zero)
-    for bits, zero in product(range(1, 9), ("integer", "float", "middle", "half"))
-    if (bits, zero) != (1, "middle")  # its scales would be infinite
+    for bits, zero in product(range(1, 9), ("asymmetric", "float_zero", "symmetric", "mid_rise"))
+    if (bits, zero) != (1, "symmetric")  # its scales would be infinite
 ]
 TOLERANCE = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-5},
@@ -148,7 +148,7 @@ def test_op_is_as_torch_wants_it():
     format = format_named("int4-g64")
     tensors = {suffix: tensor.to(DEVICE) for suffix, tensor in format.quantize(normal(5, 96)).items()}
     x = normal(2, 3, 96).to(DEVICE)
-    arguments = (x, tensors[""], tensors["_scale"], tensors["_zero"], None, 96, 4, 64, "integer")
+    arguments = (x, tensors[""], tensors["_scale"], tensors["_zero"], None, 96, 4, 64, "asymmetric")
     torch.library.opcheck(triton_kernel._packed_linear, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -177,8 +177,8 @@ def test_compilers_see_one_node():
         ("fp8", torch.bfloat16, (8, 0), None),
         ("int4-g64", torch.bfloat16, (7, 5), "compute capability below 8.0"),
         ("int4-g64", torch.float64, (9, 0), "inputs are float64"),
-        ("ternary-g64", torch.bfloat16, (9, 0), "its codes are no bit fields"),
-        ("nf4", torch.bfloat16, (9, 0), "its codes are no bit fields"),
+        ("ternary-g64", torch.bfloat16, (9, 0), "its codes are not bit fields"),
+        ("nf4", torch.bfloat16, (9, 0), "its codes are not bit fields"),
     ],
 )
 def test_what_it_cannot_take(name, dtype, capability, why, monkeypatch):
@@ -197,7 +197,7 @@ from bitplan.formats.kernels import cuda_programs as triton_programs
 
 def built(name, capability, bits, kind, warps, **blocks):
     program = getattr(triton_programs, name)
-    zeros = "*i32" if kind == "integer" else "*i16"
+    zeros = "*i32" if kind == "asymmetric" else "*i16"
     types = dict(x="*bf16", words="*i32", scales="*i16", zeros=zeros, out="*bf16")
     fixed = dict(bits=bits, kind=kind, fixed=0.0, runs=2, vector=4, bias=None, **blocks)
     names = program.arg_names
@@ -212,11 +212,11 @@ def built(name, capability, bits, kind, warps, **blocks):
     assert len(made.asm["cubin"]) > 1000
     return made.asm["ptx"]
 
-decode = built("vector_program", 80, 4, "integer", 4, block_m=1, block_n=4, block_r=128)
+decode = built("vector_program", 80, 4, "asymmetric", 4, block_m=1, block_n=4, block_r=128)
 assert len(re.findall(r"ld\\.global\\.v4\\.b32", decode)) == 4 + 4  # a run of each row, 32 inputs
 assert "fma.rn.f32" in decode and ".ftz" not in decode  # subnormals are not flushed
 assert "wgmma" in built("tile_program", 90, 8, "fp8", 4, block_m=64, block_n=64, block_r=2)
-assert "mma.sync" in built("tile_program", 80, 4, "float", 4, block_m=16, block_n=64, block_r=2)
+assert "mma.sync" in built("tile_program", 80, 4, "float_zero", 4, block_m=16, block_n=64, block_r=2)
 """
 
 

@@ -7,12 +7,12 @@ from bitplan.formats.rounding.gptq import gptq_codes
 from bitplan.formats.rounding.tuned import CLIP, OFFSET, Learned, tune
 
 FORMATS = [
-    IntegerFormat("integer", 3, group=32),
+    IntegerFormat("asymmetric", 3, group=32),
     IntegerFormat("integer-2", 2, group=64),
-    IntegerFormat("middle", 4, group=0, zero_point="middle"),
-    IntegerFormat("half", 1, group=32, zero_point="half"),
-    IntegerFormat("half-2", 2, group=64, zero_point="half"),
-    IntegerFormat("float", 3, group=32, zero_point="float"),
+    IntegerFormat("symmetric", 4, group=0, zero_point="symmetric"),
+    IntegerFormat("mid_rise", 1, group=32, zero_point="mid_rise"),
+    IntegerFormat("mid_rise-2", 2, group=64, zero_point="mid_rise"),
+    IntegerFormat("float_zero", 3, group=32, zero_point="float_zero"),
 ]
 COLUMNS = 80  # the last group is a shorter one
 
@@ -83,7 +83,7 @@ def test_gradients_reach_everything_and_limits_hold(format, begun, weight, x):
     ((learned.weight() - weight) @ x.T).square().mean().backward()
     offset, low, high = learned.parameters
     assert (offset.grad != 0).any() and (high.grad != 0).any()
-    assert (low.grad is not None and bool((low.grad != 0).any())) == (format.zero_point in ("integer", "float"))
+    assert (low.grad is not None and bool((low.grad != 0).any())) == (format.zero_point in ("asymmetric", "float_zero"))
     with torch.no_grad():
         offset += 10
         low -= 10

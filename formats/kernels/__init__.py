@@ -1,1 +1,1 @@
-"""The kernels that multiply packed weights, and which of them runs where."""
+"""Kernels that multiply packed weights, and the choice among them."""

@@ -1,8 +1,9 @@
-"""Packed integer, ternary and 8-bit weights multiplied on a CPU, straight from their words, by numba's programs.
+"""CPU kernels for packed integer, ternary, int8-bnb and fp8 weights, compiled by numba.
 
-For a few rows of input (decoding) a row of the weight is dequantized in the processor's cache and multiplied there; for
-more of them (prefill) a tile of rows is, for torch to multiply. numba is imported when a weight is first run.
-May import: formats.base/bnb/floats/integers/numba_programs.
+For a few rows of input (decoding), each row of the weight is dequantized in the processor's cache and multiplied there.
+For more (prefill), a tile of rows is dequantized and torch multiplies it. numba is imported when a weight is first
+multiplied. May import: formats.base, formats.bnb, formats.floats, formats.integers, formats.packed,
+formats.kernels.cpu_programs.
 """
 
 from collections.abc import Callable
@@ -23,35 +24,35 @@ from bitplan.formats.integers import IntegerFormat
 from bitplan.formats.packed import TRITS
 
 FEW = 8
-"""Rows of input up to which multiplying each row as it is dequantized is quicker than a tile and torch's product.
-(Measured on an AMD EPYC, Zen 4: some 12 in float32, less in bfloat16.)"""
-ALIKE = 4
-"""Codes of three values, one after another, that surely share a scale: it divides 20 and all group sizes."""
-ALONE = 1 << 20
-"""Weights below which one thread is quicker than several."""
+"""Rows of input up to which multiplying each row while dequantizing it is faster than a tile and torch's product.
+(Measured on an AMD EPYC, Zen 4: about 12 in float32, fewer in bfloat16.)"""
+SAME_GROUP = 4
+"""Consecutive ternary codes that always share a scale: divides 20 and all group sizes."""
+ONE_THREAD = 1 << 20
+"""Number of weights up to which one thread is faster than several."""
 
 
 def _quick_halves() -> set[torch.dtype]:
-    """The half types that torch multiplies quicker than float32: by oneDNN, where it says so of the CPU. (Without, the
-    EPYC takes 3.6 times as long in float16.)"""
+    """The 16-bit dtypes that torch multiplies faster than float32: those for which oneDNN has native support on this
+    CPU. (Without it, the EPYC takes 3.6 times as long in float16.)"""
     if not torch.backends.mkldnn.is_available():
         return set()
-    asked = {
+    checks = {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
     }
-    return {dtype for dtype, supported in asked.items() if supported()}
+    return {dtype for dtype, supported in checks.items() if supported()}
 
 
 QUICK_HALVES = _quick_halves()
 
 
 def unsupported(format: Format, columns: int) -> str | None:
-    """Why this kernel cannot take a weight of so many columns, or None."""
+    """The reason why this kernel does not support a weight with `columns` columns, or None if it does."""
     if find_spec("numba") is None:
         return "numba is not installed: pip install 'bitplan[cpu]'"
     if not isinstance(format, IntegerFormat | Float8Format | Int8BnbFormat):
-        return "no CPU kernel reads it"
+        return "no CPU kernel supports it"
     period = _period(*_fields(format, columns)[:2])
     if columns % period and period != TRITS:  # whose rows are padded to whole words
         return f"{columns} columns do not fill whole runs of {period} codes"
@@ -59,15 +60,18 @@ def unsupported(format: Format, columns: int) -> str | None:
 
 
 def _fields(format: Format, columns: int) -> tuple[str, int, int]:
-    """How a format's codes are read, their bits, and the columns that share a scale."""
+    """How a format's codes are decoded, their bits, and the number of columns that share a scale."""
     if isinstance(format, IntegerFormat):
         return "ternary" if format.ternary else format.zero_point, format.code_bits, format.group or columns
     return "fp8" if isinstance(format, Float8Format) else "signed", 8, columns
 
 
 def linear(format: Format, x: Tensor, tensors: Tensors, columns: int, bias: Tensor | None) -> Tensor:
-    """x [..., columns] @ weight.T + bias: [..., rows] in x's dtype. No gradients; `tensors` as they are stored. A few
-    rows of x are multiplied in float32; more of them in x's type if torch is quick at it, the weight rounded to it."""
+    """x [..., columns] @ weight.T + bias [rows]: [..., rows] in x's dtype, without gradients; `tensors` as stored.
+
+    A few rows of x are multiplied in float32. More are multiplied in x's dtype if torch is faster in it than in float32
+    (QUICK_HALVES), with the weight rounded to that dtype.
+    """
     fields, rows, count = _fields(format, columns), tensors[""].shape[0], x.numel() // columns
     halves = x.dtype in QUICK_HALVES
     if count > FEW:
@@ -82,7 +86,8 @@ def linear(format: Format, x: Tensor, tensors: Tensors, columns: int, bias: Tens
 
 
 def in_planes(x: Tensor, period: int) -> Tensor:
-    """x [..., columns] with code k of every run beside each other, zeros where the last run is not full."""
+    """Permute x [..., columns] so that the values for code k of every run are adjacent: [..., period * runs]. An
+    incomplete last run is filled with zeros."""
     if period == 1:
         return x
     x = torch.nn.functional.pad(x, (0, -x.shape[-1] % period)) if x.shape[-1] % period else x
@@ -94,24 +99,24 @@ def _stored(tensors: Tensors) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def _period(kind: str, bits: int) -> int:
-    """Codes after which their places inside words repeat."""
+    """The number of codes after which their bit positions inside words repeat."""
     return TRITS if kind == "ternary" else 1 if bits == 8 else 32 // gcd(bits, 32)
 
 
 @cache
 def _groups(kind: str, bits: int, columns: int, group: int) -> Any:
-    """The group of each part of a row: uint32 [parts of a run, runs], a part being codes that surely share a group."""
+    """The group of each part of a row: uint32 [parts of a run, runs], a part being codes that always share a group."""
     period = _period(kind, bits)
-    part = ALIKE if kind == "ternary" else period
+    part = SAME_GROUP if kind == "ternary" else period
     starts = np.arange(0, period, part)[:, None] + np.arange(0, columns, period)
     return (np.minimum(starts, columns - 1) // group).astype(np.uint32)
 
 
 @cache
 def _programs(kind: str, bits: int) -> tuple[Callable, Callable]:
-    from bitplan.formats.kernels import cpu_programs as numba_programs
+    from bitplan.formats.kernels import cpu_programs
 
-    return numba_programs.programs(kind, bits, _period(kind, bits))
+    return cpu_programs.programs(kind, bits, _period(kind, bits))
 
 
 @cache
@@ -120,8 +125,8 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def _by_rows(rows: int, columns: int, work: Callable[[slice], Any]) -> None:
-    """Call `work` on slices of the rows, on as many threads as torch uses."""
-    threads = torch.get_num_threads() if rows * columns > ALONE else 1
+    """Call `work` on slices of the rows, in as many threads as torch uses."""
+    threads = torch.get_num_threads() if rows * columns > ONE_THREAD else 1
     if threads == 1:
         work(slice(0, rows))
         return
@@ -129,14 +134,14 @@ def _by_rows(rows: int, columns: int, work: Callable[[slice], Any]) -> None:
     list(_pool(threads).map(work, [slice(i, min(i + step, rows)) for i in range(0, rows, step)]))
 
 
-# Ops of torch's own, so that torch.compile and meta tensors go round them.
+# Registered as torch ops, so that torch.compile and meta tensors treat them as opaque.
 
 
 @torch.library.custom_op("bitplan::cpu_product", mutates_args=(), device_types="cpu")
 def _cpu_product(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, kind: str, bits: int, group: int
 ) -> Tensor:
-    """float32 [M, rows] of x float32 [M, columns]."""
+    """x float32 [M, columns] @ weight.T: float32 [M, rows]."""
     period, columns = _period(kind, bits), x.shape[1]
     words, scales, zeros = _arrays(codes, scale, zero, kind, bits)
     parts, (_, product) = _groups(kind, bits, columns, group), _programs(kind, bits)
@@ -162,7 +167,7 @@ def _(x, codes, scale, zero, kind, bits, group):
 def _cpu_dequantized(
     codes: Tensor, scale: Tensor, zero: Tensor | None, columns: int, kind: str, bits: int, group: int
 ) -> Tensor:
-    """The weight as its format's `dequantize` gives it, float32, but its columns `in_planes`: [rows, planes]."""
+    """The weight as by its format's `dequantize`, in float32, with its columns in the order of `in_planes`."""
     words, scales, zeros = _arrays(codes, scale, zero, kind, bits)
     parts, (dequantize, _) = _groups(kind, bits, columns, group), _programs(kind, bits)
     out = torch.empty(len(words), _period(kind, bits), parts.shape[1])
@@ -183,7 +188,7 @@ def _(codes, scale, zero, columns, kind, bits, group):
 
 
 def _arrays(codes: Tensor, scale: Tensor, zero: Tensor | None, kind: str, bits: int) -> tuple[Any, Any, Any]:
-    """What is stored, as the programs take it: zeros of a dimension where they are one stream of codes."""
+    """The stored tensors as numpy arrays, as the programs expect them; 1-D zero points are one stream of codes."""
     words = codes.numpy().view(np.int8 if kind == "signed" else np.uint8 if bits == 8 else np.uint32)
     scales: Any = scale.numpy().view(np.float32 if kind == "signed" else np.uint16)
     scales = scales / np.float32(127) if kind == "signed" else scales  # as the format's own `dequantize` does

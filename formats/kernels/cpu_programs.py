@@ -1,9 +1,9 @@
-"""Rows of packed weights taken apart, dequantized and multiplied on a CPU, in code that numba compiles.
+"""Unpacking, dequantization and products of rows of packed weights on a CPU, compiled by numba.
 
-A row [columns] is made in planes, [period, runs]: `period` codes, after which their places inside words repeat, are a
-run, and plane k holds code k of every run. The words of one plane lie beside each other and are shifted alike, so that
-a loop over them becomes vector instructions; in the row's own order it does not. Inputs are laid out alike.
-Imported only where numba is. May import: formats.packed, numba.
+A row [columns] is dequantized into planes [period, runs]: a run is `period` codes, after which their bit positions
+inside words repeat, and plane k holds code k of every run. All words of one plane are shifted by the same amount, so
+that a loop over them compiles to vector instructions; in the row's own order it does not. Inputs have the same layout.
+Imported only if numba is installed. May import: formats.packed, numba.
 """
 
 from collections.abc import Callable
@@ -20,19 +20,21 @@ HALVES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
 
 compiled = numba.njit(nogil=True)
 summed = numba.njit(nogil=True, fastmath={"reassoc", "contract", "nsz"})
-"""In any order."""
+"""Allows sums in any order."""
 inlined = numba.njit(nogil=True, inline="always")
-"""Where calls, and the counting of references to arrays that goes with them, cost a third of a row's product."""
+"""For functions whose call overhead (with the reference counting of arrays) is a third of a row's product."""
 
 
 def _grid(kind: str, bits: int) -> Callable:
-    """grid(scale, zero, n, first, s, z) sets float32 s and z [G], those of row n. scale: fp16 bits [N, G], or float32
-    of kind "signed". zero: of kind "float" fp16 bits [N, G]; of kind "integer" the codes of all rows of the weight, of
-    which these begin at row `first`, as one stream of words; else nothing is stored."""
+    """grid(scale, zero, n, first, s, z) sets float32 s and z [G] to the scales and zero points of row n.
+
+    scale: fp16 bits [N, G], or float32 for kind "signed". zero: fp16 bits [N, G] for kind "float_zero"; for
+    "asymmetric" the zero points of all rows of the weight, as one stream of words in which row 0 here is row `first`;
+    unused for other kinds."""
     top = (1 << bits) - 1
-    fixed = np.float32({"middle": top // 2 + 1, "half": top / 2, "ternary": 1}.get(kind, 0))
-    # Known before compiling, so that what does not fit the arrays' types is left out.
-    is_float32, floats, codes = kind == "signed", kind == "float", kind == "integer"
+    fixed = np.float32({"symmetric": top // 2 + 1, "mid_rise": top / 2, "ternary": 1}.get(kind, 0))
+    # Constants at compile time, so that numba drops branches that do not match the arrays' dtypes.
+    is_float32, floats, codes = kind == "signed", kind == "float_zero", kind == "asymmetric"
 
     @(compiled if bits == 8 else inlined)
     def grid(scale, zero, n, first, s, z):
@@ -51,12 +53,12 @@ def _grid(kind: str, bits: int) -> Callable:
     return grid
 
 
-# Each of the next three makes two functions of a row, that is of its words or bytes:
+# Each of the next three returns two functions of a packed row (its words or bytes):
 # values(row, s, z, group, parts, grids, words, made) sets float32 made [period, runs] to (code - z) s.
-# alone(row, s, z, group, parts, grids, words, made, x, sums) is the row times x [period, runs], whose sums over groups
-# are `sums`: Σ_g s (Σ_k∈g code x - z sum), with nothing dequantized if that is quicker for one row of inputs.
-# parts: the groups of a run's parts, as `numba_kernel._groups` has them. grids, float32 [2, *parts.shape], and words,
-# uint32 [width, runs], are room to work in; `made` is too for the second.
+# alone(row, s, z, group, parts, grids, words, made, x, sums) returns the product of the row and x [period, runs], whose
+# sums over groups are `sums`: Σ_g s (Σ_k∈g code x - z sum), without dequantizing where that is faster for one input.
+# parts: the groups of a run's parts, from `cpu._groups`. grids, float32 [2, *parts.shape], and words, uint32
+# [width, runs], are scratch space; in `alone`, `made` is too.
 
 
 def _bytes(kind: str) -> tuple[Callable, Callable]:
@@ -66,8 +68,8 @@ def _bytes(kind: str) -> tuple[Callable, Callable]:
     def value(code):
         if not is_float:
             return np.float32(code)
-        # e4m3's exponent and mantissa at the place of a float32's, whose exponent counts from -127 instead of -7. Below
-        # 2^-6 there is no leading 1, but steps of 2^-9. The bytes 127 and 255 are no numbers: never stored.
+        # e4m3's exponent and mantissa moved to those of a float32, whose exponent has the bias 127 instead of 7.
+        # Subnormals, below 2^-6, have no leading 1 and steps of 2^-9. The bytes 127 and 255 are NaN: never stored.
         size = np.uint32(code) & np.uint32(127)
         base = np.uint32(120 << 23) if size >= np.uint32(8) else np.uint32(121 << 23)
         one = np.float32(0) if size >= np.uint32(8) else np.float32(2.0**-6)
@@ -96,7 +98,7 @@ def _bytes(kind: str) -> tuple[Callable, Callable]:
 
 
 def _code(k: int, bits: int) -> str:
-    """Source of code k of a run whose words are w0, w1, …"""
+    """Source code that extracts code k of a run whose words are w0, w1, …"""
     word, shift = divmod(k * bits, 32)
     code = f"(w{word} >> np.uint32({shift}))"
     if shift + bits > 32:
@@ -105,8 +107,8 @@ def _code(k: int, bits: int) -> str:
 
 
 def _runs(bits: int, period: int) -> Callable:
-    """runs(row, x, sums) sets float32 sums [runs] to Σ_k code x of each, the codes unpacked in registers. Its source is
-    written out, as compilers unroll no loop over so many codes."""
+    """runs(row, x, sums) sets float32 sums [runs] to Σ_k code x of each run, with the codes unpacked in registers. The
+    source is generated, because compilers do not unroll loops over this many codes."""
     width = period * bits // 32
     lines = [
         "def runs(row, x, sums):",
@@ -172,9 +174,9 @@ def _dot(weight, x):
 def _trits() -> tuple[Callable, Callable]:
     @compiled
     def values(row, s, z, group, parts, grids, words, made):
-        # A word w below 3^20 is taken as the fraction w / 3^20 in multiples of 2^-32, rounded up: that adds less than
-        # 3^-20, so its first 20 digits in base 3 are w's. Times 3^(19 - k), less the whole part (which 32 bits drop),
-        # and times 3 once more, its whole part is digit k.
+        # A word w < 3^20 is converted to the fraction w / 3^20 in multiples of 2^-32, rounded up. That adds less than
+        # 3^-20, so its first 20 digits in base 3 are those of w. Multiplied by 3^(19 - k), its integer part dropped (by
+        # overflow of 32 bits) and multiplied by 3 once more, its integer part is digit k.
         scales, fractions, runs = grids[0], words[0], made.shape[1]
         for j in range(len(parts)):
             part, scale = parts[j], scales[j]
@@ -200,7 +202,7 @@ def _trits() -> tuple[Callable, Callable]:
 
 @summed
 def _dots(weight, x):
-    """With four rows of inputs at once, for which a weight is read once."""
+    """`_dot` with four rows of inputs at once, reading the weight once."""
     x0, x1, x2, x3 = x[0], x[1], x[2], x[3]
     a = b = c = d = np.float32(0)
     for i in range(len(weight)):
@@ -213,11 +215,11 @@ def _dots(weight, x):
 
 @cache
 def programs(kind: str, bits: int, period: int) -> tuple[Callable, Callable]:
-    """For codes [N, W] (uint32 words; for 8 bits, a byte each):
+    """Two functions of codes [N, W] (uint32 words, or bytes for 8-bit codes):
 
-    dequantize(codes, scale, zero, first, out, group, parts): float32 out [N, period, runs], as the format rounds it.
-    product(codes, scale, zero, first, x, sums, out, group, parts): float32 out [M, N] of x [M, period, runs], `sums`
-    [M, G] being x's over groups.
+    dequantize(codes, scale, zero, first, out, group, parts) sets float32 out [N, period, runs] to the values.
+    product(codes, scale, zero, first, x, sums, out, group, parts) sets float32 out [M, N] to the product with
+    x [M, period, runs], whose sums over groups are `sums` [M, G].
     """
     grid = _grid(kind, bits)
     trits = kind == "ternary"

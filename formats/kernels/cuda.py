@@ -1,8 +1,9 @@
-"""Packed integer and fp8 weights multiplied on a CUDA GPU, straight from their words, by Triton programs.
+"""CUDA kernels for packed integer and fp8 weights, compiled by Triton.
 
-Up to four rows of inputs (decoding) wait for memory: each word is loaded once, in wide loads, and unpacked in
-registers. More go through the tensor cores, a tile of the weight dequantized at a time, never the whole of it.
-triton is imported when a weight is first run. May import: formats.base/floats/integers/triton_programs.
+Products with up to four rows of input (decoding) are memory-bound: each word is loaded once, in wide loads, and
+unpacked in registers. For more rows, a tile of the weight is dequantized at a time, for the tensor cores.
+Triton is imported when a weight is first multiplied. May import: formats.base, formats.floats, formats.integers,
+formats.kernels.cuda_programs.
 """
 
 from functools import cache
@@ -19,15 +20,15 @@ from bitplan.formats.integers import IntegerFormat
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OLDEST = (8, 0)
-"""The compute capability from which there are bfloat16, and copies to shared memory that do not wait."""
+"""The lowest compute capability with bfloat16 and asynchronous copies to shared memory."""
 FEW = 4
-"""Rows of inputs up to which one multiply-add each, outside the tensor cores, costs less than a tile's way there."""
+"""Rows of input up to which multiply-adds outside the tensor cores cost less than preparing a tile for them."""
 PROGRAMS = 264
-"""Programs that keep a GPU busy: two on each of an H100's 132 multiprocessors. Parts of the columns make up for few
-rows."""
+"""Program instances that occupy a GPU: two per multiprocessor of an H100 (132). For small weights the columns are split
+to reach this number."""
 
-# Up to so many rows of x: (rows of x, rows of the weight, runs of 32 columns) to a tile, warps, stages of loads ahead.
-# A reasoned start, not measured: small tiles while words are what is waited for, then large ones while products are.
+# Maximal rows of x → (rows of x, rows of the weight, runs of 32 columns) per tile, warps, pipeline stages.
+# Chosen by reasoning, not measured: small tiles while loads dominate, large ones while products do.
 TILES = {
     16: (16, 64, 4, 4, 4),
     32: (32, 64, 4, 4, 4),
@@ -35,11 +36,12 @@ TILES = {
     1 << 62: (128, 128, 2, 8, 3),
 }
 WIDE_TILE = (32, 64, 1, 4, 2)
-"""The same for float32, which is multiplied outside the tensor cores."""
+"""The tile for float32 inputs, which are multiplied outside the tensor cores."""
 
 
 def unsupported(format: Format, columns: int, dtype: torch.dtype, capability: tuple[int, int]) -> str | None:
-    """Why this kernel cannot take a weight of so many columns and inputs of `dtype` on such a GPU, or None."""
+    """The reason why this kernel does not support a weight with `columns` columns and inputs of `dtype` on a GPU of
+    compute capability `capability`, or None if it does."""
     if find_spec("triton") is None:
         return "triton is not installed"
     if capability < OLDEST:
@@ -47,12 +49,12 @@ def unsupported(format: Format, columns: int, dtype: torch.dtype, capability: tu
     if dtype not in DTYPES:
         return f"inputs are {str(dtype).removeprefix('torch.')}"
     fits = isinstance(format, Float8Format) or (isinstance(format, IntegerFormat) and not format.ternary)
-    return None if fits else "its codes are no bit fields"
+    return None if fits else "its codes are not bit fields"
 
 
 def linear(format: Format, x: Tensor, tensors: Tensors, columns: int, bias: Tensor | None) -> Tensor:
-    """x [..., columns] @ weight.T + bias: [..., rows] in x's dtype, summed in float32. No gradients; `tensors` as they
-    are stored, their scales no floats."""
+    """x [..., columns] @ weight.T + bias [rows]: [..., rows] in x's dtype, accumulated in float32, without gradients;
+    `tensors` as stored (scales as integer bits)."""
     if isinstance(format, Float8Format):
         return _packed_linear(x, tensors[""], tensors["_scale"], None, bias, columns, 8, 0, "fp8")
     assert isinstance(format, IntegerFormat)
@@ -64,14 +66,14 @@ def linear(format: Format, x: Tensor, tensors: Tensors, columns: int, bias: Tens
 
 @cache
 def _programs() -> Any:
-    from bitplan.formats.kernels import cuda_programs as triton_programs
+    from bitplan.formats.kernels import cuda_programs
 
-    return triton_programs
+    return cuda_programs
 
 
 def _vector_blocks(count: int, rows: int, runs: int, bits: int) -> tuple[int, int, int]:
-    """Rows of x, rows of the weight and runs to a program. A reasoned start, not measured: as many rows to share the
-    loaded inputs as registers hold, and programs stay many; a run to a thread, up to four warps, few of them idle."""
+    """Rows of x, rows of the weight and runs per program instance. Chosen by reasoning, not measured: as many rows
+    share the loaded inputs as registers allow while instances stay many; one run per thread, at most four warps."""
     block_m = 1 << (count - 1).bit_length()
     block_n = 2 if rows < 1024 else 4 if rows < 4096 or count > 1 or bits > 4 else 8
     block_r = 128
@@ -81,11 +83,11 @@ def _vector_blocks(count: int, rows: int, runs: int, bits: int) -> tuple[int, in
 
 
 def _tile(count: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
-    """The row of TILES for so many rows of x."""
+    """The entry of TILES for `count` rows of x."""
     return WIDE_TILE if dtype == torch.float32 else next(tile for most, tile in TILES.items() if count <= most)
 
 
-# An op of torch's own: torch.compile and CUDA graphs see one node, meta tensors go round it.
+# Registered as a torch op: torch.compile and CUDA graphs see one node, and meta tensors do not run it.
 
 
 @torch.library.custom_op("bitplan::packed_linear", mutates_args=())
@@ -109,8 +111,8 @@ def _packed_linear(
     top = (1 << bits) - 1
     common = {
         "bits": bits,
-        "kind": kind if kind in ("integer", "float", "fp8") else "fixed",
-        "fixed": {"middle": top // 2 + 1.0, "half": top / 2}.get(kind, 0.0),
+        "kind": kind if kind in ("asymmetric", "float_zero", "fp8") else "fixed",
+        "fixed": {"symmetric": top // 2 + 1.0, "mid_rise": top / 2}.get(kind, 0.0),
         "runs": group // 32 if group else 1 << 26,  # the whole row is group 0
         "vector": vector,
         "enable_fp_fusion": True,  # products and sums as one instruction: half the arithmetic; Triton's default changes

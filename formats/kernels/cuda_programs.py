@@ -1,19 +1,20 @@
 """Triton programs that multiply packed codes: `vector_program` for a few rows of inputs, `tile_program` for more.
 
-Both walk a row of the weight in runs: 32 codes of b bits, which are b whole words and lie in one group. Where code k of
-a run lies is known when the program is compiled, so that unpacking takes one or two instructions, in registers.
-formats.triton_kernel imports this file when a weight is first run: triton may be missing. May import: triton only.
+Both process a row of the weight in runs: 32 codes of b bits, which fill b words and share one group. The position of
+code k in a run is known at compile time, so that unpacking takes one or two instructions, in registers.
+formats.kernels.cuda imports this module when a weight is first multiplied, since triton may be missing.
+May import: triton only.
 
-Arguments of both: x [m, columns], words int32 [rows, vectors * vector], scales int16 (bits of fp16) [rows, groups],
-zeros (by `kind`: "integer" int32 [zero_words], one stream of codes; "float" int16 like scales; "fixed" or "fp8", whose
-codes are e4m3 bytes, unread), bias [rows] or None. `fixed` is the zero that is not stored; `runs` the runs to a group;
-`vector` how many words a load takes at once.
+Arguments of both: x [m, columns]; words int32 [rows, vectors * vector]; scales int16 (bits of fp16) [rows, groups];
+zeros, by `kind`: "asymmetric" int32 [zero_words], one stream of codes; "float_zero" int16 like scales; "fixed" and
+"fp8" (e4m3 codes): not read; bias [rows] or None. `fixed` is the zero point that is not stored, `runs` the number of
+runs per group, `vector` the number of words per load.
 """
 
 import triton
 import triton.language as tl
 
-_COUNTS = ["count", "vectors", "groups", "zero_words"]  # that they divide by 16 helps nothing: no compilation for it
+_COUNTS = ["count", "vectors", "groups", "zero_words"]  # not specialised: divisibility by 16 would not help
 
 
 @triton.jit
@@ -30,7 +31,7 @@ def _split(tile):
 
 @triton.jit
 def _load_words(words, row, run, vectors, bits: tl.constexpr, vector: tl.constexpr):
-    """The `bits` words, uint32 [rows, runs] each, of runs `run` of rows `row`; anything past a row's end, where inputs
+    """The `bits` words, uint32 [rows, runs] each, of runs `run` of rows `row`; undefined past a row's end, where inputs
     are 0 and every level is finite."""
     at = run * (bits // vector)
     words += (row[:, None] * vectors + at[None, :])[:, :, None] * vector + tl.arange(0, vector)[None, None, :]
@@ -43,9 +44,10 @@ def _load_words(words, row, run, vectors, bits: tl.constexpr, vector: tl.constex
 
 @triton.jit
 def _fp8(words, k: tl.constexpr):
-    """e4m3 code k of the runs whose words are given: float32, its value / 256."""
-    # The 4 exponent and 3 mantissa bits, moved to those of fp16, are right but for the bias: 7, not 15. Subnormals too.
-    # Two codes are moved at once: 0 and 2, or 1 and 3. No conversion from e4m3, which GPUs before 8.9 lack.
+    """The value / 256 of e4m3 code k of the runs with these words, in float32."""
+    # The 4 exponent and 3 mantissa bits are moved to those of fp16, which leaves a factor 2^-8 (bias 7
+    # instead of 15), for subnormals too. Two codes are moved at once: 0 and 2, or 1 and 3. GPUs before 8.9 have no
+    # instruction that converts from e4m3.
     pair = words[k // 4] << 8 if k % 2 == 0 else words[k // 4]
     pair = (pair & 0x80008000) | ((pair & 0x7F007F00) >> 1)
     return (pair >> (k % 4 // 2 * 16)).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
@@ -53,15 +55,16 @@ def _fp8(words, k: tl.constexpr):
 
 @triton.jit
 def _product(words, value, k: tl.constexpr, bits: tl.constexpr, kind: tl.constexpr):
-    """Code k of the runs [rows, runs] times `value` [m, 1, runs] times 2^-85; of an e4m3 code, its value / 256."""
+    """Code k of the runs [rows, runs] times `value` [m, 1, runs] times 2^-85; for e4m3, the code's value / 256 times
+    `value`."""
     index: tl.constexpr = k * bits // 32
     first: tl.constexpr = k * bits % 32
     if kind == "fp8":
         return _fp8(words, k)[None] * value
     else:
-        # The word with all but the code masked away *is* a float: the code times 2^(place - 149), a subnormal, which
-        # GPUs multiply exactly and at full speed. The input, below 2^63, makes up for the place. So a code costs a mask
-        # and a multiply-add; one shift serves all codes of a word that lie where a float has its exponent.
+        # The word with everything but the code masked out *is* a float: the code times 2^(place - 149), a subnormal,
+        # which GPUs multiply exactly and at full speed. Scaling the input, below 2^63, cancels the place. So a code
+        # costs a mask and a multiply-add; one shift serves all codes of a word that overlap a float's exponent.
         place: tl.constexpr = 0 if first + bits > 32 else first - 9 if first + bits > 23 else first
         if first + bits > 32:
             moved = (words[index] >> first) | (words[index + 1] << (32 - first))
@@ -75,14 +78,14 @@ def _product(words, value, k: tl.constexpr, bits: tl.constexpr, kind: tl.constex
 
 @triton.jit
 def _level(words, k: tl.constexpr, bits: tl.constexpr, kind: tl.constexpr):
-    """Code k of the runs whose words are given: float32, the code + 2^bits; of an e4m3 code its value / 256."""
+    """Code k of the runs with these words, plus 2^bits, in float32; for e4m3, the code's value / 256."""
     index: tl.constexpr = k * bits // 32
     first: tl.constexpr = k * bits % 32
     if kind == "fp8":
         return _fp8(words, k)
     else:
-        # Moved to the top of the mantissa of a float whose exponent says 2^bits: no conversion of integers, which GPUs
-        # before 9.0 do at an eighth of the speed, and no rounding. Bits beside the code are masked away.
+        # The code is moved to the top of the mantissa of a float with exponent 2^bits. That avoids integer conversion,
+        # which GPUs before 9.0 do at an eighth of the speed, and rounding. Bits beside the code are masked out.
         shift: tl.constexpr = first - (23 - bits)
         if shift < 0:
             moved = words[index] << -shift
@@ -96,7 +99,7 @@ def _level(words, k: tl.constexpr, bits: tl.constexpr, kind: tl.constexpr):
 
 @triton.jit
 def _values(words, scale, offset, k: tl.constexpr, step: tl.constexpr, bits: tl.constexpr, kind: tl.constexpr, dtype):
-    """Codes k, k + step, … of the runs as level * scale + offset: [rows, runs, 32 / step], the bits of `dtype`."""
+    """Codes k, k + step, … of the runs as level * scale + offset: the bits of `dtype` [rows, runs, 32 / step]."""
     if step == 32:
         value = (_level(words, k, bits, kind) * scale + offset).to(dtype)
         return value.to(tl.int32 if dtype == tl.float32 else tl.int16, bitcast=True)
@@ -108,15 +111,15 @@ def _values(words, scale, offset, k: tl.constexpr, step: tl.constexpr, bits: tl.
 
 @triton.jit
 def _as_float(halves):
-    """Bits of fp16 values, int16 → float32."""
+    """int16 bits of fp16 values → float32."""
     return halves.to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
 def _zero(zeros, halves, group, base, zero_words, inside, bits: tl.constexpr, kind: tl.constexpr, fixed: tl.constexpr):
-    """The zeros of runs: float32 [rows, runs], or a number. `group` counts from group `base`; `halves` are the bits of
-    fp16 zeros, where they are that."""
-    if kind == "integer":
+    """The zero points of runs: float32 [rows, runs], or a number. `group` counts from group `base`; `halves` are the
+    bits of fp16 zero points, used for kind "float_zero"."""
+    if kind == "asymmetric":
         first = base * bits
         bit = group * bits + (first % 32).to(tl.int32)
         word = first // 32 + bit // 32
@@ -125,7 +128,7 @@ def _zero(zeros, halves, group, base, zero_words, inside, bits: tl.constexpr, ki
             more = tl.load(zeros + word + 1, mask=inside & (word + 1 < zero_words), other=0)
             code |= (more.to(tl.uint32, bitcast=True) << 1) << (31 - bit % 32)
         return (code & ((1 << bits) - 1)).to(tl.float32)
-    elif kind == "float":
+    elif kind == "float_zero":
         return _as_float(halves)
     else:
         return fixed
@@ -154,8 +157,9 @@ def vector_program(
     block_n: tl.constexpr,
     block_r: tl.constexpr,
 ):
-    """out [count, rows] for count ≤ block_m. A program has `block_n` rows, a thread one run of each at a time: it holds
-    the run's words and its 32 inputs, and nothing passes between threads before the last sum. Grid: blocks of rows."""
+    """out [count, rows] for count ≤ block_m. An instance has `block_n` rows; a thread processes one run of each at a
+    time, holding the run's words and its 32 inputs, and threads communicate only in the last sum. Grid: blocks of
+    rows."""
     first = tl.program_id(0).to(tl.int64) * block_n
     row = tl.minimum(tl.arange(0, block_n), (rows - 1 - first).to(tl.int32))
     m = tl.minimum(tl.arange(0, block_m), count - 1)
@@ -163,15 +167,15 @@ def vector_program(
     chunk: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth  # inputs that a thread loads at once
     total = tl.full((block_m, block_n, block_r), 0, tl.float32)
     for start in range(0, columns, block_r * 32):
-        # No vector loads across runs: one run to a thread, as its inputs are loaded.
+        # No vector loads across runs: one run per thread, matching the layout of its inputs.
         run = tl.max_contiguous(start // 32 + tl.arange(0, block_r), 1)
         inside = (run * 32 < columns)[None, :]
         group = row[:, None] * groups + run[None, :] // runs
         loaded = _load_words(words, row, run, vectors, bits, vector)
         scale = _as_float(tl.load(scales + first * groups + group, mask=inside, other=0))
-        halves = tl.load(zeros + first * groups + group, mask=inside, other=0) if kind == "float" else 0
+        halves = tl.load(zeros + first * groups + group, mask=inside, other=0) if kind == "float_zero" else 0
         zero = _zero(zeros, halves, group, first * groups, zero_words, inside, bits, kind, fixed)
-        # Σ (code - zero) x = Σ code x - zero Σ x: the zero and the scale cost once a run, not once a code.
+        # Σ (code - zero) x = Σ code x - zero Σ x: zero and scale are applied once per run instead of once per code.
         dots = tl.full((block_m, block_n, block_r), 0, tl.float32)
         sums = tl.full((block_m, 1, block_r), 0, tl.float32)
         k = run[:, None] * 32 + tl.arange(0, chunk)[None, :]
@@ -216,8 +220,9 @@ def tile_program(
     block_n: tl.constexpr,
     block_r: tl.constexpr,
 ):
-    """out [parts, count, rows]: the products of `part_runs` runs each, a multiple of `block_r`; bias is in part 0. A
-    tile of the weight is dequantized to x's type in registers and multiplied. Grid: blocks of rows, of x, parts."""
+    """out [parts, count, rows]: partial products over `part_runs` runs each, a multiple of `block_r`; bias is added to
+    part 0. A tile of the weight is dequantized to x's dtype in registers and multiplied. Grid: blocks of rows, blocks
+    of x, parts."""
     first = tl.program_id(0).to(tl.int64) * block_n
     first_m = tl.program_id(1).to(tl.int64) * block_m
     part = tl.program_id(2)
@@ -228,13 +233,13 @@ def tile_program(
     x += first_m * columns
     start = part * part_runs
     stop = tl.minimum(start + part_runs, (columns + 31) // 32)
-    # Loads of two bytes cannot be copied ahead to shared memory, as Triton does with the others: scales and fp16 zeros
+    # Two-byte loads cannot be prefetched to shared memory, as Triton does with the others: scales and fp16 zero points
     # are loaded one step ahead into registers.
     run = start + tl.arange(0, block_r)
     group = row[:, None] * groups + run[None, :] // runs
     inside = (run * 32 < columns)[None, :]
     next_scale = tl.load(scales + group, mask=inside, other=0)
-    next_zero = tl.load(zeros + first * groups + group, mask=inside, other=0) if kind == "float" else 0
+    next_zero = tl.load(zeros + first * groups + group, mask=inside, other=0) if kind == "float_zero" else 0
     total = tl.full((block_m, block_n), 0, tl.float32)
     for begin in range(start, stop, block_r):
         run = begin + tl.arange(0, block_r)
@@ -248,14 +253,14 @@ def tile_program(
         ahead = row[:, None] * groups + (run + block_r)[None, :] // runs
         inside = ((run + block_r) * 32 < columns)[None, :]
         next_scale = tl.load(scales + ahead, mask=inside, other=0)
-        if kind == "float":
+        if kind == "float_zero":
             next_zero = tl.load(zeros + first * groups + ahead, mask=inside, other=0)
         if kind == "fp8":
             scale *= 256.0
             offset = zero * scale  # 0
         else:
             offset = -(zero + (1 << bits)) * scale
-        # As bits until the end: where a reshaped tile goes to shared memory as it is, Triton 3.6 fails on some layouts.
+        # Kept as bits until here: Triton 3.6 fails on some layouts if a reshaped float tile goes to shared memory.
         values = _values(loaded, scale, offset, 0, 1, bits, kind, x.dtype.element_ty)
         weight = tl.reshape(values, block_n, block_r * 32).to(x.dtype.element_ty, bitcast=True)
         total = tl.dot(inputs, tl.trans(weight), total, input_precision="ieee")

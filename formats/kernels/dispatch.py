@@ -1,7 +1,8 @@
-"""Which kernel multiplies a packed weight on which machine, and why; and the product itself.
+"""The choice of the kernel that multiplies a packed weight, with its reason; and the product itself.
 
-The choice hangs on the format, the columns, the type and the machine alone, so that `bitplan show` can tell it without
-the machine, and memory can be foretold on meta tensors (`as_if_on`). May import: the modules beside it.
+The choice depends only on the format, the number of columns, the dtype and the machine. So `bitplan show` can report it
+for a machine that is not present, and memory can be estimated on meta tensors (`as_if_on`).
+May import: formats.base, formats.bnb, formats.errors, formats.floats, formats.kernels.cpu, formats.kernels.cuda.
 """
 
 import re
@@ -17,16 +18,16 @@ from bitplan.formats.base import LARGE_TILE, TILE, Format, Tensors, needs_grad
 from bitplan.formats.bnb import Bnb4Format, Int8BnbFormat
 from bitplan.formats.errors import UsageError
 from bitplan.formats.floats import FP8, Float8Format, FloatFormat
-from bitplan.formats.kernels import cpu as numba_kernel
-from bitplan.formats.kernels import cuda as triton_kernel
+from bitplan.formats.kernels import cpu as cpu_kernel
+from bitplan.formats.kernels import cuda as cuda_kernel
 
 FP8_ROWS = 16
-"""Rows of input above which fp8 weights are multiplied by fp8 inputs, where the GPU can."""
+"""Rows of input above which fp8 weights are multiplied by fp8 inputs, if the GPU supports it."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What decides a kernel: `cpu`, or `cuda` of a compute capability."""
+    """A device type, `cpu` or `cuda`, with the compute capability of a CUDA device."""
 
     kind: str
     capability: tuple[int, int] = (0, 0)
@@ -41,20 +42,22 @@ class Machine:
 
 @dataclass(frozen=True)
 class Kernel:
+    """A kernel's name and the reason for choosing it."""
+
     name: str
     why: str
 
 
 @cache
 def machine(device: str) -> Machine:
-    """The machine that a device of this process is."""
+    """The machine of a device of this process."""
     kind = torch.device(device).type
     return Machine(kind, torch.cuda.get_device_capability(device) if kind == "cuda" else (0, 0))
 
 
 def named_machine(name: str) -> Machine:
-    """The machine of cpu, cuda, cuda:N (a device here), or cuda:M.m (a compute capability). cuda where none is here is
-    taken for one of 9.0. Raises UsageError."""
+    """The machine called `name`: cpu, cuda, cuda:N (a device of this machine) or cuda:M.m (a compute capability).
+    Without a CUDA device, cuda means compute capability 9.0. Raises UsageError."""
     found = re.fullmatch(r"cpu|cuda(?::(\d+)(?:\.(\d+))?)?", name)
     if not found:
         raise UsageError(f"unknown device {name!r}: cpu, cuda, cuda:0, or cuda:8.0 for a compute capability")
@@ -64,7 +67,7 @@ def named_machine(name: str) -> Machine:
     if name == "cuda" and not torch.cuda.is_available():
         return Machine("cuda", (9, 0))
     if major is not None and int(major) >= torch.cuda.device_count():
-        raise UsageError(f"device {name} is not here: there are {torch.cuda.device_count()} CUDA devices")
+        raise UsageError(f"there is no device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
     return machine(name)
 
 
@@ -73,7 +76,7 @@ _ASSUMED = [Machine("cpu")]
 
 @contextmanager
 def as_if_on(assumed: Machine) -> Iterator[None]:
-    """While inside, meta tensors take the way that tensors on this machine would."""
+    """A context in which meta tensors are dispatched as tensors on `assumed` would be."""
     before = _ASSUMED[0], TILE.get("meta", LARGE_TILE)
     _ASSUMED[0], TILE["meta"] = assumed, TILE.get(assumed.kind, LARGE_TILE)
     try:
@@ -84,7 +87,7 @@ def as_if_on(assumed: Machine) -> Iterator[None]:
 
 @cache
 def choose(format: Format, columns: int, dtype: torch.dtype, on: Machine) -> Kernel:
-    """The kernel for a weight of so many columns and inputs of `dtype` on a machine."""
+    """The kernel for a weight with `columns` columns and inputs of `dtype` on machine `on`."""
     if isinstance(format, FloatFormat):
         return Kernel("torch", "a plain product")
     return _on_cpu(format, columns) if on.kind == "cpu" else _on_cuda(format, columns, dtype, on)
@@ -93,7 +96,7 @@ def choose(format: Format, columns: int, dtype: torch.dtype, on: Machine) -> Ker
 def _on_cpu(format: Format, columns: int) -> Kernel:
     if isinstance(format, Bnb4Format):
         return Kernel("bitsandbytes", "its dequantizer, a tile at a time")
-    if reason := numba_kernel.unsupported(format, columns):
+    if reason := cpu_kernel.unsupported(format, columns):
         return Kernel("dequantize", reason)
     return Kernel("numba", "codes unpacked in cache, a row or a tile at a time")
 
@@ -103,7 +106,7 @@ def _on_cuda(format: Format, columns: int, dtype: torch.dtype, on: Machine) -> K
         return Kernel("bitsandbytes", "its own format")
     if isinstance(format, Int8BnbFormat):
         return Kernel("bitsandbytes", "its own format; inputs are rounded to int8 too")
-    if reason := triton_kernel.unsupported(format, columns, dtype, on.capability):
+    if reason := cuda_kernel.unsupported(format, columns, dtype, on.capability):
         return Kernel("dequantize", reason)
     if isinstance(format, Float8Format) and on.capability >= (8, 9) and columns % 16 == 0:
         return Kernel("scaled_mm", f"fp8 units; up to {FP8_ROWS} rows of input by triton, with unrounded inputs")
@@ -111,20 +114,20 @@ def _on_cuda(format: Format, columns: int, dtype: torch.dtype, on: Machine) -> K
 
 
 def linear(format: Format, x: Tensor, tensors: Tensors, columns: int, bias: Tensor | None) -> Tensor:
-    """x [..., columns] times the weight's transpose, plus bias: [..., rows] in x's dtype, by the chosen kernel; while
-    scales are trained, dequantized."""
+    """x [..., columns] @ weight.T + bias [rows]: [..., rows] in x's dtype, computed by the chosen kernel. If gradients
+    are required, the weight is dequantized instead."""
     on, kernel = _chosen(format, columns, x.dtype, x.device)
     trained = needs_grad(x, tensors) or any(tensors[suffix].is_floating_point() for suffix in format.floats)
     if trained or kernel in ("torch", "dequantize") or (kernel, on.kind) == ("bitsandbytes", "cpu"):
         return format.linear(x, tensors, columns, bias)
     if kernel == "numba":
-        return numba_kernel.linear(format, x, tensors, columns, bias)
+        return cpu_kernel.linear(format, x, tensors, columns, bias)
     if isinstance(format, Bnb4Format | Int8BnbFormat):
         return format.multiply(x, tensors, columns, bias)
     few, rows = x.numel() // columns, tensors[""].shape[0]
     if kernel == "scaled_mm" and few > FP8_ROWS and rows % 16 == 0:
         return _scaled_mm(x, tensors, bias)
-    return triton_kernel.linear(format, x, tensors, columns, bias)
+    return cuda_kernel.linear(format, x, tensors, columns, bias)
 
 
 @torch.compiler.assume_constant_result
@@ -134,7 +137,7 @@ def _chosen(format: Format, columns: int, dtype: torch.dtype, device: torch.devi
 
 
 def _scaled_mm(x: Tensor, tensors: Tensors, bias: Tensor | None) -> Tensor:
-    """fp8 times fp8: each row of x is scaled to e4m3's range and rounded to it, as LLM.int8 does with int8."""
+    """fp8 times fp8: each row of x [..., columns] is scaled to e4m3's range and rounded, as LLM.int8 does with int8."""
     flat = x.reshape(-1, x.shape[-1])
     limit = torch.finfo(FP8).max
     scale = flat.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / limit

@@ -1,1 +1,1 @@
-"""The KV cache in formats of its own."""
+"""Quantized KV caches."""

@@ -1,10 +1,10 @@
-"""How the KV cache keeps one key or value of one head: a row of bytes, rounded when it comes and never again.
+"""The formats of the KV cache. Each key or value of one head is stored as a row of bytes, quantized once.
 
-A row has its own scales and zeros, so adding a token reads no other token and costs the same at any length, with no
-window of full precision beside it. Keys lose more than values by that, for some of their channels are large at every
-token: KIVI (Liu et al. 2024) shares a scale along the tokens of a channel instead, and has to hold tokens back until
-a block of them is full. Here keys may have more bits than values. The weights' formats keep the same grids, but a step
-of decoding would call for ten times as many kernels. May import: formats.errors, torch.
+A row has its own scales and zero points, so adding a token reads no other token and costs the same at any length, and
+no window of full precision is needed. Keys lose more by that than values, since some of their channels are large at
+every token. KIVI (Liu et al. 2024) shares scales along the tokens of a channel instead, and must buffer tokens until
+a block is full; here, keys may have more bits than values. The formats of weights would give the same grids, but need
+ten times as many kernel launches per decoding step. May import: formats.errors, torch.
 """
 
 from dataclasses import dataclass
@@ -15,18 +15,18 @@ from torch import Tensor
 from bitplan.formats.errors import UnknownFormat
 
 CHUNK = 1 << 16
-"""Rows rounded or read at a time: both go through float32, and that room does not grow with the context."""
+"""Rows encoded or decoded at a time, which bounds the memory of the float32 intermediates."""
 
 
 @dataclass(frozen=True)
 class RowFormat:
-    """Codes of a row, then an fp16 scale per group of it, then, of 4-bit codes, the fp16 value of code 0 per group.
+    """A row's codes, then an fp16 scale per group, then, for 4-bit codes, the fp16 value of code 0 per group.
 
-    A row is cut into as few groups of at most `group` values as it takes, all of one size but for the last.
+    A row is split into as few groups of at most `group` values as possible, all of one size except the last.
     """
 
     dtype: torch.dtype
-    """What a byte of codes is: e4m3 (Micikevicius et al. 2022), int8 about 0, or uint8, two codes of 4 bits."""
+    """A byte of codes is e4m3 (Micikevicius et al. 2022), symmetric int8, or uint8 with two 4-bit codes."""
     group: int
 
     @property
@@ -35,15 +35,16 @@ class RowFormat:
 
     @property
     def top(self) -> float:
-        """The largest code; where codes are signed, the least is its negative."""
+        """The largest code. The smallest is its negative if codes are signed, else 0."""
         return {torch.float8_e4m3fn: 448, torch.int8: 127, torch.uint8: 15}[self.dtype]
 
     def widths(self, size: int) -> tuple[int, ...]:
-        """Bytes of a row of `size` values: codes, scales, values of code 0."""
+        """Bytes of the parts of a row of `size` values: codes, scales, values of code 0."""
         fields = 2 if self.bits == 4 else 1
         return (-(-size * self.bits // 8), *[2 * -(-size // self.group)] * fields)
 
     def nbytes(self, size: int) -> int:
+        """Bytes of a row of `size` values."""
         return sum(self.widths(size))
 
     def encode(self, states: Tensor) -> Tensor:
@@ -78,14 +79,14 @@ class RowFormat:
 
     def _decode(self, rows: Tensor, size: int) -> Tensor:
         codes, *stored = rows.split(self.widths(size), -1)
-        # Copied, because a view as a wider type asks for where each row begins.
+        # Copied, because a view as a wider dtype requires aligned rows.
         halves = [each.clone(memory_format=torch.contiguous_format).view(torch.float16) for each in stored]
         floats = [each.float().unsqueeze(-1) for each in halves]
         if self.bits == 4:
             codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)[..., :size]
         else:
             codes = codes.view(self.dtype)
-        # In float32 before the product: types that differ would be copied inside of it, where nothing counts them.
+        # Converted before the product: with mixed dtypes torch would copy inside it, where memory is not counted.
         values = self._grouped(codes.float()) * floats[0]
         if self.bits == 4:
             values += floats[1]
@@ -108,6 +109,8 @@ def _bytes(halves: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class KVFormat:
+    """The row formats of keys and of values."""
+
     keys: RowFormat
     values: RowFormat
 
@@ -122,11 +125,11 @@ KV_FORMATS: dict[str, KVFormat | None] = {
     "k8v4": KVFormat(INT8, INT4),
     "int4": KVFormat(INT4, INT4),
 }
-"""None is the model's dtype. Bits per value, all included, for heads of 128: 8.125, 8.25, 6.625, 5."""
+"""None means the model's dtype. Bits per value, scales included, for a head size of 128: 8.125, 8.25, 6.625, 5."""
 
 
 def kv_format_named(name: str) -> KVFormat | None:
-    """Raises UnknownFormat with the names there are."""
+    """The KV cache format called `name`, None for "native". Raises UnknownFormat, which lists the available names."""
     if name not in KV_FORMATS:
         raise UnknownFormat(f"unknown format {name!r} for the KV cache: there are {', '.join(KV_FORMATS)}")
     return KV_FORMATS[name]

@@ -1,7 +1,9 @@
-"""How codes are chosen for a format. A rounding is a row: whether it needs text, what it fits, and how it rounds one
-weight alone, where it can; planner.sequence rounds whole models.
+"""The table of roundings, the methods that choose a format's codes.
 
-May import: formats.base, formats.integers, the modules beside it.
+Each states whether it needs calibration text, which formats it supports, and how it rounds a single weight, if it can.
+`planner.quantize.sequential` applies a rounding to a whole model.
+
+May import: formats.base, formats.errors, formats.integers, formats.rounding.gptq.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,9 +19,11 @@ from bitplan.formats.rounding.gptq import Hessian, gptq
 
 @dataclass(frozen=True)
 class Rounding:
-    """`alone(weight [experts * rows, columns], format, hessians)` gives the format's stored tensors.
+    """A rounding method.
 
-    `hessians` holds one Hessian per expert (one for a plain weight), and is empty where the rounding needs no text.
+    `alone(weight, format, hessians)` rounds a single float weight [experts * rows, columns] and returns the format's
+    stored tensors; None if the method only works on whole blocks. `hessians` holds one Hessian per expert (one for a
+    plain weight), and is empty if the rounding needs no text.
     """
 
     name: str
@@ -44,26 +48,28 @@ ROUNDINGS = {
 
 
 def rounding_named(name: str) -> Rounding:
-    """The row called `name`. Raises UsageError with the names there are."""
+    """The rounding called `name`. Raises UsageError, which lists the available names."""
     if name not in ROUNDINGS:
         raise UsageError(f"unknown rounding {name!r}: there are {', '.join(ROUNDINGS)}")
     return ROUNDINGS[name]
 
 
 def rounding_for(format: Format, requested: str | None = None) -> str:
-    """The rounding `format` gets in a plan: the one asked for where it fits, else the format's default."""
+    """The rounding of `format` in a plan: `requested` (by default the format's own), or "nearest" if the format does
+    not support it. Raises UsageError for an unknown name."""
     name = rounding_named(requested).name if requested else format.default_rounding
     return name if ROUNDINGS[name].fits(format) else "nearest"
 
 
 def rounding_alone(format: Format, requested: str | None = None) -> str:
-    """The rounding that scores `format` on a unit alone: the one that a plan would use, or gptq in its place."""
+    """The rounding with which `format` is scored on a single unit: `rounding_for`, or "gptq" if that rounding only
+    works on whole blocks."""
     name = rounding_for(format, requested)
     return name if ROUNDINGS[name].alone else "gptq"
 
 
 def refuse_misfit(requested: str | None, formats: Sequence[Format]) -> None:
-    """Raises UsageError for a rounding that there is not, or that none of `formats` has."""
+    """Raise UsageError for an unknown rounding, or one that none of `formats` supports."""
     if requested and not any(rounding_named(requested).fits(format) for format in formats):
         names = ", ".join(format.name for format in formats)
         having = [name for name, row in ROUNDINGS.items() if any(row.fits(format) for format in formats)]

@@ -1,9 +1,9 @@
 """GPTQ (Frantar et al. 2022): round column by column, spreading each column's error over those not yet rounded.
 
 With H = E[x x^T] and U the upper Cholesky factor of H^-1 (H^-1 = U^T U), rounding column j with error e adds
--e * U[j, k] / U[j, j] to every later column k. Columns go by falling diagonal of H; each group's grid is set
-beforehand from its own weights (static groups), clipped where that loses less, so that codes and grids lie in the
-weight's own order. May import: formats.base, formats.integers, formats.errors.
+-e * U[j, k] / U[j, j] to every later column k. Columns are rounded by decreasing diagonal of H ("act order"). Each
+group's grid is set beforehand from its own weights (static groups), clipped where that reduces the error, so codes and
+grids keep the weight's own column order. May import: formats.base, formats.errors, formats.integers.
 """
 
 from collections.abc import Sequence
@@ -22,28 +22,29 @@ BLOCK = 128
 
 
 class Hessian:
-    """A unit's input second moment H = E[x x^T], float32 [columns, columns], and its factor, computed once for all
-    formats. `cross` is E[x0 x^T], with x0 what the full-precision model feeds the unit where x is what it gets."""
+    """The second moment H = E[x x^T] of a unit's inputs, float32 [columns, columns], with its Cholesky factor, which is
+    computed once for all formats. `cross`, of the same shape, is E[x0 x^T], x0 being the unit's inputs in the
+    full-precision model and x those in the model quantized so far."""
 
     def __init__(self, matrix: Tensor, cross: Tensor | None = None):
-        # An expert that no token reached: every column counts alike, or all would be rounded as zeros.
+        # An expert that no token reached: all columns get the same weight, or all would be rounded as zeros.
         self.matrix = torch.eye(len(matrix)).to(matrix) if bool((matrix.diagonal() <= 0).all()) else matrix
         self.cross = cross
 
     @cached_property
     def dead(self) -> Tensor:
-        """Columns that no input ever reached: bool [columns]."""
+        """Columns whose inputs were always zero: bool [columns]."""
         return self.matrix.diagonal() <= 0
 
     @cached_property
     def order(self) -> Tensor:
-        """Columns by falling diagonal, int64 [columns]."""
+        """Column indices by decreasing diagonal, int64 [columns]."""
         return self.matrix.diagonal().argsort(descending=True, stable=True)
 
     @cached_property
     def factor(self) -> Tensor:
-        """U of the damped H, rows and columns in `order`: float32 [columns, columns]. Raises RoundingFailed where no
-        damping makes H definite."""
+        """U of the damped H, rows and columns in `order`: float32 [columns, columns]. Raises RoundingFailed if H is not
+        positive definite at any damping."""
         matrix = self._whole()[self.order][:, self.order]
         for damping in DAMPING:
             lower, failed = torch.linalg.cholesky_ex(matrix + damping * self._ridge())
@@ -56,8 +57,8 @@ class Hessian:
 
     @cached_property
     def aim(self) -> Tensor | None:
-        """M such that W + W M maps x to what W maps x0 to, as nearly as least squares with a ridge can:
-        M = (cross - H) (H + ridge)^-1, float32 [columns, columns]; None without `cross`."""
+        """M such that (W + W M) x approximates W x0 by ridge regression: M = (cross - H) (H + ridge)^-1, float32
+        [columns, columns] (GPTAQ: Li et al. 2025); None without `cross`."""
         if self.cross is None:
             return None
         lower, failed = torch.linalg.cholesky_ex(self._whole() + AIM_DAMPING * self._ridge())
@@ -79,18 +80,16 @@ class Hessian:
 
 
 def gptq(weight: Tensor, format: Format, hessians: Sequence[Hessian]) -> Tensors:
-    """Round float weight [experts * rows, columns] on `format`'s grid, each expert with its own Hessian.
-
-    Raises RoundingFailed.
-    """
+    """Round float weight [experts * rows, columns] on `format`'s grid, each expert with its own Hessian. Returns the
+    format's stored tensors. Raises RoundingFailed."""
     assert isinstance(format, IntegerFormat)
     codes, grid, _ = gptq_codes(weight, format, hessians)
     return format.store(codes, grid)
 
 
 def gptq_codes(weight: Tensor, format: IntegerFormat, hessians: Sequence[Hessian]) -> tuple[Tensor, Grid, Tensor]:
-    """Codes [experts * rows, columns], their grid, and the weights that were nearest to the codes when each column's
-    turn came (float32, like the codes). Raises RoundingFailed."""
+    """Codes float32 [experts * rows, columns], their grid, and the weights that were rounded to them: the originals
+    plus the errors spread from earlier columns (float32, the same shape). Raises RoundingFailed."""
     parts = [_round(part, format, hessian) for part, hessian in zip(weight.chunk(len(hessians)), hessians, strict=True)]
     codes, grids, aimed = zip(*parts, strict=True)
     grid = Grid(torch.cat([g.scale for g in grids]), torch.cat([g.zero for g in grids]))
@@ -98,7 +97,7 @@ def gptq_codes(weight: Tensor, format: IntegerFormat, hessians: Sequence[Hessian
 
 
 def _round(weight: Tensor, format: IntegerFormat, hessian: Hessian) -> tuple[Tensor, Grid, Tensor]:
-    """One expert's codes, grid and aims. Columns that no input reached are rounded as zeros."""
+    """`gptq_codes` of one expert. Columns whose inputs were always zero are rounded as zeros."""
     left = weight.float().clone()
     columns = left.shape[1]
     if hessian.aim is not None:
@@ -106,7 +105,7 @@ def _round(weight: Tensor, format: IntegerFormat, hessian: Hessian) -> tuple[Ten
     left[:, hessian.dead.to(left.device)] = 0
     grid = format.fitted_grids(left, hessian.matrix.diagonal().to(left))
     upper, order = hessian.factor.to(left.device), hessian.order.to(left.device)
-    # Transposed: a column's weights lie together in memory.
+    # Transposed, so that a column's weights are contiguous.
     left = left.T[order].contiguous()
     scale = format.over_columns(grid.scale, columns).T[order]
     zero = format.over_columns(grid.zero, columns).T[order]

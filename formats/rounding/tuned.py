@@ -1,10 +1,10 @@
-"""Learned rounding of a whole block: offsets and clip ranges by gradients, from GPTQ's codes.
+"""Learned rounding of a whole block: offsets and clip ranges optimised by gradients, starting from GPTQ's codes.
 
-A unit's value is (clamp(round(W/s + z + V), 0, top) - z) * s, with W the weights that GPTQ rounded to nearest, V the
-learned offsets, and s, z the grid of its clip range times two learned factors a group; gradients pass rounding as if
-it were not there (SignRound: Cheng et al. 2023). Two things differ from it, for GPTQ's codes are good already and
-early steps easily lose them: W starts half way to the middle of its codes' cells, so that only what the gradient asks
-for again and again flips a code; and steps are Adam's, whose size falls where the sign of the gradient is unsure.
+A unit's value is (clamp(round(W/s + z + V), 0, top) - z) * s, where W are the weights that GPTQ rounded to nearest, V
+the learned offsets, and s, z the grid of the clip range times two learned factors per group. Gradients pass rounding by
+the straight-through estimator (SignRound: Cheng et al. 2023). Two things differ from SignRound, because GPTQ's codes
+are a good start that early steps easily lose: W starts half way to the centre of its codes' cells, so that a code flips
+only if gradients agree over many steps; and the optimiser is Adam, whose steps shrink where the gradient's sign varies.
 May import: formats.base, formats.integers.
 """
 
@@ -21,15 +21,15 @@ STEPS = 200
 OFFSET_RATE, CLIP_RATE = 1e-2, 2e-3
 BETAS = (0.9, 0.99)
 OFFSET = 1.0
-"""How far an offset may move a weight, in steps of the grid."""
+"""The largest offset, in steps of the grid."""
 CLIP = (0.3, 1.5)
-"""How far a clip range may shrink or grow."""
+"""The smallest and largest factor of a clip range."""
 CHECKED = 50
-"""Steps between two looks at the whole loss, of which the least is kept."""
+"""Steps between two evaluations of the whole loss; the best state is returned."""
 
 
 class _Through(torch.autograd.Function):
-    """A function that is not differentiated: its gradient is handed on."""
+    """The straight-through estimator: applies a function, and passes gradients on unchanged."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -49,13 +49,14 @@ def _as_half(x: Tensor) -> Tensor:
 
 
 class Learned:
-    """One unit's offsets and clip factors. `aimed` float32 [rows, columns], `grid` [rows, groups]: GPTQ's."""
+    """One unit's offsets [rows, columns] and clip factors [rows, groups], float32. `aimed` [rows, columns] and `grid`
+    [rows, groups] are those of `gptq_codes`."""
 
     def __init__(self, format: IntegerFormat, aimed: Tensor, grid: Grid):
         self.format, self.start = format, grid
         wide = self._wide(grid, aimed.shape[1])
-        middle = format.decode(format.encode(aimed, wide), wide)
-        self.aimed = (middle + (aimed - middle).clamp(-wide.scale / 2, wide.scale / 2) / 2).contiguous()
+        center = format.decode(format.encode(aimed, wide), wide)
+        self.aimed = (center + (aimed - center).clamp(-wide.scale / 2, wide.scale / 2) / 2).contiguous()
         self.offset = torch.zeros_like(aimed, requires_grad=True)
         self.low = torch.ones_like(grid.scale, requires_grad=True)
         self.high = torch.ones_like(grid.scale, requires_grad=True)
@@ -66,24 +67,24 @@ class Learned:
 
     def grid(self) -> Grid:
         scale, zero, top = self.start.scale, self.start.zero, self.format.top
-        if self.format.zero_point in ("middle", "half"):
+        if self.format.zero_point in ("symmetric", "mid_rise"):
             return Grid(_as_half(scale * self.high), zero)
         low, high = zero * scale * self.low, (top - zero) * scale * self.high
         scale = _as_half((low + high) / top)
         zero = low / scale.clamp(min=1e-9)
-        return Grid(scale, _as_half(zero) if self.format.zero_point == "float" else _round(zero).clamp(0, top))
+        return Grid(scale, _as_half(zero) if self.format.zero_point == "float_zero" else _round(zero).clamp(0, top))
 
     def _wide(self, grid: Grid, columns: int) -> Grid:
         return Grid(self.format.over_columns(grid.scale, columns), self.format.over_columns(grid.zero, columns))
 
     def codes(self) -> tuple[Tensor, Grid]:
-        """Codes [rows, columns], differentiable, and the grid spread over the columns."""
+        """Codes [rows, columns], differentiable, and the grid repeated for each column."""
         wide = self._wide(self.grid(), self.aimed.shape[1])
         place = self.aimed / wide.scale.clamp(min=1e-9) + wide.zero + self.offset
         return _round(place).clamp(0, self.format.top), wide
 
     def weight(self) -> Tensor:
-        """Values [rows, columns], differentiable."""
+        """The dequantized weight [rows, columns], differentiable."""
         codes, grid = self.codes()
         return self.format.decode(codes, grid)
 
@@ -94,14 +95,15 @@ class Learned:
 
     @torch.no_grad()
     def limit(self) -> None:
+        """Clamp all parameters to their ranges, in place."""
         self.offset.clamp_(-OFFSET, OFFSET)
         self.low.clamp_(*CLIP)
         self.high.clamp_(*CLIP)
 
 
 def tune(learned: list[Learned], loss: Callable[[int], Tensor], whole: Callable[[], float], steps: int) -> None:
-    """Lessen `loss(step)`, a minibatch's, over `steps` steps whose size falls to 0; what is kept is where `whole()`,
-    the loss on all of the text, was least, the start included."""
+    """Minimise `loss(step)`, of one minibatch, over `steps` steps with linear decay to 0. `learned` ends in the state,
+    the initial one included, where `whole()`, the loss on all of the text, was least."""
     offsets = {"params": [one.offset for one in learned], "rate": OFFSET_RATE}
     clips = {"params": [parameter for one in learned for parameter in (one.low, one.high)], "rate": CLIP_RATE}
     optimizer = torch.optim.Adam([offsets, clips], lr=0.0, betas=BETAS, eps=1e-12)
@@ -119,6 +121,6 @@ def tune(learned: list[Learned], loss: Callable[[int], Tensor], whole: Callable[
             if found < least:
                 best, least = [[p.detach().clone() for p in one.parameters] for one in learned], found
     with torch.no_grad():
-        for one, kept in zip(learned, best, strict=True):
-            for parameter, value in zip(one.parameters, kept, strict=True):
+        for one, values in zip(learned, best, strict=True):
+            for parameter, value in zip(one.parameters, values, strict=True):
                 parameter.copy_(value)

@@ -24,7 +24,7 @@ class AutoRound(Target):
         if unit.kind in KINDS:
             return KINDS[unit.kind]
         format = integer(unit)
-        if format is None or (format.bits == 8 and format.zero_point == "integer"):
+        if format is None or (format.bits == 8 and format.zero_point == "asymmetric"):
             return f"in {unit.format}"
         if unit.rows % SIDE or unit.columns % SIDE:
             return f"of {unit.rows} × {unit.columns} weights, no multiples of {SIDE}"
@@ -48,7 +48,7 @@ def entry(unit: PlannedUnit) -> dict[str, Any]:
     format = integer(unit)
     if format is None:
         return UNTOUCHED
-    symmetric = format.zero_point == "middle"
+    symmetric = format.zero_point == "symmetric"
     sizes = {"bits": format.code_bits, "group_size": group_size(unit), "sym": symmetric}
     return sizes | {"data_type": "int", "act_bits": 16}
 

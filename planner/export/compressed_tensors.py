@@ -79,7 +79,7 @@ class CompressedTensors(Target):
         if format is None:  # ours has whole words
             return unit.bytes if unit.is_native else unit.rows * (unit.columns + 2)
         groups = format.groups(unit.columns)
-        zeros = words_per_row(unit.rows, format.code_bits) * groups if format.zero_point == "integer" else 0
+        zeros = words_per_row(unit.rows, format.code_bits) * groups if format.zero_point == "asymmetric" else 0
         return 4 * (unit.rows * words_per_row(unit.columns, format.code_bits) + zeros) + 2 * unit.rows * groups + 16
 
     def text(self, plan: Plan) -> str:
@@ -92,7 +92,7 @@ class CompressedTensors(Target):
             notes.append(
                 f"{', '.join(odd)} bits need a vLLM with Humming's kernels and a GPU that these run on; SGLang has none"
             )
-        if any(getattr(FORMATS[unit.format], "zero_point", "") == "integer" for unit in plan.packed):
+        if any(getattr(FORMATS[unit.format], "zero_point", "") == "asymmetric" for unit in plan.packed):
             notes.append(
                 "transformers reads zero points (2, 4, 8 bits) with compressed-tensors 0.17, not with 0.18 to 0.20"
             )
@@ -105,7 +105,7 @@ def scheme(unit: PlannedUnit) -> dict[str, Any]:
     if format is None:
         weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}
     else:
-        weights = {"num_bits": format.code_bits, "type": "int", "symmetric": format.zero_point == "middle"}
+        weights = {"num_bits": format.code_bits, "type": "int", "symmetric": format.zero_point == "symmetric"}
         group = group_size(unit)
         weights |= {"strategy": "channel"} if group < 0 else {"strategy": "group", "group_size": group}
     return {"weights": weights | {"dynamic": False}, "format": PACKED if format else FLOATS}
@@ -154,7 +154,7 @@ def to_compressed(tensors: Tensors, unit: PlannedUnit) -> Tensors:
         return {"weight": codes.view(FP8), "weight_scale": scale}
     written = {"weight_packed": tensors[""], "weight_scale": scale}
     written["weight_shape"] = torch.tensor([unit.rows, unit.columns])
-    if format.zero_point == "integer":
+    if format.zero_point == "asymmetric":
         zero = unpack(tensors["_zero"], scale.numel(), format.code_bits).view(scale.shape)
         written["weight_zero_point"] = pack(zero.T.contiguous(), format.code_bits).T
     return written

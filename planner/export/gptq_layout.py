@@ -63,7 +63,9 @@ model = GPTQModel.load("path/to/this/folder")
 
 def is_supported(format: object) -> bool:
     """Whether the layout has the codes of a format."""
-    return isinstance(format, IntegerFormat) and format.bits in BITS and format.zero_point in ("integer", "middle")
+    return (
+        isinstance(format, IntegerFormat) and format.bits in BITS and format.zero_point in ("asymmetric", "symmetric")
+    )
 
 
 def settings(unit: PlannedUnit) -> tuple[int, int]:
@@ -133,7 +135,7 @@ def to_gptq(tensors: Tensors, format: IntegerFormat, columns: int) -> Tensors:
     """
     bits, top = format.code_bits, format.top
     codes, scale = unpack(tensors[""], columns, bits), tensors["_scale"].view(torch.float16)
-    if format.zero_point == "integer":
+    if format.zero_point == "asymmetric":
         zero = unpack(tensors["_zero"], scale.numel(), bits).view(scale.shape)
     else:
         zero = torch.full_like(scale, top // 2 + 1, dtype=torch.uint8)
@@ -191,7 +193,7 @@ def quantization_config(model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
             {} if own is None else {"bits": own[0], "group_size": own[1]}
         )
     # One word for all: false is true of every module, whose zero points are then read, not assumed.
-    sym = all(getattr(FORMATS[unit.format], "zero_point", "middle") == "middle" for unit in plan.units)
+    sym = all(getattr(FORMATS[unit.format], "zero_point", "symmetric") == "symmetric" for unit in plan.units)
     written_by = [f"bitplan:{plan.provenance.versions['bitplan']}", *([] if sym else [ZEROS_DO_NOT_WRAP])]
     return {
         "quant_method": "gptq",

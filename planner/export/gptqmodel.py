@@ -70,7 +70,7 @@ class GptqModel(Target):
 def is_served(unit: PlannedUnit) -> bool:
     """Whether servers, which have only Marlin's formats for this layout, take a packed unit."""
     format = integer(unit)
-    return format is not None and format.code_bits in (4, 8) and format.zero_point == "middle"
+    return format is not None and format.code_bits in (4, 8) and format.zero_point == "symmetric"
 
 
 def skeleton(source: Source) -> Any:

@@ -132,4 +132,4 @@ def uneven(unit: PlannedUnit) -> str | None:
 def integer(unit: PlannedUnit) -> IntegerFormat | None:
     """A packed unit's format where it has whole numbers for codes, and a whole or fixed zero point."""
     format = None if unit.is_native else FORMATS[unit.format]
-    return format if isinstance(format, IntegerFormat) and format.zero_point in ("integer", "middle") else None
+    return format if isinstance(format, IntegerFormat) and format.zero_point in ("asymmetric", "symmetric") else None
