@@ -12,9 +12,20 @@ from bitplan.formats.floats import FloatFormat
 from bitplan.formats.rounding import refuse_misfit, rounding_for
 from bitplan.formats.scheme import QuantScheme
 from bitplan.formats.table import DTYPES, FORMATS, format_named
-from bitplan.planner.plan import NATIVE_WORKLOAD, Budget, Measured, Plan, PlannedUnit, Predicted, Uniform, Workload
+from bitplan.planner.plan import (
+    NATIVE_WORKLOAD,
+    Budget,
+    Measured,
+    Plan,
+    PlannedUnit,
+    PlanOverride,
+    Predicted,
+    Uniform,
+    Workload,
+)
 from bitplan.search import knapsack
 from bitplan.search.knapsack import Solution
+from bitplan.search.overrides import matched
 from bitplan.search.problem import Problem, refuse_infeasible
 from bitplan.search.study import Allocation
 from bitplan.sensitivity.profile import Provenance, UnitEntry, UnquantizedEntry, unit_entry, unquantized_entry
@@ -83,6 +94,7 @@ def allocated_plan(
     """The plan of an allocation, with its predicted loss and the bound of the exact `solution`."""
     profile = problem.profile
     predicted = Predicted(nll=problem.loss(allocation), bound=solution.bound)
+    overrides = tuple(PlanOverride(**vars(each), units=matched(profile, each)) for each in problem.overrides)
     return assemble(
         profile.units,
         profile.unquantized,
@@ -92,6 +104,7 @@ def allocated_plan(
         budget,
         shipped,
         predicted=predicted,
+        overrides=overrides,
         **parts,
     )
 

@@ -126,6 +126,19 @@ class Search(Strict):
     task: TaskFacts | None = None
 
 
+class PlanOverride(Strict):
+    """What a person decided against the search, as it was typed, and the exact units that it named: their groups follow
+    it."""
+
+    option: Literal["keep", "set", "at-least"]
+    glob: str
+    format: str | None = None
+    units: tuple[Name, ...]
+
+    def __str__(self) -> str:
+        return f"--{self.option} '{self.glob}{f'={self.format}' if self.format else ''}'"
+
+
 class Plan(Strict):
     schema_version: Literal[4] = 4
     budget: Budget
@@ -135,6 +148,7 @@ class Plan(Strict):
     """Whose allocation this is: the uniform one's where that did better on the held-out text."""
     units: tuple[PlannedUnit, ...] = Field(min_length=1)
     unquantized: tuple[UnquantizedEntry, ...]
+    overrides: tuple[PlanOverride, ...] = ()
     distilled: bool = False
     """Scales and kept vectors are trained by KL to the full-precision model once the codes are chosen."""
     workload: Workload = NATIVE_WORKLOAD

@@ -1,11 +1,11 @@
 """The allocation problem: groups, the schemes that each can take, their bytes and predicted losses.
 
-May import: formats, search.knapsack/study, sensitivity.
+May import: formats, search.knapsack/overrides/study, sensitivity.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from bitplan.formats.errors import BudgetInfeasible
 from bitplan.formats.scheme import QuantScheme
@@ -13,6 +13,7 @@ from bitplan.formats.sizes import format_bytes
 from bitplan.formats.table import DTYPES, FORMATS
 from bitplan.search import knapsack
 from bitplan.search.knapsack import Option, Options
+from bitplan.search.overrides import Override, overridden
 from bitplan.search.study import Allocation
 from bitplan.sensitivity.profile import Profile, ProfileRow
 
@@ -27,6 +28,11 @@ class Problem:
     rows: dict[tuple[str, QuantScheme], ProfileRow]
     members: dict[str, list[str]]
     """Group → its units."""
+    formats: tuple[str, ...] | None = None
+    """What was offered; None: all that the profile has."""
+    overrides: tuple[Override, ...] = ()
+    """What cut down the options; `offered` are those before."""
+    offered: Options = field(default_factory=dict)
 
     def nbytes(self, allocation: Allocation) -> int:
         """Bytes of the whole model, unquantized tensors included."""
@@ -40,15 +46,33 @@ class Problem:
         return next(option for option in self.options[group] if option.scheme == scheme)
 
     def uniform(self, budget: int) -> list[tuple[QuantScheme, Allocation]]:
-        """Allocations of one scheme for all groups within `budget` bytes, by rising predicted loss."""
-        common = set.intersection(*({option.scheme for option in options} for options in self.options.values()))
-        uniform = [(scheme, dict.fromkeys(self.options, scheme)) for scheme in sorted(common)]
+        """Allocations of one scheme for all groups within `budget` bytes, by rising predicted loss. A group that an
+        override keeps from the scheme has its smallest option."""
+        common = set.intersection(*({option.scheme for option in options} for options in self.offered.values()))
+        uniform = []
+        for scheme in sorted(common):
+            taking = {group for group, options in self.options.items() if scheme in {o.scheme for o in options}}
+            if taking:
+                smallest = {group: min(self.options[group], key=lambda o: (o.nbytes, o.loss)) for group in self.options}
+                uniform.append((scheme, {g: scheme if g in taking else smallest[g].scheme for g in self.options}))
         fitting = [(scheme, allocation) for scheme, allocation in uniform if self.nbytes(allocation) <= budget]
         return sorted(fitting, key=lambda pair: self.loss(pair[1]))
 
 
-def problem_of(profile: Profile, formats: Sequence[str] | None = None) -> Problem:
-    """Group the profile's rows; with `formats`, only those and the checkpoint's own types."""
+def problem_of(profile: Profile, formats: Sequence[str] | None = None, overrides: Sequence[Override] = ()) -> Problem:
+    """Group the profile's rows; with `formats`, only those and the checkpoint's own types. Overrides bind whole groups.
+
+    Raises UsageError for an override that matches nothing, or leaves a group without a format.
+    """
+    made = _grouped(profile, formats)
+    if not overrides:
+        return made
+    every = _grouped(profile, None).options
+    options = overridden(profile, made.options, every, made.members, overrides)
+    return replace(made, options=options, overrides=tuple(overrides))
+
+
+def _grouped(profile: Profile, formats: Sequence[str] | None) -> Problem:
     rows = {(row.unit, QuantScheme(row.format, row.rounding)): row for row in profile.rows}
     native = {unit.name: DTYPES[unit.dtype] for unit in profile.units}
     schemes: dict[str, list[QuantScheme]] = defaultdict(list)
@@ -65,7 +89,8 @@ def problem_of(profile: Profile, formats: Sequence[str] | None = None) -> Proble
             Option(scheme, sum(rows[n, scheme].bytes for n in names), sum(rows[n, scheme].cost for n in names))
             for scheme in shared
         ]
-    return Problem(profile, options, rows, dict(members))
+    offered = None if formats is None else tuple(formats)
+    return Problem(profile, options, rows, dict(members), offered, offered=options)
 
 
 def refuse_infeasible(problem: Problem, budget: int, requested: str) -> None:
@@ -75,6 +100,8 @@ def refuse_infeasible(problem: Problem, budget: int, requested: str) -> None:
     least = knapsack.floor(problem.options) + unquantized
     if budget >= least:
         return
+    if knapsack.floor(problem.offered) + unquantized <= budget:
+        raise BudgetInfeasible(_overrides_too_big(problem, least, budget, requested))
     parameters = problem.profile.provenance.model.parameters
     names = {option.scheme.format for options in problem.options.values() for option in options}
     in_large = {name: format.nbytes(4096, 4096) for name, format in FORMATS.items()}
@@ -86,4 +113,19 @@ def refuse_infeasible(problem: Problem, budget: int, requested: str) -> None:
         f"{requested} is {budget:,} bytes, and the least that the formats {', '.join(sorted(names))} allow is"
         f" {least:,} bytes ({format_bytes(least)}, {least * 8 / parameters:.3f} bits per weight), of which"
         f" {unquantized:,} bytes are {len(problem.profile.unquantized)} unquantized tensors: {', or '.join(ways)}"
+    )
+
+
+def _overrides_too_big(problem: Problem, least: int, budget: int, requested: str) -> str:
+    """Which overrides a budget cannot hold, and by how much."""
+    extra = {}
+    for override in problem.overrides:
+        others = [each for each in problem.overrides if each != override]
+        without = problem_of(problem.profile, problem.formats, others)
+        extra[override] = knapsack.floor(problem.options) - knapsack.floor(without.options)
+    worst = sorted(problem.overrides, key=lambda override: -extra[override])
+    takes = ", ".join(f"{override} takes {extra[override]:,} bytes more than without it" for override in worst)
+    return (
+        f"{requested} is {budget:,} bytes, and the overrides need at least {least:,}, {least - budget:,} more: {takes};"
+        f" drop one, or raise the budget to at least --budget {least}B"
     )

@@ -264,7 +264,7 @@ class TestBadInput:
         start = ("plan", model, *LITTLE, *FORMATS_OPTION, "-o", output)
         refused(3, "raise the budget to at least --budget", *start, "--budget", "20KiB")
         refused(3, "unquantized tensors", *start, "--bpw", "1.5")
-        refused(3, "or drop --keep", *start, "--bpw", "3", "--keep", "*mlp*")
+        refused(3, "the overrides need at least", *start, "--bpw", "3", "--keep", "*mlp*")
 
     def test_budget_words(self, refused, checkpoint):
         refused(2, "could mean bits or bytes", "plan", checkpoint("llama"), "--budget", "3gb")

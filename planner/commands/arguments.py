@@ -115,6 +115,9 @@ def _candidates(parser: argparse.ArgumentParser) -> None:
     _finish(parser)
     if parser.prog.endswith((" audit", " plan")):
         parser.add_argument("--keep", action="append", default=[], metavar="GLOB", help="leave these units as they are")
+    if parser.prog.endswith(" plan"):
+        for option, help in (("--set", "give these units this format"), ("--at-least", "or one of no fewer bytes")):
+            parser.add_argument(option, action="append", default=[], metavar="GLOB=FORMAT", help=help)
 
 
 def _finish(parser: argparse.ArgumentParser) -> None:

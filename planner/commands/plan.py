@@ -1,8 +1,10 @@
 """`bitplan plan`. May import: everything."""
 
 from argparse import Namespace
+from collections.abc import Sequence
 
-from bitplan.formats.errors import PlanMismatch, UsageError
+from bitplan.formats.errors import FormatUnavailable, PlanMismatch, UsageError
+from bitplan.formats.table import FORMATS
 from bitplan.planner.assemble import Finish, quick_plan
 from bitplan.planner.commands.common import candidate_formats, emit, log, tasks_of, texts_of
 from bitplan.planner.memory.budget import (
@@ -19,11 +21,12 @@ from bitplan.planner.plan import Budget
 from bitplan.planner.report.memory import device_budget_text, kv_cache_text
 from bitplan.planner.report.show import plan_text
 from bitplan.planner.select import make_plan
+from bitplan.search.overrides import Override, followers, parse_overrides
 from bitplan.search.problem import problem_of, refuse_infeasible
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.audit import audit, sizes
 from bitplan.sensitivity.profile import Profile, read, write
-from bitplan.sensitivity.session import open_session, recall_texts
+from bitplan.sensitivity.session import Session, open_session, recall_texts
 from bitplan.sensitivity.source import Source
 from bitplan.sensitivity.store import refuse_overwrite
 from bitplan.sensitivity.texts.text import Texts
@@ -36,6 +39,7 @@ def run(arguments: Namespace) -> None:
     if arguments.task and not arguments.trials:
         raise UsageError("--task judges whole plans, and --trials 0 judges none: give --trials 1 or more")
     refuse_unclear({f"--{name}": getattr(arguments, name) for name in ("budget", "bpw", "fraction", "gpu")})
+    overrides = parse_overrides(arguments.keep, arguments.set, arguments.at_least)
     found = find_device(arguments.gpu, arguments.device) if arguments.gpu else None
     if found is None:
         budget_bytes(arguments.budget, arguments.bpw, arguments.fraction, 1)  # its words, before any work
@@ -58,7 +62,7 @@ def run(arguments: Namespace) -> None:
         log(kv_cache_text(source, checkpoint_dtype(source)))
 
     def budget_of(profile: Profile, formats: tuple[str, ...] | None) -> Budget:
-        problem = problem_of(profile, formats)
+        problem = problem_of(profile, formats, overrides)
         if found is not None:
             return device_budget(found, arguments.reserve, source, problem, workload, report)
         size, requested = budget_bytes(
@@ -69,18 +73,21 @@ def run(arguments: Namespace) -> None:
         return budget
 
     if arguments.profile:
-        if arguments.keep:
-            raise UsageError("--keep is settled by the profile: give it to `bitplan audit`")
         profile, session = read(arguments.profile, Profile), None
         _check_profile(profile, source, formats if arguments.formats else ())
         budget = budget_of(profile, formats if arguments.formats else None)
         if arguments.trials:
             session = open_session(source, _profile_texts(arguments, profile, source), _kept(profile), arguments.device)
     else:
-        session = open_session(source, texts_of(arguments, source), tuple(arguments.keep), arguments.device)
-        budget = budget_of(sizes(session, formats, arguments.rounding), None)
-        profile = audit(session, formats, arguments.rounding)
-    problem = problem_of(profile, formats if arguments.formats else None)
+        session = open_session(source, texts_of(arguments, source), device=arguments.device)
+        audited = tuple(dict.fromkeys((*formats, *_named(overrides, session))))
+        budget = budget_of(sizes(session, audited, arguments.rounding), formats)
+        profile = audit(session, audited, arguments.rounding)
+    problem = problem_of(profile, formats if arguments.formats or not arguments.profile else None, overrides)
+    for override in overrides:
+        if follow := followers(profile, override):
+            more = f" and {len(follow) - 3} more" if len(follow) > 3 else ""
+            log(f"{override} also holds for {', '.join(follow[:3])}{more}, which share a group with what it names")
     finish = Finish(arguments.rounding, bool(arguments.heal))
     if arguments.trials and session is not None:
         made = make_plan(
@@ -113,6 +120,16 @@ def _check_profile(profile: Profile, source: Source, formats: tuple[str, ...]) -
         raise UsageError(
             f"the profile has no rows for {', '.join(unknown)}: audit with --formats first (the cache helps)"
         )
+
+
+def _named(overrides: Sequence[Override], session: Session) -> list[str]:
+    """The formats that overrides name, beside the checkpoint's own types. Raises FormatUnavailable."""
+    own = {unit.native for unit in session.graph.units}
+    named = [override.format for override in overrides if override.format and override.format not in own]
+    for name in named:
+        if reason := FORMATS[name].unavailable():
+            raise FormatUnavailable(f"{name} cannot run here: {reason}")
+    return named
 
 
 def _kept(profile: Profile) -> tuple[str, ...]:

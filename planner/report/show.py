@@ -51,6 +51,8 @@ def _padding(unit: PlannedUnit) -> str | None:
 
 def _figures(plan: Plan) -> list[str]:
     lines = [f"rounding: {plan.rounding}"]
+    for each in plan.overrides:
+        lines.append(f"override {each}: {len(each.units)} units")
     if plan.workload != NATIVE_WORKLOAD:
         lines.append(_workload_text(plan))
     if plan.research:
