@@ -11,8 +11,9 @@ from bitplan.formats.kernels.dispatch import Machine, named_machine
 from bitplan.formats.kv.cache import KVCache
 from bitplan.planner.load import load
 from bitplan.planner.memory import budget as budgets
+from bitplan.planner.memory import device as devices
 from bitplan.planner.memory.budget import RESERVE, plan_memory
-from bitplan.planner.memory.device import CUDA_CONTEXT, find_device
+from bitplan.planner.memory.device import CUDA_CONTEXT, cgroup_free, find_device, free_memory
 from bitplan.planner.plan import NATIVE_WORKLOAD, Plan
 from bitplan.sensitivity import source as sources
 from tests.test_cli import LITTLE, run, text  # noqa: F401 (fixtures)
@@ -120,6 +121,67 @@ def test_a_full_device_is_refused_before_loading(plan, checkpoint, monkeypatch):
     monkeypatch.setattr(budgets, "free_memory", lambda device: made.bytes - 1)
     with pytest.raises(BitplanError, match=r"make a plan for a smaller budget$"):
         load(made.model_copy(update={"workload": NATIVE_WORKLOAD}), checkpoint("llama", torch.bfloat16))
+
+
+MB = 1 << 20
+LIMITS = {
+    "v2": ("0::/user/app\n", "{path}", "memory.max", "memory.current", "inactive_file"),
+    "v1": (
+        "3:cpu,cpuacct:/user/app\n2:memory:/user/app\n",
+        "memory/{path}",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+}
+
+
+@pytest.fixture
+def group(tmp_path, monkeypatch):
+    """group(version, path, limit) writes one control group, of which 100 MiB are used, 30 by file pages."""
+
+    def write(version: str, path: str, limit: str) -> None:
+        lines, place, most, used, pages = LIMITS[version]
+        (tmp_path / "membership").write_text(lines)
+        folder = tmp_path / place.format(path=path)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / most).write_text(f"{limit}\n")
+        (folder / used).write_text(f"{100 * MB}\n")
+        (folder / "memory.stat").write_text(f"anon {70 * MB}\n{pages} {30 * MB}\n")
+
+    def found() -> list[int]:
+        return sorted(cgroup_free(tmp_path, tmp_path / "membership"))
+
+    monkeypatch.setattr(devices, "cgroup_free", found)
+    write.found = found
+    return write
+
+
+class TestControlGroups:
+    @pytest.mark.parametrize("version", ["v1", "v2"])
+    def test_the_limits_of_a_group_and_of_those_above_it(self, group, version):
+        group(version, "user/app", str(300 * MB))
+        group(version, "user", str(250 * MB))
+        group(version, "elsewhere", str(110 * MB))
+        assert group.found() == [180 * MB, 230 * MB]
+        assert free_memory("cpu") == 180 * MB
+
+    @pytest.mark.parametrize("version", ["v1", "v2"])
+    def test_in_a_container_the_mounted_root_has_the_limit(self, group, version):
+        group(version, ".", str(120 * MB))  # the path of membership, the host's, is not there
+        assert free_memory("cpu") == 50 * MB
+
+    def test_more_used_than_allowed_leaves_nothing(self, group):
+        group("v2", "user/app", str(10 * MB))
+        assert free_memory("cpu") == 0
+
+    def test_without_limits_it_is_the_systems(self, group, monkeypatch):
+        monkeypatch.setattr(devices.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 7 * MB}))
+        assert free_memory("cpu") == 7 * MB  # no groups at all
+        group("v2", "user/app", "max")
+        assert group.found() == []
+        group("v1", "user/app", str(2**63 - 4096))
+        assert free_memory("cpu") == 7 * MB
 
 
 def test_show_tells_the_kernels_and_why(run, plan, tmp_path):  # noqa: F811

@@ -1,7 +1,9 @@
 """A device: what it is, and what it has free. May import: formats, sensitivity.session."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
+import psutil
 import torch
 
 from bitplan.formats.errors import UsageError
@@ -37,9 +39,47 @@ def find_device(gpu: str, device: str) -> Device:
 
 
 def free_memory(device: str) -> int:
-    """Bytes that a process can still allocate there."""
+    """Bytes that a process can still allocate there: on a CPU, what the system has available and what the limits of the
+    process's control groups leave of it."""
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0])
-    with open("/proc/meminfo") as file:
-        facts = dict(line.split(":") for line in file)
-    return int(facts["MemAvailable"].split()[0]) * 1024
+    return min([psutil.virtual_memory().available, *cgroup_free()])
+
+
+def cgroup_free(mounts: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """Bytes left under the memory limit of each control group (v1 and v2) that the process is in, the groups above it
+    included, since each of them limits it. Empty where there are none, as outside of Linux. `membership` has a line
+    "hierarchy:controllers:path" for each hierarchy."""
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return []
+    left = []
+    roots: tuple[Path, ...]
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            roots, names = (mounts, mounts / "unified"), ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            roots = (mounts / "memory",)
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        # In a container the path may be the host's, of which only the end, or the root alone, is mounted.
+        here = Path(path.lstrip("/"))
+        folders = {root / part for root in roots for part in (here, *here.parents) if ".." not in part.parts}
+        left += [free for folder in folders if (free := _group_free(folder, *names)) is not None]
+    return left
+
+
+def _group_free(folder: Path, limit: str, usage: str, reclaimable: str) -> int | None:
+    """Limit minus usage of one group, None where it sets no limit. Pages of files that were not read lately (a
+    checkpoint's, say) count as used, but the kernel gives them back before it refuses an allocation."""
+    try:
+        most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
+        if most == "max":
+            return None
+        facts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return max(0, int(most) - used + int(facts.get(reclaimable, 0)))
+    except OSError:
+        return None
