@@ -5,6 +5,7 @@ its packed twin. A parameter p becomes integer parameters p, p_scale, p_zero. Ma
 transformers' Conv1D.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,6 +49,17 @@ def is_transposed(module: nn.Module) -> bool:
     return isinstance(module, Conv1D) or getattr(module, "is_transposed", False) is True
 
 
+class _Shadows(threading.local):
+    """Tensors that modules answer with in this thread alone: others may run the same modules at the same time."""
+
+    def __init__(self) -> None:
+        self.of: dict[int, Tensors] = {}
+        """By the module's id."""
+
+
+_SHADOWS = _Shadows()
+
+
 class Packed(nn.Module):
     """Holds the packed parameters' slots. The packed tensors are ordinary parameters without gradients."""
 
@@ -65,16 +77,6 @@ class Packed(nn.Module):
             weight = weight.unflatten(0, (slot.experts, slot.rows))
         return weight.transpose(-1, -2) if slot.transposed else weight
 
-    @contextmanager
-    def shadowed(self, values: Tensors) -> Iterator[None]:
-        """While inside, attributes named in `values` answer with these tensors instead of the packed parameters."""
-        self.__dict__.update(values)
-        try:
-            yield
-        finally:
-            for name in values:
-                del self.__dict__[name]
-
     def extra_repr(self) -> str:
         packed = ", ".join(f"{name}={slot.format.name}" for name, slot in self.slots.items())
         return ", ".join(filter(None, (super().extra_repr(), packed)))
@@ -90,7 +92,30 @@ class PackedLinear(Packed):
         return linear(slot.format, x, self.tensors(), slot.columns, self.bias)
 
 
-class PackedEmbedding(Packed, nn.Embedding):
+class Shadowed(Packed):
+    """Packed modules whose own code reads the weight: it finds another tensor by the parameter's name."""
+
+    @contextmanager
+    def shadowed(self, values: Tensors) -> Iterator[None]:
+        """While inside, in this thread, attributes named in `values` answer with these tensors instead of the packed
+        parameters."""
+        before = _SHADOWS.of.get(id(self))
+        _SHADOWS.of[id(self)] = values
+        try:
+            yield
+        finally:
+            if before is None:
+                del _SHADOWS.of[id(self)]
+            else:
+                _SHADOWS.of[id(self)] = before
+
+    def __getattr__(self, name: str) -> Any:
+        # Parameters do not lie in __dict__, so every read of one comes here.
+        shadows = _SHADOWS.of.get(id(self), {})
+        return shadows[name] if name in shadows else super().__getattr__(name)
+
+
+class PackedEmbedding(Shadowed, nn.Embedding):
     """Embedding: only the rows looked up are dequantized."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -98,7 +123,7 @@ class PackedEmbedding(Packed, nn.Embedding):
         return slot.format.take_rows(self.tensors(), input, slot.columns, slot.dtype)
 
 
-class PackedOther(Packed):
+class PackedOther(Shadowed):
     """Any other forward (experts, subclasses): runs as written, on weights dequantized for the call."""
 
     def forward(self, *args, **kwargs):

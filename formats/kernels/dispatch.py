@@ -6,6 +6,7 @@ May import: formats.base, formats.bnb, formats.errors, formats.floats, formats.k
 """
 
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,17 +73,20 @@ def named_machine(name: str) -> Machine:
 
 
 _ASSUMED = [Machine("cpu")]
+_ASSUMING = threading.RLock()
+"""Held while a machine is assumed: what is assumed holds for the whole process."""
 
 
 @contextmanager
 def as_if_on(assumed: Machine) -> Iterator[None]:
     """A context in which meta tensors are dispatched as tensors on `assumed` would be."""
-    before = _ASSUMED[0], TILE.get("meta", LARGE_TILE)
-    _ASSUMED[0], TILE["meta"] = assumed, TILE.get(assumed.kind, LARGE_TILE)
-    try:
-        yield
-    finally:
-        _ASSUMED[0], TILE["meta"] = before
+    with _ASSUMING:
+        before = _ASSUMED[0], TILE.get("meta", LARGE_TILE)
+        _ASSUMED[0], TILE["meta"] = assumed, TILE.get(assumed.kind, LARGE_TILE)
+        try:
+            yield
+        finally:
+            _ASSUMED[0], TILE["meta"] = before
 
 
 @cache
