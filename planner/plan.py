@@ -121,8 +121,8 @@ class Search(Strict):
     best_trial: int
     loss: float
     """Of the best trial."""
-    first_loss: float
-    """Of the unbent knapsack's solution."""
+    first_loss: float | None
+    """Of the unbent knapsack's solution; null where it was not finite."""
     task: TaskFacts | None = None
 
 

@@ -3,6 +3,7 @@
 May import: formats, sensitivity, search, planner.assemble/evaluate/load/plan/quantize.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +63,7 @@ def make_plan(
     best, exact = search(problem.options, available, evaluated, trials=trials, journal=journal, name=key)
     uniform_allocations = problem.uniform(budget.weights)[:EVALUATED_UNIFORM]
     candidates = [(evaluated(allocation), scheme, allocation) for scheme, allocation in uniform_allocations]
+    candidates = [candidate for candidate in candidates if math.isfinite(candidate[0])]
     cache_loss = None
     if workload.kv_format != "native":
         alone = objective.heldout(session.model, workload.kv_format)
@@ -83,7 +85,11 @@ def make_plan(
         return objective.heldout(model, workload.kv_format)
 
     facts = Search(
-        trials=best.trials, best_trial=best.trial, loss=best.loss, first_loss=best.first_loss, task=objective.task
+        trials=best.trials,
+        best_trial=best.trial,
+        loss=best.loss,
+        first_loss=best.first_loss if math.isfinite(best.first_loss) else None,
+        task=objective.task,
     )
     parts: dict[str, Any] = {"search": facts, "workload": workload, "kv_cache_loss": cache_loss}
     plan = allocated_plan(problem, best.allocation, budget, exact, finish, **parts)

@@ -16,6 +16,7 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
+from bitplan.formats.errors import BitplanError
 from bitplan.formats.scheme import QuantScheme
 from bitplan.search.knapsack import Options, Solution, solve
 from bitplan.sensitivity.progress import progress
@@ -35,6 +36,7 @@ class Best:
     first_loss: float
     """Of the first trial, the unbent knapsack's solution."""
     trial: int
+    """Its place among the finished trials, from 0; the same whether the study was interrupted or not."""
     trials: int
 
 
@@ -70,7 +72,8 @@ def search(
 ) -> tuple[Best, Solution]:
     """Run a study up to `trials` trials in all. Returns the best candidate, and the unbent knapsack's solution.
 
-    `judge(allocation)` gives what is to be least: KL on the search text, or a task's nats. Raises BudgetInfeasible.
+    `evaluate(allocation)` gives what is to be least: KL on the search text, or a task's nats. A loss that is not finite
+    counts as infinitely bad. Raises BudgetInfeasible, and BitplanError where no trial has a finite loss.
     """
     exact = solve(problem, budget)
     roles = sorted({role(group) for group in problem})
@@ -98,19 +101,31 @@ def search(
         key = indices(allocation)
         trial.set_user_attr("indices", list(key))
         if key not in evaluated:
-            evaluated[key] = evaluate(allocation)
+            loss = evaluate(allocation)
+            # Optuna fails a trial that returns NaN, and failed trials are not counted.
+            evaluated[key] = loss if math.isfinite(loss) else math.inf
         return evaluated[key]
 
     bar = progress(total=trials, initial=len(finished()), desc="trials", unit="plan")
     while (done := len(finished())) < trials:
-        # Seeded by place, so that a resumed study draws what an uninterrupted one would have drawn.
-        study.sampler = optuna.samplers.TPESampler(seed=seed + done, multivariate=True, n_startup_trials=1 + len(roles))
-        if done == 0:
+        # Seeded by place and from finished trials only, so that a resumed study draws what an uninterrupted one would
+        # have drawn: the constant liar, Optuna 5's default, also counts trials that a kill left running.
+        study.sampler = optuna.samplers.TPESampler(
+            seed=seed + done, multivariate=True, n_startup_trials=1 + len(roles), constant_liar=False
+        )
+        if done == 0 and not study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,)):
             study.enqueue_trial({"power": 1.0, "slope": 0.0, **{f"role {name}": 0.0 for name in roles}})
         study.optimize(objective, n_trials=1)
         bar.update()
         bar.set_postfix(loss=f"{study.best_value:.5f}", refresh=False)
     bar.close()
-    best = min(finished(), key=lambda trial: (_value(trial), trial.number))
+    trials_done = finished()
+    place = min(range(done), key=lambda i: _value(trials_done[i]))
+    best = trials_done[place]
+    if not math.isfinite(_value(best)):
+        raise BitplanError(
+            f"none of the {done} plans that were tried has a finite loss: give other --formats, or leave the weights"
+            " that overflow unquantized by --keep"
+        )
     allocation = {group: options[group][i] for group, i in zip(problem, best.user_attrs["indices"], strict=True)}
-    return Best(allocation, _value(best), _value(finished()[0]), best.number, done), exact
+    return Best(allocation, _value(best), _value(trials_done[0]), place, done), exact

@@ -81,7 +81,7 @@ def test_a_plan_for_a_task(run, checkpoint, text, tmp_path):  # noqa: F811
     assert "measured on 20 held-out items of mine: accuracy" in out and "loss on 20 items of mine" in out
     plan = read(file, Plan)
     assert plan.search and plan.search.task and plan.measured and plan.measured.task and plan.uniform
-    assert plan.search.loss <= plan.search.first_loss
+    assert plan.search.first_loss is not None and plan.search.loss <= plan.search.first_loss
     task = task_of(checkpoint, tmp_path, CHOICE)
     assert plan.search.task.sha256 == task.fingerprint
 

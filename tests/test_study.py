@@ -1,5 +1,11 @@
-import pytest
+import math
 
+import optuna
+import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from bitplan.formats.errors import BitplanError
 from bitplan.formats.scheme import QuantScheme
 from bitplan.search.knapsack import Option, solve
 from bitplan.search.study import bend, role, search
@@ -53,6 +59,76 @@ def test_a_study_that_was_cut_short_ends_as_it_would_have(tmp_path):
         search(PROBLEM, BUDGET, interrupted, trials=12, journal=tmp_path / "cut", name="s")
     resumed, _ = search(PROBLEM, BUDGET, evaluate, trials=12, journal=tmp_path / "cut", name="s")
     assert (resumed.allocation, resumed.loss) == (whole.allocation, whole.loss)
+
+
+class Killed(BaseException):
+    """What Optuna does not catch: the trial stays RUNNING, as after SIGKILL."""
+
+
+def trials(journal, state):
+    study = optuna.load_study(study_name="s", storage=JournalStorage(JournalFileBackend(str(journal))))
+    return study.get_trials(states=(state,))
+
+
+@pytest.mark.parametrize("killed_at", [1, 2, 5], ids=["first", "startup", "tpe"])
+def test_a_killed_study_draws_and_ends_as_it_would_have(tmp_path, killed_at):
+    whole, _ = search(PROBLEM, BUDGET, evaluate, trials=14, journal=tmp_path / "whole", name="s")
+    calls = 0
+
+    def killed(allocation):
+        nonlocal calls
+        calls += 1
+        if calls == killed_at:
+            raise Killed
+        return evaluate(allocation)
+
+    with pytest.raises(Killed):
+        search(PROBLEM, BUDGET, killed, trials=14, journal=tmp_path / "cut", name="s")
+    assert len(trials(tmp_path / "cut", optuna.trial.TrialState.RUNNING)) == 1
+    resumed, _ = search(PROBLEM, BUDGET, evaluate, trials=14, journal=tmp_path / "cut", name="s")
+    assert resumed == whole
+    drawn = [[t.params for t in trials(tmp_path / name, optuna.trial.TrialState.COMPLETE)] for name in ("whole", "cut")]
+    assert drawn[0] == drawn[1]
+
+
+def test_a_study_killed_before_its_first_trial_evaluates_the_knapsacks_plan_once(tmp_path, monkeypatch):
+    whole, _ = search(PROBLEM, BUDGET, evaluate, trials=6, journal=tmp_path / "whole", name="s")
+
+    def killed(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(optuna.Study, "optimize", killed)
+        search(PROBLEM, BUDGET, evaluate, trials=6, journal=tmp_path / "cut", name="s")
+    resumed, _ = search(PROBLEM, BUDGET, evaluate, trials=6, journal=tmp_path / "cut", name="s")
+    assert resumed == whole
+    unbent = [t for t in trials(tmp_path / "cut", optuna.trial.TrialState.COMPLETE) if t.params["power"] == 1.0]
+    assert len(unbent) == 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("which", ["first", "later"])
+def test_a_loss_that_is_not_finite_is_infinitely_bad(tmp_path, bad, which):
+    calls = []
+
+    def some_bad(allocation):
+        calls.append(allocation)
+        assert len(calls) <= 10, "the study does not end"
+        return bad if (len(calls) == 1) == (which == "first") else evaluate(allocation)
+
+    best, _ = search(PROBLEM, BUDGET, some_bad, trials=10, journal=tmp_path / "j", name="s")
+    assert best.trials == 10
+    assert best.loss == evaluate(best.allocation)
+    assert (best.trial == 0) == (which == "later")
+    assert math.isinf(best.first_loss) == (which == "first")
+    again, _ = search(PROBLEM, BUDGET, lambda a: pytest.fail("again"), trials=10, journal=tmp_path / "j", name="s")
+    assert again == best
+
+
+def test_a_study_without_any_finite_loss_is_one_sentence(tmp_path):
+    for _ in range(2):  # also when it is read back
+        with pytest.raises(BitplanError, match="none of the 4 plans that were tried has a finite loss"):
+            search(PROBLEM, BUDGET, lambda a: math.nan, trials=4, journal=tmp_path / "j", name="s")
 
 
 def test_a_finished_study_is_not_run_again(tmp_path):

@@ -65,7 +65,8 @@ def _figures(plan: Plan) -> list[str]:
     if plan.search:
         s = plan.search
         of = f"loss on {s.task.search_items} items of {s.task.name}" if s.task else "KL on the search text"
-        lines.append(f"search: {s.trials} trials, {of} {s.first_loss:.5f} → {s.loss:.5f}")
+        first = "not finite" if s.first_loss is None else f"{s.first_loss:.5f}"
+        lines.append(f"search: {s.trials} trials, {of} {first} → {s.loss:.5f}")
     if plan.measured:
         m = plan.measured
         lines.append(
