@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _unforeseen(error: Exception) -> str:
+    from bitplan.formats.errors import first_line
     from bitplan.sensitivity.store import cache_folder
 
     if "out of memory" in str(error).lower() or isinstance(error, MemoryError):
@@ -46,8 +47,8 @@ def _unforeseen(error: Exception) -> str:
         inside = str(cache_folder()) in str(error.filename)
         hint = ": it is in the cache; set BITPLAN_CACHE to a folder that can be written" if inside else ""
         return f"{error.filename}: {error.strerror}{hint}"
-    reason = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {reason} (set BITPLAN_DEBUG=1 for the whole trace)"
+    name, reason = type(error).__name__, first_line(error)
+    return f"{name if reason == name else f'{name}: {reason}'} (set BITPLAN_DEBUG=1 for the whole trace)"
 
 
 def _quiet_libraries() -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from bitplan.formats.errors import FileInvalid
+from bitplan.formats.errors import FileInvalid, first_line
 from bitplan.formats.table import DTYPES, stored_bytes
 from bitplan.sensitivity.graph import Unit, Unquantized
 from bitplan.sensitivity.store import write_text
@@ -154,7 +154,7 @@ def read(path: Path, kind: type[Model]) -> Model:
     try:
         return kind.model_validate_json(path.read_bytes())
     except OSError as error:
-        raise FileInvalid(f"cannot read {path}: {error.strerror}") from None
+        raise FileInvalid(f"cannot read {path}: {error.strerror or first_line(error)}") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))

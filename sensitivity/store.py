@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bitplan.formats.errors import BitplanError, UsageError
+from bitplan.formats.errors import BitplanError, UsageError, first_line
 
 IN_MEMORY = 1 << 30
 """Bytes above which a tensor of hidden states or probabilities lies in a file."""
@@ -28,21 +28,28 @@ def cache_folder() -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside, then rename. Raises BitplanError where the folder cannot be written."""
+    """Write beside, then rename; of a symbolic link, what it points to is replaced. Raises BitplanError where the file
+    cannot be written; the old one is then as it was."""
+    target, part = Path(os.path.realpath(path)), None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, suffix=".part", delete=False) as file:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=target.parent, prefix=target.name, suffix=".part", delete=False
+        ) as file:
+            part = Path(file.name)
             file.write(text)
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
+        part.chmod(0o644)
+        os.replace(part, target)
     except OSError as error:
-        raise BitplanError(f"cannot write {path}: {error.strerror}") from None
+        if part is not None:
+            part.unlink(missing_ok=True)
+        raise BitplanError(f"cannot write {path}: {error.strerror or first_line(error)}") from None
 
 
 def refuse_overwrite(path: Path | None, force: bool) -> None:
     """Raises UsageError where `path` exists and `force` was not given, or cannot be written; asked before any work."""
     if path is not None:
-        above = next(parent for parent in path.absolute().parents if parent.exists())
+        above = next(parent for parent in Path(os.path.realpath(path)).parents if parent.exists())
         if not above.is_dir() or not os.access(above, os.W_OK):
             raise UsageError(f"cannot write {path}: {above} is no folder that can be written")
     if path is not None and path.exists() and not force:

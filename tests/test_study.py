@@ -127,7 +127,7 @@ def test_a_loss_that_is_not_finite_is_infinitely_bad(tmp_path, bad, which):
 
 def test_a_study_without_any_finite_loss_is_one_sentence(tmp_path):
     for _ in range(2):  # also when it is read back
-        with pytest.raises(BitplanError, match="none of the 4 plans that were tried has a finite loss"):
+        with pytest.raises(BitplanError, match=r"none of the 4 plans that were tried has a finite loss"):
             search(PROBLEM, BUDGET, lambda a: math.nan, trials=4, journal=tmp_path / "j", name="s")
 
 

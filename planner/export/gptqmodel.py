@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bitplan.formats.errors import ModelUnreadable
+from bitplan.formats.errors import ModelUnreadable, first_line
 from bitplan.formats.modules import is_experts
 from bitplan.planner.export.gptq_layout import (
     joined_experts,
@@ -80,5 +80,4 @@ def skeleton(source: Source) -> Any:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelUnreadable(f"transformers cannot make {source.model} as a causal LM: {reason}") from error
+        raise ModelUnreadable(f"transformers cannot make {source.model} as a causal LM: {first_line(error)}") from error

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache
 
-from bitplan.formats.errors import FormatUnavailable
+from bitplan.formats.errors import FormatUnavailable, first_line
 from bitplan.formats.kv.cache import keeps_tokens
 from bitplan.formats.kv.rows import KVFormat, kv_format_named
 
@@ -114,9 +114,10 @@ def _after_one_token(config: PreTrainedConfig, dtype: torch.dtype) -> DynamicCac
         token = torch.zeros(1, 1, dtype=torch.long, device="meta")
         model(input_ids=token, past_key_values=held, use_cache=True)
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
+        name, reason = type(error).__name__, first_line(error)
         raise FormatUnavailable(
-            f"the cache of {config.model_type} cannot be sized from its config: {type(error).__name__}: {reason}"
+            f"the cache of {config.model_type} cannot be sized from its config:"
+            f" {name if reason == name else f'{name}: {reason}'}"
         ) from error
     return held
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel
 
-from bitplan.formats.errors import BitplanError, ModelUnreadable, UsageError
+from bitplan.formats.errors import BitplanError, ModelUnreadable, UsageError, first_line
 from bitplan.planner.plan import Plan
 from bitplan.planner.report.show import plan_text
 from bitplan.sensitivity import source as sources
@@ -124,25 +124,40 @@ def _is_empty(folder: Path) -> bool:
 def written_beside(folder: Path, force: bool) -> Iterator[Path]:
     """A new folder to write into, which is renamed to `folder` at the end, or removed where that is not reached.
 
-    Raises BitplanError where the folder cannot be written.
+    Of a symbolic link, what it points to is replaced. An old folder is renamed aside and removed once the new one is
+    in its place. Raises BitplanError where the folder cannot be written; the old one is then as it was.
     """
+    target = Path(os.path.realpath(folder))
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
-        raise BitplanError(f"cannot write {folder}: {error.strerror}") from None
+        raise BitplanError(f"cannot write {folder}: {error.strerror or first_line(error)}") from None
     try:
         yield part
         for file in part.iterdir():
             file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors' writer leaves its file to the user alone
         part.chmod(0o755)
-        if folder.exists() and force:
-            shutil.rmtree(folder)
-        os.rename(part, folder)
+        _replace(target, part, force)
     except OSError as error:
-        raise BitplanError(f"cannot write {folder}: {error.strerror}") from None
+        raise BitplanError(f"cannot write {folder}: {error.strerror or first_line(error)}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _replace(target: Path, part: Path, force: bool) -> None:
+    """Rename the folder `part` to `target`, in place of an old folder with `force`."""
+    if not (force and target.is_dir()):
+        os.rename(part, target)
+        return
+    old = part.with_name(f"{part.name}.old")
+    os.rename(target, old)
+    try:
+        os.rename(part, target)
+    except OSError:
+        os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_papers(part: Path, plan: Plan, source: Source, layout: Layout) -> None:

@@ -1,0 +1,123 @@
+"""Files and folders that replace others: whole or not at all, also through symbolic links; errors without a message."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from bitplan.formats.errors import BitplanError, FormatUnavailable, ModelUnreadable, UsageError, first_line
+from bitplan.planner import cli
+from bitplan.planner.export import gptqmodel
+from bitplan.planner.memory import kv_size
+from bitplan.planner.report.model_card import refuse_folder, written_beside
+from bitplan.sensitivity.source import Source
+from bitplan.sensitivity.store import refuse_overwrite, write_text
+
+
+def model_folder(path, content):
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(content)
+    return path
+
+
+def save(folder, content, force=True):
+    refuse_folder(folder, force)
+    with written_beside(folder, force) as part:
+        (part / "config.json").write_text(content)
+
+
+@pytest.mark.parametrize("before", ["nothing", "empty", "model"])
+@pytest.mark.parametrize("linked", [False, True], ids=["folder", "link"])
+def test_a_saved_folder_replaces_what_its_name_means(tmp_path, before, linked):
+    target = tmp_path / "elsewhere" / "models" / "target"
+    if before != "nothing":
+        target.mkdir(parents=True)
+    if before == "model":
+        (target / "config.json").write_text("old")
+        (target / "stale").write_text("old")
+    folder = target
+    if linked:
+        folder = tmp_path / "link"
+        folder.symlink_to(target, target_is_directory=True)
+    save(folder, "new")
+    assert {file.name: file.read_text() for file in target.iterdir()} == {"config.json": "new"}
+    assert folder.is_symlink() == linked
+    assert os.listdir(target.parent) == ["target"]  # nothing left beside
+
+
+@pytest.mark.parametrize("linked", [False, True], ids=["folder", "link"])
+def test_the_old_folder_is_whole_where_the_new_one_cannot_take_its_place(tmp_path, monkeypatch, linked):
+    target = model_folder(tmp_path / "models" / "target", "old")
+    folder = target
+    if linked:
+        folder = tmp_path / "link"
+        folder.symlink_to(target, target_is_directory=True)
+    rename, calls = os.rename, []
+
+    def second_fails(source, to):
+        calls.append(to)
+        if len(calls) == 2:
+            raise OSError("no reason")
+        rename(source, to)
+
+    monkeypatch.setattr(os, "rename", second_fails)
+    with pytest.raises(BitplanError, match=r"cannot write .*: no reason$"):
+        save(folder, "new")
+    assert (folder / "config.json").read_text() == "old"
+    assert os.listdir(target.parent) == ["target"]
+
+
+def test_a_file_or_a_full_folder_without_force_is_not_replaced(tmp_path):
+    full, file = model_folder(tmp_path / "full", "old"), tmp_path / "file"
+    file.write_text("old")
+    for path, force in ((full, False), (file, True)):
+        with pytest.raises(UsageError):
+            save(path, "new", force)
+        with pytest.raises(BitplanError, match="cannot write"), written_beside(path, force) as part:
+            (part / "config.json").write_text("new")
+    assert (full / "config.json").read_text() == file.read_text() == "old"
+    assert sorted(os.listdir(tmp_path)) == ["file", "full"]
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_text_file_replaces_the_target_of_a_link(tmp_path, exists):
+    target, link = tmp_path / "files" / "target.json", tmp_path / "link.json"
+    link.symlink_to(target)
+    if exists:
+        target.parent.mkdir()
+        target.write_text("old")
+    refuse_overwrite(link, force=True)
+    write_text(link, "new")
+    assert link.is_symlink() and target.read_text() == "new"
+    assert os.listdir(target.parent) == ["target.json"]
+
+
+def test_a_text_file_that_cannot_be_renamed_leaves_nothing(tmp_path):
+    (tmp_path / "folder" / "inside").mkdir(parents=True)
+    with pytest.raises(BitplanError, match=r"cannot write .*folder: \w"):
+        write_text(tmp_path / "folder", "new")
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+@pytest.mark.parametrize(("text", "line"), [("", "OSError"), (" \n ", "OSError"), ("\none\ntwo", "one")])
+def test_the_first_line_of_an_error(text, line):
+    assert first_line(OSError(text)) == line
+
+
+def test_an_error_without_a_message_is_named_by_its_type(monkeypatch):
+    class Loads:
+        @staticmethod
+        def fails(*_, **__):
+            raise ValueError
+
+        from_pretrained = from_config = fails
+
+    monkeypatch.setattr(gptqmodel, "AutoConfig", Loads)
+    monkeypatch.setattr(kv_size, "AutoModelForCausalLM", Loads)
+    with pytest.raises(ModelUnreadable, match=r"cannot make tiny as a causal LM: ValueError$"):
+        gptqmodel.skeleton(Source("tiny", Path("tiny"), None, "", ""))
+    with pytest.raises(FormatUnavailable, match=r"the cache of llama cannot be sized from its config: ValueError$"):
+        kv_size._after_one_token(LlamaConfig(), torch.float32)
+    assert cli._unforeseen(ValueError()) == "ValueError (set BITPLAN_DEBUG=1 for the whole trace)"
