@@ -135,7 +135,7 @@ def use(model: Any, workload: Workload) -> None:
 
 def loading(plan: Plan, folder: Path, saved: Path, device: str) -> dict[str, Any]:
     """Round while loading, and save."""
-    source = find_for(plan, folder)
+    plan, source = find_for(plan, folder)
     with Grown(device) as grown:
         model = load_planned(plan, source, device)
     found = {"resident": resident_bytes(model), "load": grown.bytes}

@@ -11,7 +11,8 @@ from bitplan.sensitivity.weight_cache import workspace
 def codes_folder(plan: Plan) -> Path:
     """Where the cache keeps the codes of this plan, which hang on each other."""
     facts = plan.provenance
-    folder = workspace(facts.model.weights_sha256, facts.text.calibration.sha256, facts.seed)
+    model = facts.model
+    folder = workspace(model.weights_sha256, model.config_sha256, facts.text.calibration.sha256, facts.seed)
     allocation = repr([(unit.name, unit.format, unit.rounding) for unit in plan.units])
     distilled = facts.text.search.sha256 if plan.distilled else ""  # healing stops by the search text
     return folder / "plans" / sha256(allocation, distilled)[:24]

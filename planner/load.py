@@ -24,18 +24,12 @@ def resident_bytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def check_plan_fits(plan: Plan, source: Source) -> None:
-    """Raises PlanMismatch for a plan of other weights, FormatUnavailable where a format cannot run here."""
-    made_for = plan.provenance.model
-    if source.weights_sha256 != made_for.weights_sha256:
-        differs = (
-            "config and weights differ" if source.config_sha256 != made_for.config_sha256 else "the weights differ"
-        )
-        raise PlanMismatch(
-            f"the plan was made for {made_for.id} (fingerprint {made_for.weights_sha256[:12]}), not for {source.model}"
-            f" ({source.weights_sha256[:12]}): {differs}; make a plan for it with `bitplan plan {source.model}`"
-        )
+def check_plan_fits(plan: Plan, source: Source) -> Plan:
+    """The plan, with today's fingerprints where an older bitplan made it. Raises PlanMismatch for a plan of another
+    model, FormatUnavailable where a format cannot run here."""
+    plan = plan.for_model(sources.check_model(plan.provenance.model, source, "plan"))
     refuse_unavailable(plan)
+    return plan
 
 
 def load(
@@ -52,13 +46,13 @@ def load(
     """
     if not isinstance(plan, Plan):
         plan = read(Path(plan), Plan)
-    source = find_for(plan, model, trust_remote_code)
+    plan, source = find_for(plan, model, trust_remote_code)
     make_codes(plan, source, [Path(file) for file in text] if text else None, device)
     return load_planned(plan, source, device)
 
 
-def find_for(plan: Plan, model: str | Path | None, trust_remote_code: bool = False) -> Source:
-    """The model of a plan, checked. Raises PlanMismatch, FormatUnavailable, ModelUnreadable."""
+def find_for(plan: Plan, model: str | Path | None, trust_remote_code: bool = False) -> tuple[Plan, Source]:
+    """A plan and its model, checked. Raises PlanMismatch, FormatUnavailable, ModelUnreadable."""
     facts = plan.provenance.model
     try:
         source = sources.find(model or facts.id, None if model else facts.revision, trust_remote_code)
@@ -66,12 +60,12 @@ def find_for(plan: Plan, model: str | Path | None, trust_remote_code: bool = Fal
         hint = "" if model else "; the plan names it so, relative to where it was made: give --model FOLDER"
         raise ModelUnreadable(f"{error}{hint}") from None
     sources.refuse_quantized(source)
-    check_plan_fits(plan, source)
-    return source
+    return check_plan_fits(plan, source), source
 
 
 def make_codes(plan: Plan, source: Source, files: list[Path] | None = None, device: str = "auto") -> None:
     """Where the cache lacks codes of the plan and its text is to be had, round. Raises PlanMismatch, RoundingFailed."""
+    plan = plan.for_model(sources.current_facts(plan.provenance.model, source))
     refuse_full(plan, source, pick_device(device))
     needed = ("calibration", "search") if plan.distilled else ("calibration",)
     if missing_codes(plan) and (found := recall_texts(plan.provenance.text, source, files, needed=needed)):

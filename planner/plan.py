@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from bitplan.formats.kv.cache import KV_FORMATS
 from bitplan.formats.rounding import ROUNDINGS
 from bitplan.formats.table import DTYPES, FORMATS
-from bitplan.sensitivity.profile import Bytes, Name, Provenance, Strict, UnitEntry, UnquantizedEntry
+from bitplan.sensitivity.profile import Bytes, ModelFacts, Name, Provenance, Strict, UnitEntry, UnquantizedEntry
 
 
 class PlannedUnit(UnitEntry):
@@ -200,6 +200,10 @@ class Plan(Strict):
         if total != self.bytes:
             raise ValueError(f"the plan says {self.bytes} bytes, and its units and kept tensors add up to {total}")
         return self
+
+    def for_model(self, facts: ModelFacts) -> Self:
+        """The same plan with other facts of its model."""
+        return self.model_copy(update={"provenance": self.provenance.model_copy(update={"model": facts})})
 
     @property
     def packed(self) -> list[PlannedUnit]:

@@ -15,6 +15,7 @@ from bitplan.search import knapsack
 from bitplan.search.knapsack import Option, Options
 from bitplan.search.overrides import Override, overridden
 from bitplan.search.study import Allocation
+from bitplan.sensitivity.graph import ON_REQUEST
 from bitplan.sensitivity.profile import Profile, ProfileRow
 
 
@@ -108,7 +109,7 @@ def refuse_infeasible(problem: Problem, budget: int, requested: str) -> None:
     smaller = [name for name, size in in_large.items() if size < min(in_large[known] for known in names)]
     ways = [f"raise the budget to at least --budget {least}B"]
     ways += [f"add a smaller format to --formats ({', '.join(smaller)})"] if smaller else []
-    ways += ["drop --keep"] if any(entry.reason == "kept on request" for entry in problem.profile.unquantized) else []
+    ways += ["drop --keep"] if any(entry.reason == ON_REQUEST for entry in problem.profile.unquantized) else []
     raise BudgetInfeasible(
         f"{requested} is {budget:,} bytes, and the least that the formats {', '.join(sorted(names))} allow is"
         f" {least:,} bytes ({format_bytes(least)}, {least * 8 / parameters:.3f} bits per weight), of which"

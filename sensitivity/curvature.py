@@ -71,22 +71,27 @@ class StatisticsStore:
 
     def __init__(self, folder: Path, graph: Graph, device: str = "cpu"):
         self.folder = folder
+        self.units = {unit.name: unit for unit in graph.units}
         self.readers = graph.readers
         self.device = device
 
     def path(self, unit: Unit) -> Path:
         return self.folder / f"{unit.name}.safetensors"
 
+    def leader(self, unit: Unit) -> Unit:
+        """The unit with whose statistics this one's A is stored."""
+        return self.units[self.readers.get(unit.name, unit.name)]
+
     def __contains__(self, unit: Unit) -> bool:
-        return self.path(unit).exists()
+        return self.path(unit).exists() and self.path(self.leader(unit)).exists()
 
     def __getitem__(self, unit: Unit) -> Statistics:
         tensors = load_tensors(self.path(unit), self.device)
         assert tensors is not None, unit.name
-        leader = self.readers.get(unit.name, unit.name)
-        if leader != unit.name:
-            shared = load_tensors(self.folder / f"{leader}.safetensors", self.device)
-            assert shared is not None, leader
+        leader = self.leader(unit)
+        if leader != unit:
+            shared = load_tensors(self.path(leader), self.device)
+            assert shared is not None, leader.name
             tensors["inputs"] = shared["inputs"]
         return Statistics(**tensors)
 
@@ -99,7 +104,8 @@ def gather(
 ) -> None:
     """Fill `store` for those of the units that it lacks. Labels are drawn from the model's own predictions (the true
     Fisher, which is the curvature of KL), with `seed`. Raises RoundingFailed where a statistic is not finite."""
-    missing = [unit for unit in units if unit not in store]
+    needed = {unit.name for asked in units if asked not in store for unit in (asked, store.leader(asked))}
+    missing = [unit for unit in store.units.values() if unit.name in needed and not store.path(unit).exists()]
     passes: list[list[Unit]] = []
     size = PASS_BYTES + 1
     for unit in missing:

@@ -26,6 +26,8 @@ from bitplan.sensitivity.trace import Trace, Use
 
 GENERIC = ("modeling_utils.py", "module.py")
 """Files of transformers and torch that ask all parameters alike for their type or device."""
+ON_REQUEST = "kept on request"
+"""Why a unit that --keep names takes no format."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def build_graph(model: PreTrainedModel, keep: tuple[str, ...] = ()) -> Graph:
     reasons = {}
     for unit in units:
         if any(fnmatchcase(unit.name, glob) for glob in keep):
-            reasons[unit.name] = "kept on request"
+            reasons[unit.name] = ON_REQUEST
         elif unit.parameter in elsewhere:
             reasons[unit.name] = (
                 "its weight is read outside of its own module, where a packed one would not be understood"

@@ -16,7 +16,7 @@ import bitplan
 from bitplan.formats.errors import ModelUnreadable, PlanMismatch, UsageError
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.curvature import StatisticsStore, gather
-from bitplan.sensitivity.graph import Graph, Unit, build_graph
+from bitplan.sensitivity.graph import ON_REQUEST, Graph, Unit, build_graph
 from bitplan.sensitivity.profile import ModelFacts, Provenance, TextFacts, TextPart
 from bitplan.sensitivity.source import Source
 from bitplan.sensitivity.swapper import WeightSwapper
@@ -97,7 +97,8 @@ def open_session(
                 f"the tokenizer of {source.model} gives token {highest}, its embedding has {rows} rows"
             )
         texts.remember(blocks)
-    folder = workspace(source.weights_sha256, session_texts.calibration.fingerprint, SEED)
+    kept = [tensor.name for tensor in graph.unquantized if tensor.reason == ON_REQUEST]
+    folder = workspace(source.weights_sha256, source.config_sha256, session_texts.calibration.fingerprint, SEED, kept)
     store = StatisticsStore(folder / "statistics", graph, device)
     swapper = WeightSwapper(model, graph.units)
     weight_cache = WeightCache(folder, swapper.weight, store)

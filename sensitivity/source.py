@@ -1,23 +1,23 @@
-"""A model folder or hub id, its fingerprint, and its loading in full precision.
+"""A model folder or hub id, its fingerprints, and its loading in full precision.
 
-May import: formats.errors, sensitivity.store.
+May import: formats.errors, sensitivity.fingerprint/profile/store.
 """
 
 import json
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from bitplan.formats.errors import BitplanError, ModelUnreadable, first_line
+from bitplan.formats.errors import BitplanError, ModelUnreadable, PlanMismatch, first_line
+from bitplan.sensitivity.fingerprint import config_fingerprint, read_header, sampled_fingerprint, weights_fingerprint
+from bitplan.sensitivity.profile import ModelFacts
 from bitplan.sensitivity.store import sha256
 
-SAMPLE = 4096
-"""Bytes hashed at the start and in the middle of every tensor."""
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
 UNWANTED = ["original/*", "consolidated*"]
 """The same weights, as others lay them out."""
@@ -30,9 +30,15 @@ class Source:
     folder: Path
     revision: str | None
     """The hub's commit, None for a folder."""
-    weights_sha256: str
+    files: tuple[Path, ...]
+    """Of its weights."""
     config_sha256: str
     trust_remote_code: bool = False
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Every byte of the weights is read for it, the first time."""
+        return weights_fingerprint(self.files)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -58,13 +64,48 @@ def find(model: str | Path, revision: str | None = None, trust_remote_code: bool
         )
     if absent := [path.name for path in files if not path.exists()]:
         raise ModelUnreadable(f"{model} lacks {', '.join(absent)}, which its index names: fetch it again")
+    for path in files:
+        read_header(path)
     return Source(
-        str(model),
-        folder,
-        commit,
-        weights_fingerprint(files),
-        sha256((folder / "config.json").read_bytes()),
-        trust_remote_code,
+        str(model), folder, commit, tuple(files), config_fingerprint(folder, trust_remote_code), trust_remote_code
+    )
+
+
+def of_files(files: Sequence[Path], facts: ModelFacts) -> Source:
+    """The model of checkpoint files that transformers loads; its code counts where it did for a plan's `facts`."""
+    folder = files[0].parent
+    plain, trusted = (
+        Source(facts.id, folder, None, tuple(files), config_fingerprint(folder, t), t) for t in (False, True)
+    )
+    return trusted if trusted.config_sha256 == facts.config_sha256 else plain
+
+
+def current_facts(facts: ModelFacts, source: Source) -> ModelFacts:
+    """A plan's or profile's facts, with today's fingerprints where it was made by an older bitplan for this model."""
+    now = {}
+    if facts.weights_sha256 != source.weights_sha256 and facts.weights_sha256 == sampled_fingerprint(source.files):
+        now["weights_sha256"] = source.weights_sha256
+    if facts.config_sha256 == sha256((source.folder / "config.json").read_bytes()):
+        now["config_sha256"] = source.config_sha256
+    return facts.model_copy(update=now)
+
+
+def check_model(facts: ModelFacts, source: Source, what: str) -> ModelFacts:
+    """The facts of a plan or profile (`what`), with today's fingerprints. Raises PlanMismatch for another model."""
+    facts = current_facts(facts, source)
+    weights, config = facts.weights_sha256 == source.weights_sha256, facts.config_sha256 == source.config_sha256
+    if weights and config:
+        return facts
+    if weights:
+        raise PlanMismatch(
+            f"the {what} was made for {facts.id} with another config.json or other code of its repository: restore what"
+            f" it was made with, or make a {what} for {source.model} as it is"
+        )
+    differs = "the weights differ" if config else "config and weights differ"
+    raise PlanMismatch(
+        f"the {what} was made for {facts.id} (fingerprint {facts.weights_sha256[:12]}), not for {source.model}"
+        f" ({source.weights_sha256[:12]}): {differs}; make a {what} for it with"
+        f" `bitplan {'plan' if what == 'plan' else 'audit'} {source.model}`"
     )
 
 
@@ -92,32 +133,6 @@ def download(model: str, revision: str | None = None, wanted: Sequence[str] = WA
     except Exception as error:  # the hub's client raises many unrelated types for one outcome: it is not to be had
         reason = first_line(error)
         raise ModelUnreadable(f"{model} is no folder here and could not be had from the hub: {reason}") from None
-
-
-def weights_fingerprint(files: list[Path]) -> str:
-    """sha256 over every tensor's name, dtype, shape and two samples of its bytes, however the files are sharded."""
-    parts: dict[str, bytes] = {}
-    for path in files:
-        with open(path, "rb") as file:
-            try:
-                (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(length))
-            except (struct.error, ValueError, MemoryError, OverflowError):
-                raise ModelUnreadable(f"{path} is not a whole safetensors file: fetch or save it again") from None
-            header.pop("__metadata__", None)
-            expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-            if path.stat().st_size != expected:
-                raise ModelUnreadable(
-                    f"{path} is cut short: {path.stat().st_size:,} of {expected:,} bytes; fetch it again"
-                )
-            for name, entry in header.items():
-                start, stop = entry["data_offsets"]
-                samples = b""
-                for at in (start, (start + stop) // 2):
-                    file.seek(8 + length + at)
-                    samples += file.read(min(SAMPLE, stop - at))
-                parts[name] = f"{name} {entry['dtype']} {entry['shape']} ".encode() + samples
-    return sha256(*(parts[name] for name in sorted(parts)))
 
 
 def refuse_quantized(source: Source) -> None:

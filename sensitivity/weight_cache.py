@@ -4,7 +4,8 @@ Roundings that need text are slow, so their codes are kept on disk: an interrupt
 plan is applied from the very codes that it was chosen with. May import: formats, sensitivity.curvature/graph/store.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -19,13 +20,17 @@ from bitplan.sensitivity.curvature import StatisticsStore
 from bitplan.sensitivity.graph import Unit
 from bitplan.sensitivity.store import cache_folder, load_tensors, save_tensors, sha256
 
-VERSION = "2"
+VERSION = "3"
 """Changes when the same inputs would give other codes."""
 
 
-def workspace(weights_sha256: str, calibration_sha256: str, seed: int) -> Path:
-    """The cache folder of everything that follows from these weights, this text and this seed."""
-    return cache_folder() / sha256(VERSION, weights_sha256, calibration_sha256, str(seed))[:24]
+def workspace(
+    weights_sha256: str, config_sha256: str, calibration_sha256: str, seed: int, kept: Sequence[str] = ()
+) -> Path:
+    """The cache folder of everything that follows from a model, as this transformers runs it, from this text and this
+    seed; `kept`: parameters that were kept on request, which shape the units."""
+    model = (weights_sha256, config_sha256, version("transformers"))
+    return cache_folder() / sha256(VERSION, *model, calibration_sha256, str(seed), *sorted(kept))[:24]
 
 
 def codes_path(folder: Path, unit: str, choice: QuantScheme) -> Path:

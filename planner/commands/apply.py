@@ -29,7 +29,7 @@ def run(arguments: Namespace) -> None:
         if arguments.save is None:
             raise UsageError("--layout gptq says how to write a checkpoint: give --save DIR")
         refuse_unsupported(plan)
-    source = find_for(plan, arguments.model, arguments.trust_remote_code)
+    plan, source = find_for(plan, arguments.model, arguments.trust_remote_code)
     make_codes(plan, source, arguments.text, arguments.device)
     refuse_missing(plan)
     reference = None

@@ -31,7 +31,7 @@ def run(arguments: Namespace) -> None:
     refused = {}
     for name, plan in plans.items():
         try:
-            check_plan_fits(plan, source)
+            plans[name] = check_plan_fits(plan, source)
         except FormatUnavailable as error:
             refused[name] = str(error)
     tasks = tasks_of(arguments, source)

@@ -17,7 +17,9 @@ def run(arguments: Namespace) -> None:
     refuse(arguments.output, arguments.force)
     profile = read(arguments.profile, Profile) if arguments.profile else None
     needs_model = arguments.to in NEED_MODEL
-    source = find_for(plan, arguments.model, arguments.trust_remote_code) if needs_model else None
+    source = None
+    if needs_model:
+        plan, source = find_for(plan, arguments.model, arguments.trust_remote_code)
     exported = export(plan, arguments.to, nearest=arguments.nearest, profile=profile, source=source)
     write_export(exported, arguments.output, force=arguments.force, text=arguments.text, device=arguments.device)
     log(f"written to {arguments.output}")

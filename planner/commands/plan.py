@@ -3,7 +3,7 @@
 from argparse import Namespace
 from collections.abc import Sequence
 
-from bitplan.formats.errors import FormatUnavailable, PlanMismatch, UsageError
+from bitplan.formats.errors import FormatUnavailable, UsageError
 from bitplan.formats.table import FORMATS
 from bitplan.planner.assemble import Finish, quick_plan
 from bitplan.planner.commands.common import candidate_formats, emit, log, tasks_of, texts_of
@@ -25,6 +25,7 @@ from bitplan.search.overrides import Override, followers, parse_overrides
 from bitplan.search.problem import problem_of, refuse_infeasible
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.audit import audit, sizes
+from bitplan.sensitivity.graph import ON_REQUEST
 from bitplan.sensitivity.profile import Profile, read, write
 from bitplan.sensitivity.session import Session, open_session, recall_texts
 from bitplan.sensitivity.source import Source
@@ -74,7 +75,7 @@ def run(arguments: Namespace) -> None:
 
     if arguments.profile:
         profile, session = read(arguments.profile, Profile), None
-        _check_profile(profile, source, formats if arguments.formats else ())
+        profile = _check_profile(profile, source, formats if arguments.formats else ())
         budget = budget_of(profile, formats if arguments.formats else None)
         if arguments.trials:
             session = open_session(source, _profile_texts(arguments, profile, source), _kept(profile), arguments.device)
@@ -108,18 +109,15 @@ def run(arguments: Namespace) -> None:
     emit(arguments, made.model_dump(mode="json"), plan_text(made))
 
 
-def _check_profile(profile: Profile, source: Source, formats: tuple[str, ...]) -> None:
-    facts = profile.provenance.model
-    if facts.weights_sha256 != source.weights_sha256:
-        raise PlanMismatch(
-            f"the profile was made for {facts.id} (fingerprint {facts.weights_sha256[:12]}), not for {source.model}"
-            f" ({source.weights_sha256[:12]}): audit this model"
-        )
+def _check_profile(profile: Profile, source: Source, formats: tuple[str, ...]) -> Profile:
+    """The profile, with today's fingerprints where an older bitplan made it. Raises PlanMismatch, UsageError."""
+    facts = sources.check_model(profile.provenance.model, source, "profile")
     unknown = [name for name in formats if name not in {row.format for row in profile.rows}]
     if unknown:
         raise UsageError(
             f"the profile has no rows for {', '.join(unknown)}: audit with --formats first (the cache helps)"
         )
+    return profile.model_copy(update={"provenance": profile.provenance.model_copy(update={"model": facts})})
 
 
 def _named(overrides: Sequence[Override], session: Session) -> list[str]:
@@ -133,7 +131,7 @@ def _named(overrides: Sequence[Override], session: Session) -> list[str]:
 
 
 def _kept(profile: Profile) -> tuple[str, ...]:
-    return tuple(k.name.removesuffix(".weight") for k in profile.unquantized if k.reason == "kept on request")
+    return tuple(k.name.removesuffix(".weight") for k in profile.unquantized if k.reason == ON_REQUEST)
 
 
 def _profile_texts(arguments: Namespace, profile: Profile, source: Source) -> Texts:

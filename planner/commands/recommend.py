@@ -45,7 +45,7 @@ def run(arguments: Namespace) -> None:
     )
     fitted = fit(found, arguments.reserve, source, workload)
     texts = None
-    if source.weights_sha256 and any(cache_folder().glob("*/compared/*.json")):
+    if source.files and any(cache_folder().glob("*/compared/*.json")):
         with suppress(ModelUnreadable):  # without a tokenizer nothing was measured
             texts = texts_of(arguments, source)
     advice = recommend(source, "fit", texts, arguments.device)

@@ -123,7 +123,7 @@ def recommend(source: Source, purpose: str, texts: Texts | None, device: str = "
 
 def has_rows(source: Source, texts: Texts) -> bool:
     """The cache holds rows that `compare` has measured of this model on this text."""
-    folder = workspace(source.weights_sha256, texts.calibration.fingerprint, SEED)
+    folder = workspace(source.weights_sha256, source.config_sha256, texts.calibration.fingerprint, SEED)
     return any((folder / "compared").glob("*.json"))
 
 

@@ -21,6 +21,7 @@ from bitplan.planner.export.target import Exported, ExportedUnit, Target
 from bitplan.planner.export.torchao import TorchAo
 from bitplan.planner.load import load_planned, make_codes
 from bitplan.planner.plan import Plan
+from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.profile import Profile
 from bitplan.sensitivity.source import Source
 from bitplan.sensitivity.store import write_text
@@ -50,7 +51,11 @@ def export(
         raise UsageError(f"unknown target {target!r}: there are {', '.join(TARGETS)}")
     if source is None and target in NEED_MODEL:
         raise UsageError(f"{target} needs the plan's model: give its folder or hub id")
-    if profile and profile.provenance.model.weights_sha256 != plan.provenance.model.weights_sha256:
+    of_plan, of_profile = plan.provenance.model, profile.provenance.model if profile else plan.provenance.model
+    if source:  # either may be of an older bitplan
+        of_plan, of_profile = sources.current_facts(of_plan, source), sources.current_facts(of_profile, source)
+        plan = plan.for_model(of_plan)
+    if profile and of_profile.weights_sha256 != of_plan.weights_sha256:
         raise PlanMismatch(
             f"the profile is {profile.provenance.model.id}'s, and the plan another model's: audit that one"
         )

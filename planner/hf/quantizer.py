@@ -22,8 +22,8 @@ from bitplan.planner.codes import codes_folder, refuse_missing, unit_path, unqua
 from bitplan.planner.hf.register import METHOD
 from bitplan.planner.hf.streaming import RoundOnLoad, refuse_disk, rounded
 from bitplan.planner.plan import Plan, PlannedUnit
+from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.profile import read
-from bitplan.sensitivity.source import weights_fingerprint
 from bitplan.sensitivity.store import is_whole, load_tensors
 from bitplan.sensitivity.weight_cache import from_file
 
@@ -130,13 +130,12 @@ class PlanQuantizer(HfQuantizer):
                     model.all_tied_weights_keys[f"{path}.{name}{suffix}"] = unit.parameter + suffix
 
     def _check_checkpoint(self, files: list[str] | None) -> None:
-        expected = self.plan.provenance.model
-        found = weights_fingerprint([Path(file) for file in files or [] if str(file).endswith(".safetensors")])
-        if found != expected.weights_sha256:
-            raise PlanMismatch(
-                f"the plan was made for other weights ({expected.id}, fingerprint {expected.weights_sha256[:12]}; these"
-                f" have {found[:12]}): make a plan for this model with `bitplan plan`"
-            )
+        weights = [Path(file) for file in files or [] if str(file).endswith(".safetensors")]
+        if not weights:
+            raise PlanMismatch("a plan is applied to *.safetensors weights, and this model is loaded from none")
+        facts = self.plan.provenance.model
+        self.plan = self.plan.for_model(sources.check_model(facts, sources.of_files(weights, facts), "plan"))
+        self.quantization_config.plan = self.plan  # type: ignore[attr-defined]  # what is saved with the model
         refuse_missing(self.plan)
         if self.plan.needs_text:
             folder = codes_folder(self.plan)

@@ -19,11 +19,11 @@ from bitplan.planner.memory.device import Device
 from bitplan.planner.memory.footprint import MemoryEstimate, estimate_memory, meta_model
 from bitplan.planner.plan import Workload
 from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.fingerprint import config_fingerprint
 from bitplan.sensitivity.graph import Unit, Unquantized, find_units
 from bitplan.sensitivity.profile import unit_entry
 from bitplan.sensitivity.progress import progress
 from bitplan.sensitivity.source import Source
-from bitplan.sensitivity.store import sha256
 
 SHOWN = ("int8", "int4-g128", "int3-g64")
 """Formats of the table, between the checkpoint's own type and the floor of what plans choose from. What a format needs
@@ -177,7 +177,7 @@ def _bytes(units: list[Unit], unquantized: list[Unquantized], format: str) -> in
 
 
 def find_shape(model: str, trust_remote_code: bool = False) -> Source:
-    """A model by its config: its weights need not be here, and are not fetched; without them its fingerprint is empty.
+    """A model by its config: its weights need not be here, and are not fetched; without them `files` is empty.
 
     Raises ModelUnreadable.
     """
@@ -188,7 +188,7 @@ def find_shape(model: str, trust_remote_code: bool = False) -> Source:
     config = folder / "config.json"
     if any(folder.glob("*.safetensors")) or not _is_json(config):
         return replace(sources.find(folder, None, trust_remote_code), model=model, revision=commit)
-    return Source(model, folder, commit, "", sha256(config.read_bytes()), trust_remote_code)
+    return Source(model, folder, commit, (), config_fingerprint(folder, trust_remote_code), trust_remote_code)
 
 
 def _is_json(path: Path) -> bool:
