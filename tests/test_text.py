@@ -1,9 +1,11 @@
+import json
+
 import pytest
 import torch
 
 from bitplan.formats.errors import TextTooShort, UsageError
 from bitplan.sensitivity.texts import stdlib
-from bitplan.sensitivity.texts.text import prepare, recall, remember
+from bitplan.sensitivity.texts.text import prepare, read_dataset, recall, remember
 from tests import tiny
 
 
@@ -87,3 +89,67 @@ def test_bad_text(tmp_path):
         prepare(tiny.tokenizer(), files=[zero])
     with pytest.raises(UsageError, match="No such file"):
         prepare(tiny.tokenizer(), files=[tmp_path / "none"])
+
+
+WORDS = [f"w{i}" for i in range(4000)]
+
+
+@pytest.mark.parametrize(
+    "heldout",
+    [
+        WORDS,  # a copy
+        ["new", *WORDS[1000:1200], "words"],  # a file with a part of the other
+        ["before", *WORDS, "after"],  # a file that contains the other
+        "\r\n".join(WORDS[3000:]).split(" "),  # other line breaks
+    ],
+)
+def test_heldout_text_that_stands_in_the_other_text_is_refused(file, tmp_path, heldout):
+    other, unlike = tmp_path / "other.txt", tmp_path / "unlike.txt"
+    other.write_text(" ".join(heldout))
+    unlike.write_text("something else " * 500)
+    with pytest.raises(UsageError, match=r"other\.txt and .*text\.txt share text"):
+        prepare(tiny.tokenizer(), files=[file], heldout=[unlike, other], tokens=512, length=64)
+
+
+def test_one_file_as_both_is_refused_by_any_path(file, tmp_path):
+    (tmp_path / "link.txt").symlink_to(file)
+    for path in (file, tmp_path / "link.txt"):
+        with pytest.raises(UsageError, match="held-out text must be text that calibrates and chooses nothing"):
+            prepare(tiny.tokenizer(), files=[file], heldout=[path], tokens=512, length=64)
+    short = tmp_path / "short.txt"
+    short.write_text("shorter than a window, and still the same")
+    with pytest.raises(UsageError, match=r"short\.txt is in both"):
+        prepare(tiny.tokenizer(), files=[short], heldout=[short], tokens=64, length=8)
+
+
+def test_files_of_one_text_share_nothing_across_its_parts(file, tmp_path):
+    header, more = "a licence that many files begin with " * 6, tmp_path / "more.txt"
+    more.write_text(header + " ".join(f"v{i}" for i in range(4000)))
+    file.write_text(header + file.read_text())
+    prepare(tiny.tokenizer(), files=[file, more], tokens=512, length=64)
+    more.write_text(" ".join(f"v{i}" for i in range(9000)) + file.read_text()[:9000])
+    with pytest.raises(UsageError, match=r"more\.txt and .*text\.txt share text"):
+        prepare(tiny.tokenizer(), files=[file, more], tokens=512, length=64)
+
+
+def test_pythons_own_text_is_not_held_out_from_itself(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text(stdlib.calibration_text(4096)[1000:3000])
+    with pytest.raises(UsageError, match="share text"):
+        prepare(tiny.tokenizer(), heldout=[path], tokens=1024, length=64)
+
+
+class TestDataset:
+    def test_it_is_read_no_further_than_asked(self, tmp_path):
+        rows = [json.dumps({"id": i, "text": f"row {i} " * 10}) for i in range(500)]
+        (tmp_path / "train-1.jsonl").write_text("\n".join(rows))
+        (tmp_path / "train-2.jsonl").write_text("never to be parsed")
+        assert read_dataset(str(tmp_path), 100) == "row 0 " * 10 + "\n" + "row 1 " * 10
+
+    def test_bad_datasets(self, tmp_path):
+        (tmp_path / "train.jsonl").write_text(json.dumps({"content": "x", "id": 1}))
+        with pytest.raises(UsageError, match="has no column 'text', only content, id"):
+            read_dataset(str(tmp_path), 100)
+        (tmp_path / "train.jsonl").write_text("no JSON")
+        with pytest.raises(UsageError, match="cannot load dataset"):
+            read_dataset(str(tmp_path), 100)

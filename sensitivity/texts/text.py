@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from bitplan.formats.errors import TextTooShort, UsageError, first_line
 from bitplan.sensitivity.store import cache_folder, load_tensors, save_tensors, sha256
 from bitplan.sensitivity.texts import stdlib
+from bitplan.sensitivity.texts.overlap import Passage, refuse_shared
 
 TOKENS = 32_768
 """Calibration tokens unless asked otherwise; search text takes a quarter as many, held-out text half."""
@@ -80,19 +81,21 @@ def read_dataset(name: str, characters: int) -> str:
     import datasets
 
     path, _, config = name.partition(":")
+    parts: list[str] = []
+    size = 0
     try:
-        rows = datasets.load_dataset(path, config or None, split="train")
+        rows = datasets.load_dataset(path, config or None, split="train", streaming=True)  # reads no further than asked
+        for row in rows:
+            if "text" not in row:
+                raise UsageError(f"dataset {name} has no column 'text', only {', '.join(row)}")
+            parts.append(row["text"] or "")
+            size += len(parts[-1])
+            if size >= characters:
+                break
+    except UsageError:
+        raise
     except Exception as error:  # datasets raises many unrelated types for one outcome
-        reason = first_line(error)
-        raise UsageError(f"cannot load dataset {name}: {reason}") from None
-    if "text" not in rows.column_names:
-        raise UsageError(f"dataset {name} has no column 'text', only {', '.join(rows.column_names)}")
-    parts, size = [], 0
-    for row in rows:
-        parts.append(row["text"])
-        size += len(parts[-1])
-        if size >= characters:
-            break
+        raise UsageError(f"cannot load dataset {name}: {first_line(error)}") from None
     return "\n".join(parts)
 
 
@@ -107,7 +110,8 @@ def prepare(
 ) -> Texts:
     """Read, tokenize, split. Each document gives its first half to calibration, a fifth to search, the rest is held
     out (or left unused, where `heldout` files are given). Without any text: the standard library's sources, whose
-    held-out modules are fixed. Raises TextTooShort, UsageError."""
+    held-out modules are fixed. Raises TextTooShort, UsageError (also where held-out text stands in the
+    other text too)."""
     if tokens < MINIMUM["calibration"] * length:
         raise UsageError(
             f"{tokens} calibration tokens are fewer than {MINIMUM['calibration']} blocks of {length}: raise --tokens to"
@@ -120,9 +124,23 @@ def prepare(
         source = ", ".join(path.name for path in files) if files else str(dataset)
     else:
         documents, source = [stdlib.calibration_text(tokens * 10)], DEFAULT_SOURCE
-    fixed = (
-        [read_file(path) for path in heldout] if heldout else [] if files or dataset else stdlib.held_out_documents()
-    )
+    if heldout:
+        fixed = [read_file(path) for path in heldout]
+        names = [str(path) for path in files] if files else [source]
+        refuse_shared(
+            [Passage(name, document, i) for i, (name, document) in enumerate(zip(names, documents, strict=True))],
+            [Passage(str(path), document, -1) for path, document in zip(heldout, fixed, strict=True)],
+        )
+    elif files:
+        fixed = []
+        ends = [round(len(document) * (1 - SHARES["heldout"])) for document in documents]
+        named = list(zip(map(str, files), documents, ends, strict=True))
+        refuse_shared(
+            [Passage(name, document[:end], i) for i, (name, document, end) in enumerate(named)],
+            [Passage(name, document[end:], i) for i, (name, document, end) in enumerate(named)],
+        )
+    else:
+        fixed = [] if dataset else stdlib.held_out_documents()
     for document in documents:
         ids = _encode(tokenizer, document)
         start, passed = 0, 0.0
