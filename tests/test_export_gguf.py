@@ -66,7 +66,7 @@ def test_gguf_types_follow_the_columns(session):
 
     assert types("int4-g64", 256) == {"q4_k"} and types("int4-g32", 96) == {"q4_1"}
     assert types("int8", 96) == {"q8_0"} and types("nf4", 64) == {"iq4_nl"} and types("bf16", 33) == {"bf16"}
-    with pytest.raises(FormatUnavailable, match=r"whose 96 columns are no whole blocks of q3_k: .*--formats"):
+    with pytest.raises(FormatUnavailable, match=r"whose 96 columns are not whole blocks of q3_k: .*--formats"):
         types("int3-g32", 96)
     plan = resized(uniform_plan(session, "int3-g32", "nearest"), 64, 96)
     exported = export(plan, "gguf", nearest=True, source=session.source)
@@ -100,6 +100,6 @@ def test_gguf_says_what_it_lacks(session, checkpoint, monkeypatch):
     gpt2 = opened(checkpoint, "gpt2", torch.float32, HEADS["gpt2"])
     for nearest in (False, True):
         with pytest.raises(
-            FormatUnavailable, match=r"h.0.attn.c_attn.* and 5 more, for which GGUF has no name, in what"
+            FormatUnavailable, match=r"h.0.attn.c_attn.* and 5 more, for which GGUF has no name, in any format"
         ):
             export(uniform_plan(gpt2, "int8", "nearest"), "gguf", nearest=nearest, source=gpt2.source)

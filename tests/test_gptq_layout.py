@@ -212,7 +212,7 @@ def test_older_readers_find_the_rotation(checkpoint, tmp_path):
             "llama",
             (),
             "int4-g32",
-            r"model.embed_tokens, an embedding; lm_head, outside of the model's blocks: .*--keep",
+            r"model.embed_tokens, an embedding; lm_head, outside the model's blocks: .*--keep",
         ),
         ("llama-tied", (), "int4-g32", "an embedding and the head: plan again with --keep model.embed_tokens"),
         ("llama", HEADS["llama"], "int5-g64", "q_proj.* and 11 more, in int5-g64: plan again with --formats int8,int4"),
@@ -221,7 +221,7 @@ def test_older_readers_find_the_rotation(checkpoint, tmp_path):
         ("llama", HEADS["llama"], "binary-g64", "in binary-g64"),
         ("llama", HEADS["llama"], "bf16", "in bf16"),
         ("llama", HEADS["llama"], "int8-bnb", "in int8-bnb"),
-        ("llama", HEADS["llama"], "int4-g64", r"down_proj.*96 columns are no whole groups of 64.*smaller groups"),
+        ("llama", HEADS["llama"], "int4-g64", r"down_proj.*96 columns are not a multiple of 64.*smaller groups"),
         ("llama", HEADS["llama"], "fp32", "has none"),
         ("mixtral", HEADS["llama"], "int4-g32", r"experts.* hold many in one: save without a layout"),
         ("qwen3", ("model.embed_tokens",), "int6-g32", "in int6-g32"),
@@ -240,7 +240,7 @@ def test_what_the_layout_cannot_say_is_refused_by_name(name, keep, format, words
 
 def test_rows_that_fill_no_words_are_refused(checkpoint):
     session = opened(checkpoint, "qwen2-moe", torch.float32, (*HEADS["llama"], "*.experts.*"))
-    with pytest.raises(FormatUnavailable, match=r"shared_expert.*48.*no multiples of 32.*--keep") as caught:
+    with pytest.raises(FormatUnavailable, match=r"shared_expert.*48.*not multiples of 32.*--keep") as caught:
         refuse_unsupported(uniform_plan(session, "int4-g32", "nearest"))
     assert len(str(caught.value)) < 600
 

@@ -1,4 +1,4 @@
-"""The command line's options. Imports nothing heavy. May import: bitplan alone."""
+"""The command line's options. Imports nothing slow. May import: bitplan (its version) only."""
 
 import argparse
 from pathlib import Path
@@ -11,7 +11,9 @@ EPILOG = "Run `bitplan COMMAND --help` for a command's options. The cache ($BITP
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="bitplan", description="Mixed-precision plans for language models on your own GPU.", epilog=EPILOG
+        prog="bitplan",
+        description="Mixed-precision quantization of language models within a memory budget.",
+        epilog=EPILOG,
     )
     parser.add_argument("--version", action="version", version=f"bitplan {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -24,9 +26,11 @@ def build_parser() -> argparse.ArgumentParser:
         return made
 
     audit = command(
-        "audit", "Score what each format costs each unit, in nats per token.", _model, _text, _candidates, _device
+        "audit", "Predict the loss of each unit in each format, in nats per token.", _model, _text, _candidates, _device
     )
-    audit.add_argument("--measure", action="store_true", help="also run the model with each unit exchanged alone")
+    audit.add_argument(
+        "--measure", action="store_true", help="also measure the loss with each unit alone quantized (slow)"
+    )
     _sheets(audit, "figures and sortable tables", "a line for each unit and format")
     audit.add_argument("--all", action="store_true", help="print every unit in every format, nothing folded")
     _output(audit, "profile.json")
@@ -34,47 +38,45 @@ def build_parser() -> argparse.ArgumentParser:
     plan = command("plan", "Make a plan for a memory budget.", _model, _text, _candidates, _device)
     _planned(plan)
 
-    apply = command("apply", "Load a planned model; save it, judge it, let it write.", _device)
-    apply.add_argument("plan", type=Path, help="a plan file")
-    apply.add_argument("--model", help="folder or hub id; by default the one that the plan names")
+    apply = command("apply", "Quantize a model by a plan; save it, evaluate it, generate text.", _device)
+    apply.add_argument("plan", type=Path, help="plan file")
+    apply.add_argument("--model", help="folder or hub id (default: the plan's model)")
     _text(apply)
     _finish(apply)
-    apply.add_argument("--save", type=Path, metavar="DIR", help="write the planned checkpoint to this folder")
+    apply.add_argument("--save", type=Path, metavar="DIR", help="write the quantized checkpoint to this folder")
     apply.add_argument(
         "--layout",
         choices=("bitplan", "gptq"),
         default="bitplan",
-        help="of the saved checkpoint: bitplan's, or GPTQ's for a plan of its formats and kept floats",
+        help="layout of the saved checkpoint: bitplan's own, or GPTQ's if it supports all formats of the plan",
     )
-    apply.add_argument("--prompt", metavar="TEXT", help="continue this text")
-    apply.add_argument("--force", action="store_true", help="replace what exists")
-    apply.add_argument(
-        "--trust-remote-code", action="store_true", help="run the code that the model's repository brings"
-    )
+    apply.add_argument("--prompt", metavar="TEXT", help="generate a continuation of this text")
+    apply.add_argument("--force", action="store_true", help="overwrite existing files")
+    apply.add_argument("--trust-remote-code", action="store_true", help="run code from the model's repository")
 
     compare = command(
-        "compare", "Judge formats and plans side by side on held-out text.", _model, _text, _candidates, _device
+        "compare", "Evaluate formats and plans side by side on held-out text.", _model, _text, _candidates, _device
     )
     _compared(compare)
 
-    recommend = command("recommend", "Which format for which purpose, with what was measured.", _model, _text, _device)
+    recommend = command("recommend", "Recommend a format for a purpose, with measurements.", _model, _text, _device)
     recommend.add_argument(
         "--for", dest="purpose", required=True, metavar="PURPOSE", help="training, inference, cost or fit"
     )
-    device = recommend.add_argument_group("for fit, as `plan` takes them")
-    device.add_argument("--gpu", metavar="SIZE", help="24GiB, or auto: what is free")
+    device = recommend.add_argument_group("options of --for fit, as for `plan`")
+    device.add_argument("--gpu", metavar="SIZE", help="memory of the GPU, such as 24GiB, or auto for its free memory")
     _use(device)
-    device.add_argument("--reserve", metavar="SIZE", help="leave so much of the device alone (2%% of it)")
+    device.add_argument("--reserve", metavar="SIZE", help="memory of the device to leave unused (default: 2%% of it)")
 
-    show = command("show", "Print a plan, layers folded; with --device, what runs it there.")
-    show.add_argument("plan", type=Path, help="a plan file")
+    show = command("show", "Print a plan; with --device, also the kernels that run it.")
+    show.add_argument("plan", type=Path, help="plan file")
     show.add_argument("--device", metavar="NAME", help="cpu, cuda, or cuda:8.0 for a GPU of that compute capability")
 
-    export = command("export", "Tell a plan to those who serve models.", _device)
+    export = command("export", "Export a plan to another tool.", _device)
     _exported(export)
 
     demo = command("demo", "Audit, plan and compare the embedded model.")
-    demo.add_argument("--trials", type=int, default=20, help="whole plans to judge (20)")
+    demo.add_argument("--trials", type=int, default=20, help="plans to evaluate during the search (default: 20)")
     _output(demo, "plan.json")
 
     command("formats", "List the formats.")
@@ -82,39 +84,51 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="folder or hub id of a causal LM")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the code that the model's repository brings"
-    )
+    parser.add_argument("model", metavar="MODEL", help="folder or hub id of a causal language model")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code from the model's repository")
 
 
 def _text(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("text; without any, the sources of Python's standard library")
+    group = parser.add_argument_group("text (default: the sources of Python's standard library)")
     group.add_argument(
-        "--text", type=Path, nargs="+", metavar="FILE", help="split into calibration, search and held-out text"
+        "--text", type=Path, nargs="+", metavar="FILE", help="files, split into calibration, search and held-out text"
     )
-    group.add_argument("--dataset", metavar="NAME[:CONFIG]", help="the train split of a dataset, its column 'text'")
-    group.add_argument("--heldout", type=Path, nargs="+", metavar="FILE", help="held-out text of its own")
+    group.add_argument("--dataset", metavar="NAME[:CONFIG]", help="column 'text' of a hub dataset's train split")
+    group.add_argument("--heldout", type=Path, nargs="+", metavar="FILE", help="separate files of held-out text")
     group.add_argument(
-        "--tokens", type=int, default=32768, help="calibration tokens (32768); search a quarter, held-out half"
+        "--tokens",
+        type=int,
+        default=32768,
+        help="calibration tokens (default: 32768); search text has a quarter, held-out text half of that",
     )
-    group.add_argument("--block", type=int, default=512, help="tokens per block (512, or what the model takes)")
+    group.add_argument(
+        "--block", type=int, default=512, help="tokens per block (default: 512, or the model's maximum if less)"
+    )
 
 
 def _use(group: Any) -> None:
-    group.add_argument("--context", type=int, metavar="N", help="tokens a sequence may have (4096 with --gpu)")
-    group.add_argument("--batch", type=int, default=1, metavar="B", help="sequences at once (1)")
     group.add_argument(
-        "--kv-dtype", default="native", metavar="NAME", help="of the KV cache: native, fp8, int8, k8v4, int4"
+        "--context", type=int, metavar="N", help="maximal tokens of a sequence (default: 4096 with --gpu)"
     )
-    group.add_argument("--prefill-chunk", type=int, default=512, metavar="C", help="prompt tokens read at a time (512)")
+    group.add_argument("--batch", type=int, default=1, metavar="B", help="sequences at once (default: 1)")
+    group.add_argument(
+        "--kv-dtype",
+        default="native",
+        metavar="NAME",
+        help="format of the KV cache: native, fp8, int8, k8v4, int4 (default: native)",
+    )
+    group.add_argument(
+        "--prefill-chunk", type=int, default=512, metavar="C", help="prompt tokens per forward pass (default: 512)"
+    )
 
 
 def _candidates(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--formats", metavar="A,B,…", help="formats to choose from; `bitplan formats` lists them")
+    parser.add_argument("--formats", metavar="A,B,…", help="candidate formats; `bitplan formats` lists them all")
     _finish(parser)
     if parser.prog.endswith((" audit", " plan")):
-        parser.add_argument("--keep", action="append", default=[], metavar="GLOB", help="leave these units as they are")
+        parser.add_argument(
+            "--keep", action="append", default=[], metavar="GLOB", help="leave matching units unquantized; repeatable"
+        )
     if parser.prog.endswith(" plan"):
         for option, help in (("--set", "give these units this format"), ("--at-least", "or one of no fewer bytes")):
             parser.add_argument(option, action="append", default=[], metavar="GLOB=FORMAT", help=help)
@@ -122,32 +136,38 @@ def _candidates(parser: argparse.ArgumentParser) -> None:
 
 def _finish(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--rounding", metavar="NAME", help="how codes are chosen: nearest, gptq, awq or tuned; by default gptq"
+        "--rounding",
+        metavar="NAME",
+        help="rounding of integer formats: nearest, gptq, awq or tuned (default: gptq, and nearest for int8)",
     )
     if not parser.prog.endswith(" audit"):
         parser.add_argument(
             "--heal",
             action=argparse.BooleanOptionalAction,
-            help="train scales and kept vectors against the full-precision model once the codes are chosen",
+            help="after rounding, distill from the full-precision model into scales and unquantized vectors",
         )
 
 
 def _planned(plan: argparse.ArgumentParser) -> None:
-    budget = plan.add_argument_group("budget, said once; all of the model's bytes count")
-    budget.add_argument("--budget", metavar="SIZE", help="3MiB, 6GB, 1234567B")
+    budget = plan.add_argument_group("memory budget for all of the model's tensors; exactly one of the first four")
+    budget.add_argument("--budget", metavar="SIZE", help="size, such as 3MiB, 6GB or 1234567B")
     budget.add_argument("--bpw", type=float, metavar="BITS", help="bits per weight, over all parameters")
-    budget.add_argument("--fraction", type=float, metavar="PART", help="part of the bf16 size")
-    budget.add_argument("--gpu", metavar="SIZE", help="24GiB, or auto: what is free; weights get what the rest leaves")
+    budget.add_argument("--fraction", type=float, metavar="PART", help="fraction of the bf16 size")
+    budget.add_argument(
+        "--gpu",
+        metavar="SIZE",
+        help="memory of the GPU, such as 24GiB, or auto for its free memory; KV cache and workspace are subtracted",
+    )
     _use(budget)
-    budget.add_argument("--reserve", metavar="SIZE", help="leave so much of the device alone (2%% of it)")
+    budget.add_argument("--reserve", metavar="SIZE", help="memory of the device to leave unused (default: 2%% of it)")
     plan.add_argument(
-        "--profile", type=Path, metavar="FILE", help="a profile from `bitplan audit`; without, audit first"
+        "--profile", type=Path, metavar="FILE", help="profile written by `bitplan audit`; by default, audit first"
     )
     plan.add_argument(
         "--trials",
         type=int,
         default=30,
-        help="whole plans to judge by real KL (30); 0: by the profile alone, unmeasured",
+        help="plans to evaluate by KL during the search (default: 30); 0: use predictions only, measure nothing",
     )
     _task(plan)
     _output(plan, "plan.json")
@@ -155,42 +175,42 @@ def _planned(plan: argparse.ArgumentParser) -> None:
 
 def _compared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", type=Path, nargs="+", default=[], metavar="FILE", help="plans of the same model")
-    _task(parser, "+", "a .jsonl file, or a task of lm-eval")
+    _task(parser, "+", "tasks: .jsonl files, or names of lm-eval tasks")
     _sheets(parser, "the frontier and a sortable table", "the rows")
-    parser.add_argument("--force", action="store_true", help="replace what exists")
+    parser.add_argument("--force", action="store_true", help="overwrite existing files")
 
 
 def _task(
     parser: argparse.ArgumentParser,
     count: int | str = 1,
-    help: str = "search for the least loss on half of a task (a .jsonl file, or a task of lm-eval), report the other",
+    help: str = "minimise the loss on one half of a task (a .jsonl file or an lm-eval task), report the other half",
 ) -> None:
     parser.add_argument("--task", nargs=count, default=[], metavar="NAME", help=help)
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N items of a task")
+    parser.add_argument("--limit", type=int, metavar="N", help="use only the first N items of a task")
 
 
 def _exported(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("plan", type=Path, help="a plan file")
+    parser.add_argument("plan", type=Path, help="plan file")
     parser.add_argument(
         "--to", required=True, metavar="TARGET", help="compressed-tensors, gptqmodel, torchao, gguf or auto-round"
     )
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="PATH", help="a file; compressed-tensors: a folder"
+        "-o", "--output", type=Path, required=True, metavar="PATH", help="output file (compressed-tensors: folder)"
     )
-    parser.add_argument("--nearest", action="store_true", help="change what the target has no words for, and list it")
-    parser.add_argument("--profile", type=Path, metavar="FILE", help="tells what those changes cost")
-    parser.add_argument("--model", help="folder or hub id; by default the one that the plan names")
     parser.add_argument(
-        "--text", type=Path, nargs="+", metavar="FILE", help="the plan's text, where codes are to be made"
+        "--nearest", action="store_true", help="change unsupported formats to the nearest supported ones, and list them"
     )
-    parser.add_argument("--force", action="store_true", help="replace what exists")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="profile, to predict the loss of those changes")
+    parser.add_argument("--model", help="folder or hub id (default: the plan's model)")
     parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the code that the model's repository brings"
+        "--text", type=Path, nargs="+", metavar="FILE", help="the plan's text, if codes must be computed"
     )
+    parser.add_argument("--force", action="store_true", help="overwrite existing files")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code from the model's repository")
 
 
 def _device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="cpu, cuda or auto (cuda where there is one)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: cuda if available)")
 
 
 def _sheets(parser: argparse.ArgumentParser, page: str, rows: str) -> None:
@@ -199,5 +219,5 @@ def _sheets(parser: argparse.ArgumentParser, page: str, rows: str) -> None:
 
 
 def _output(parser: argparse.ArgumentParser, name: str) -> None:
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help=f"write {name} here")
-    parser.add_argument("--force", action="store_true", help="replace what exists")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help=f"write {name} to this file")
+    parser.add_argument("--force", action="store_true", help="overwrite existing files")

@@ -1,10 +1,10 @@
-"""A plan, told to those who serve models: `export(plan, target)` for one of `TARGETS`.
+"""Export of a plan for other tools: `export(plan, target)` for one of `TARGETS`.
 
     exported = export(plan, "compressed-tensors", source=source, nearest=True)
     write_export(exported, Path("out"))
 
-What a target has no words for is FormatUnavailable, which names the units; with `nearest` it is changed to the nearest
-that the target has, and `exported.changes` lists every unit that is another or takes other bytes.
+Formats that a target does not support raise FormatUnavailable, which names the units. With `nearest` they are changed
+to the nearest supported ones, and `exported.changes` lists every unit whose format or size differs from the plan's.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from bitplan.planner.export.auto_round import AutoRound
 from bitplan.planner.export.compressed_tensors import CompressedTensors, save_compressed
 from bitplan.planner.export.gguf import Gguf
 from bitplan.planner.export.gptqmodel import GptqModel
-from bitplan.planner.export.lower import settled
+from bitplan.planner.export.lower import lower
 from bitplan.planner.export.show import export_text
 from bitplan.planner.export.target import Exported, ExportedUnit, Target
 from bitplan.planner.export.torchao import TorchAo
@@ -30,7 +30,7 @@ TARGETS: dict[str, type[Target]] = {
     target.name: target for target in (GptqModel, CompressedTensors, TorchAo, Gguf, AutoRound)
 }
 NEED_MODEL = ("gptqmodel", "compressed-tensors", "gguf")
-"""Targets that look at the plan's model."""
+"""Targets that require the plan's model."""
 
 
 def export(
@@ -41,11 +41,11 @@ def export(
     profile: Profile | None = None,
     source: Source | None = None,
 ) -> Exported:
-    """A plan in a target's words. `source`: the plan's model, for the targets in NEED_MODEL; `profile`: tells what the
-    changes cost.
+    """Convert a plan to a target's format. `source`: the plan's model, required for the targets in NEED_MODEL;
+    `profile`: gives the change of the predicted loss.
 
-    Raises UsageError for an unknown target or a missing model, FormatUnavailable for units that the target cannot say
-    and for a package that is not installed, PlanMismatch for a profile of another model, ModelUnreadable.
+    Raises UsageError for an unknown target or a missing model, FormatUnavailable for units that the target does not
+    support and for a package that is not installed, PlanMismatch for a profile of another model, ModelUnreadable.
     """
     if target not in TARGETS:
         raise UsageError(f"unknown target {target!r}: there are {', '.join(TARGETS)}")
@@ -60,20 +60,22 @@ def export(
             f"the profile is {profile.provenance.model.id}'s, and the plan another model's: audit that one"
         )
     losses = {(row.unit, row.format): row.predicted_nll for row in profile.rows} if profile else {}
-    told = TARGETS[target](plan, source)
-    made = settled(plan, told, nearest)
+    chosen = TARGETS[target](plan, source)
+    made = lower(plan, chosen, nearest)
     lines = []
     for before, after in zip(plan.units, made.units, strict=True):
-        like = told.like(after)
+        like = chosen.like(after)
         old, new = losses.get((before.name, before.format)), losses.get((before.name, like))
         nats = 0.0 if like == before.format else new - old if old is not None and new is not None else None
-        size = told.nbytes(after)
-        lines.append(ExportedUnit(before.name, before.format, after.format, told.word(after), before.bytes, size, nats))
-    total = sum(line.bytes for line in lines) + sum(map(told.unquantized_nbytes, plan.unquantized))
-    notes = told.notes(made)
+        size = chosen.nbytes(after)
+        lines.append(
+            ExportedUnit(before.name, before.format, after.format, chosen.word(after), before.bytes, size, nats)
+        )
+    total = sum(line.bytes for line in lines) + sum(map(chosen.unquantized_nbytes, plan.unquantized))
+    notes = chosen.notes(made)
     if made.workload.kv_format != "native":
-        notes.append(f"the plan's KV cache, {made.workload.kv_format}, is not told: set it at the server")
-    return Exported(told, made, tuple(lines), told.text(made), plan.bytes, total, tuple(notes))
+        notes.append(f"the plan's KV cache format, {made.workload.kv_format}, is not exported: configure the server")
+    return Exported(chosen, made, tuple(lines), chosen.text(made), plan.bytes, total, tuple(notes))
 
 
 def write_export(
@@ -84,10 +86,11 @@ def write_export(
     text: list[Path] | None = None,
     device: str = "auto",
 ) -> int:
-    """Write an export: a file, or for a target that holds codes a checkpoint folder; the bytes of weights in it.
+    """Write an export: a file, or a checkpoint folder for a target that holds codes. Returns the bytes of the folder's
+    weights, 0 for a file.
 
-    `text`: the plan's text, where its codes follow from text and are not in the cache. Raises BitplanError where
-    nothing can be written, CodesMissing, PlanMismatch, FormatUnavailable.
+    `text`: the plan's text, required if its rounding needs text and its codes are not in the cache. Raises BitplanError
+    if `output` cannot be written, CodesMissing, PlanMismatch, FormatUnavailable.
     """
     source = exported.target.source
     if not exported.target.holds_codes or source is None:
@@ -98,4 +101,4 @@ def write_export(
     return save_compressed(load_planned(exported.plan, source, device), exported, output, force)
 
 
-__all__ = ["NEED_MODEL", "TARGETS", "Exported", "Line", "Target", "export", "export_text", "write_export"]
+__all__ = ["NEED_MODEL", "TARGETS", "Exported", "ExportedUnit", "Target", "export", "export_text", "write_export"]

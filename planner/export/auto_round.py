@@ -1,4 +1,6 @@
-"""auto-round's layer_config: bits and group size by layer. May import: formats, planner.plan, planner.export.target."""
+"""auto-round's layer_config, bits and group size per layer.
+
+May import: formats, planner.plan, planner.export.target."""
 
 import json
 from typing import Any
@@ -7,12 +9,12 @@ from bitplan.planner.export.target import KINDS, Target, group_size, integer, un
 from bitplan.planner.plan import Plan, PlannedUnit
 
 SIDE = 32
-"""auto-round leaves a layer in 16 bits, whatever is asked, where this does not divide both of its sides."""
+"""auto-round leaves a layer in 16 bits, regardless of its config, unless both sides are multiples of this."""
 UNTOUCHED = {"bits": 16, "act_bits": 16, "data_type": "float", "act_data_type": "float"}
 
 
 class AutoRound(Target):
-    """Integers of 2 to 8 bits with zero points, those of 8 bits without, for Linears and Conv1Ds."""
+    """Integer formats for Linears and Conv1Ds: 2 to 7 bits, and symmetric 8 bits."""
 
     name = "auto-round"
     readers = "auto-round"
@@ -27,7 +29,7 @@ class AutoRound(Target):
         if format is None or (format.bits == 8 and format.zero_point == "asymmetric"):
             return f"in {unit.format}"
         if unit.rows % SIDE or unit.columns % SIDE:
-            return f"of {unit.rows} × {unit.columns} weights, no multiples of {SIDE}"
+            return f"of {unit.rows} × {unit.columns} weights, not multiples of {SIDE}"
         return uneven(unit)
 
     def word(self, unit: PlannedUnit) -> str:
@@ -40,11 +42,12 @@ class AutoRound(Target):
     def notes(self, plan: Plan) -> list[str]:
         return [
             "auto-round chooses the codes itself: AutoRound(model, tokenizer, layer_config=json.load(open(FILE)), …)",
-            "the bytes are those of bitplan's packing: what auto-round writes depends on its format=",
+            "bytes are those of bitplan's packing: the size of auto-round's files depends on its format=",
         ]
 
 
 def entry(unit: PlannedUnit) -> dict[str, Any]:
+    """The layer_config of a supported unit."""
     format = integer(unit)
     if format is None:
         return UNTOUCHED
@@ -54,7 +57,7 @@ def entry(unit: PlannedUnit) -> dict[str, Any]:
 
 
 def config(plan: Plan) -> dict[str, Any]:
-    """Every layer by its exact name, those too that stay: the others would get auto-round's own scheme."""
+    """Every layer by its exact name, unquantized ones included: auto-round would quantize those by its default."""
     named = {unit.name: entry(unit) for unit in plan.units if unit.kind not in KINDS}
-    kept = [entry.name.removesuffix(".weight") for entry in plan.unquantized if len(entry.shape) == 2]
-    return named | dict.fromkeys(kept, UNTOUCHED)
+    unquantized = [entry.name.removesuffix(".weight") for entry in plan.unquantized if len(entry.shape) == 2]
+    return named | dict.fromkeys(unquantized, UNTOUCHED)

@@ -1,14 +1,15 @@
-"""A checkpoint folder in compressed-tensors' layouts, which vLLM and transformers read.
+"""A checkpoint folder in the layouts of compressed-tensors, which vLLM and transformers read.
 
-A weight [rows, columns] with codes of b bits in groups of columns is, pack-quantized:
+A weight [rows, columns] with codes of b bits in groups of columns is stored, pack-quantized, as
 
-    weight_packed      int32 [rows, columns * b / 32]   each row one little-endian bit stream, as in our own packing
-    weight_zero_point  int32 [rows * b / 32, groups]    each column such a stream; not there where the zero is fixed
+    weight_packed      int32 [rows, columns * b / 32]   each row a little-endian bit stream, as in bitplan's packing
+    weight_zero_point  int32 [rows * b / 32, groups]    each column such a stream; absent if symmetric
     weight_scale       fp16  [rows, groups]
     weight_shape       int64 [2]
 
 and, float-quantized, `weight` e4m3 [rows, columns] and weight_scale fp16 [rows, 1].
-May import: formats, sensitivity, planner.plan/card/gptq_layout, planner.export.target.
+May import: formats, sensitivity, planner.plan, planner.report.model_card, planner.export.gptq_layout,
+planner.export.target.
 """
 
 import json
@@ -51,7 +52,7 @@ PACKED, FLOATS = "pack-quantized", "float-quantized"
 
 
 class CompressedTensors(Target):
-    """Integer formats with a whole or fixed zero point, and fp8, for Linears."""
+    """Symmetric and asymmetric integer formats, and fp8, for Linears."""
 
     name = "compressed-tensors"
     readers = "vLLM, transformers"
@@ -60,7 +61,7 @@ class CompressedTensors(Target):
     def unsupported(self, unit: PlannedUnit) -> str | None:
         if unit.is_native:
             return None
-        if unit.kind != "linear":  # vLLM's quantized embedding takes every zero point for the middle
+        if unit.kind != "linear":  # vLLM reads every quantized embedding as symmetric
             return KINDS.get(unit.kind, "a Conv1D, whose weight is transposed")
         if integer(unit) is None and not isinstance(FORMATS[unit.format], Float8Format):
             return f"in {unit.format}"
@@ -74,9 +75,9 @@ class CompressedTensors(Target):
         return f"{weights['type']} {weights['num_bits']} bits{group}"
 
     def nbytes(self, unit: PlannedUnit) -> int:
-        """Codes and scales as ours; zero points start a word in each group's column, and the shape is there."""
+        """Codes and scales as in bitplan; zero points are packed by columns, and the shape is stored too."""
         format = integer(unit)
-        if format is None:  # ours has whole words
+        if format is None:  # fp8, without bitplan's padding to whole words
             return unit.bytes if unit.is_native else unit.rows * (unit.columns + 2)
         groups = format.groups(unit.columns)
         zeros = words_per_row(unit.rows, format.code_bits) * groups if format.zero_point == "asymmetric" else 0
@@ -100,7 +101,7 @@ class CompressedTensors(Target):
 
 
 def scheme(unit: PlannedUnit) -> dict[str, Any]:
-    """A packed unit's config group, but for its targets."""
+    """A packed unit's config group, without its `targets`."""
     format = integer(unit)
     if format is None:
         weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}
@@ -111,25 +112,24 @@ def scheme(unit: PlannedUnit) -> dict[str, Any]:
     return {"weights": weights | {"dynamic": False}, "format": PACKED if format else FLOATS}
 
 
-def with_joined(said: dict[str, str]) -> dict[str, str]:
-    """What is said of modules, and of those that servers join of some of them that are told alike.
+def with_fused(entries: dict[str, str]) -> dict[str, str]:
+    """`entries` (module name → config), with an entry for each fused module whose members have the same one.
 
-    vLLM asks for the members of a joined module, SGLang (in many models, Llama's for one) for itself, and stops where
-    it is not named. transformers has no such module, and warns of it.
+    vLLM looks up the members of a fused module; SGLang (for many models, such as Llama) looks up the fused module
+    itself, and fails if it has no entry. transformers has no such module, and warns about it.
     """
-    joined = {}
+    added = {}
     for fused, members in FUSED.items():
-        for parent in [name.removesuffix(members[0]) for name in said if name.endswith(f".{members[0]}")]:
-            alike = {said.get(parent + member) for member in members}
-            if len(alike) == 1:
-                joined[parent + fused] = said[parent + members[0]]
-    return said | joined
+        for parent in [name.removesuffix(members[0]) for name in entries if name.endswith(f".{members[0]}")]:
+            if len({entries.get(parent + member) for member in members}) == 1:
+                added[parent + fused] = entries[parent + members[0]]
+    return entries | added
 
 
 def config(plan: Plan) -> dict[str, Any]:
-    """The quantization_config: exact names, never a class or a pattern that could match another module."""
+    """The quantization_config. Modules are listed by exact names, since classes or patterns could match others."""
     targets: dict[str, list[str]] = defaultdict(list)
-    for name, key in with_joined({unit.name: json.dumps(scheme(unit)) for unit in plan.packed}).items():
+    for name, key in with_fused({unit.name: json.dumps(scheme(unit)) for unit in plan.packed}).items():
         targets[key].append(name)
     groups = {f"group_{i}": {"targets": names, **json.loads(key)} for i, (key, names) in enumerate(targets.items())}
     formats = {group["format"] for group in groups.values()}
@@ -141,12 +141,12 @@ def config(plan: Plan) -> dict[str, Any]:
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": list(with_joined(dict.fromkeys(ignored, ""))),
+        "ignore": list(with_fused(dict.fromkeys(ignored, ""))),
     }
 
 
 def to_compressed(tensors: Tensors, unit: PlannedUnit) -> Tensors:
-    """A unit's packed tensors → the layout's."""
+    """Convert a unit's packed tensors to the layout's."""
     format = FORMATS[unit.format]
     scale = tensors["_scale"].view(torch.float16)
     if not isinstance(format, IntegerFormat):
@@ -161,7 +161,7 @@ def to_compressed(tensors: Tensors, unit: PlannedUnit) -> Tensors:
 
 
 def compressed_tensors(model: PreTrainedModel, plan: Plan) -> Tensors:
-    """All tensors of a materialised model as the layouts have them, on the CPU; a tied one once, by its first name."""
+    """All tensors of a quantized model in these layouts, on the CPU; a tied one once, by its first name."""
     found: dict[str, Tensor] = model.state_dict(keep_vars=True)
     ties = model.all_tied_weights_keys
     written = {name: tensor for name, tensor in found.items() if tensor is not found.get(ties.get(name, ""))}

@@ -1,8 +1,8 @@
 """A --tensor-type-file for llama.cpp's llama-quantize: a line `^name$=type` for each tensor.
 
-The first line whose pattern is found in a tensor's name counts, the file knows no comments, and it is looked at only
-where the type asked for on the command line is a quantized one, which is what tensors without a line get.
-May import: formats, sensitivity, planner.plan, planner.export.target; gguf, when names are asked for.
+The first line whose pattern matches a tensor's name applies. The file cannot contain comments, and is only read if the
+type on the command line is a quantized one, which tensors without a line get. May import: formats, sensitivity,
+planner.plan, planner.export.target; gguf, when names are needed.
 """
 
 import re
@@ -31,15 +31,14 @@ SIZES = {
     "q2_k": (256, 84),
     "tq1_0": (256, 54),
 }
-"""Type → weights in a block, and the block's bytes; gguf.GGML_QUANT_SIZES, of which `python -m benchmarks.exports`
-compares each."""
+"""Type → weights per block, bytes per block. `python -m benchmarks.exports` checks them by gguf.GGML_QUANT_SIZES."""
 
 TYPES = {8: ("q8_0",), 6: ("q6_k",), 5: ("q5_k", "q5_1"), 4: ("q4_k", "q4_1"), 3: ("q3_k",), 2: ("q2_k",)}
-"""Bits → the types that have them, of which the first whose block divides the columns is taken."""
+"""Bits → candidate types; the first whose block size divides the columns is used."""
 OTHERS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "nf4": "iq4_nl"}
 LIKE = {"q8_0": "int8-g32", "q6_k": "int6-g32", "q5_k": "int5-g32", "q5_1": "int5-g32", "q4_k": "int4-g32"}
 LIKE |= {"q4_1": "int4-g32-z16", "q3_k": "int3-g32", "q2_k": "int2-g32"}
-"""Ours with as many bits and the groups nearest in size."""
+"""Type → the format here with the same bits and the nearest group size."""
 
 LEFT = ("position_embd", "token_types", "ffn_gate_inp", "attn_rel_b")
 """Parts of the names of weights that llama-quantize does not touch; llama.cpp's converter makes them f32."""
@@ -54,11 +53,11 @@ ARCHITECTURES = {
     "llama4text": "llama4",
     "qwen35text": "qwen35",
 }
-"""A model_type of transformers → llama.cpp's name for it, where they differ by more than dashes."""
+"""model_type in transformers → llama.cpp's name, if they differ by more than punctuation."""
 
 
 class Gguf(Target):
-    """Types of as many bits: llama.cpp has its own groups and rounds itself, so what is told is the allocation."""
+    """Types with the same bits. llama.cpp has its own groups and chooses the codes: only the allocation is exported."""
 
     name = "gguf"
     readers = "llama-quantize"
@@ -66,7 +65,8 @@ class Gguf(Target):
 
     @cached_property
     def name_of(self) -> Callable[[str], str | None]:
-        """A tensor's name in a checkpoint → without its suffix in GGUF. Raises FormatUnavailable, UsageError."""
+        """A function from a tensor's name in the checkpoint to its name in GGUF, without suffix. Raises
+        FormatUnavailable, UsageError."""
         try:
             import gguf
         except ImportError:
@@ -79,7 +79,7 @@ class Gguf(Target):
         found = [arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if re.sub(r"[-_.]", "", name) == wanted]
         if not found:
             raise FormatUnavailable(
-                f"the gguf package knows no architecture {kind!r}, a newer one may: pip install -U gguf"
+                f"the gguf package has no architecture {kind!r}; a newer version may: pip install -U gguf"
             )
         text = config.get("text_config") or config
         layers = next((text[key] for key in ("num_hidden_layers", "n_layer", "num_layers") if key in text), 0)
@@ -87,7 +87,7 @@ class Gguf(Target):
         return lambda name: names.get_name(name, try_suffixes=(".weight",))
 
     def names(self, parameter: str) -> list[str]:
-        """A weight's names in GGUF; several for a joined one that llama.cpp's converter takes apart."""
+        """A weight's names in GGUF; several for a fused one that llama.cpp's converter splits."""
         parts = [parameter]
         if parameter.endswith(".gate_up_proj") and self.name_of(parameter) is None:
             parts = [parameter.replace("gate_up_proj", part) for part in ("gate_proj", "up_proj")]
@@ -105,7 +105,7 @@ class Gguf(Target):
         if self._type(unit):
             return None
         types = " or ".join(_types(unit))
-        return f"whose {unit.columns} columns are no whole blocks of {types}" if types else f"in {unit.format}"
+        return f"whose {unit.columns} columns are not whole blocks of {types}" if types else f"in {unit.format}"
 
     def _type(self, unit: PlannedUnit) -> str | None:
         if unit.is_native and any(part in name for part in LEFT for name in self.names(unit.parameter)):
@@ -120,7 +120,7 @@ class Gguf(Target):
         return unit.experts * unit.rows * unit.columns // block * size
 
     def unquantized_nbytes(self, entry: UnquantizedEntry) -> int:
-        """llama.cpp's converter makes vectors f32."""
+        """Bytes of an unquantized tensor; llama.cpp's converter stores vectors as f32."""
         return prod(entry.shape) * SIZES[self._unquantized_type(entry)][1]
 
     def _unquantized_type(self, entry: UnquantizedEntry) -> str:
@@ -131,7 +131,7 @@ class Gguf(Target):
         return LIKE.get(self.word(unit), unit.format)
 
     def text(self, plan: Plan) -> str:
-        """Kept matrices have lines too, or they would get the type asked for on the command line."""
+        """The file. Unquantized matrices have lines too, or they would get the type on the command line."""
         types = {unit.parameter: self.word(unit) for unit in plan.units}
         types |= {entry.name: self._unquantized_type(entry) for entry in plan.unquantized if len(entry.shape) > 1}
         lines = {name: type for parameter, type in types.items() for name in self.names(parameter)}
@@ -140,7 +140,7 @@ class Gguf(Target):
     def notes(self, plan: Plan) -> list[str]:
         dtype = OTHERS.get(DTYPES.get(plan.provenance.model.dtype, ""), "f32")
         lost = [entry.name for entry in plan.unquantized if len(entry.shape) > 1 and not self.names(entry.name)]
-        unnamed = [f"GGUF has no name for {', '.join(lost)}, kept: what they become gets the type Q8_0"] if lost else []
+        unnamed = [f"GGUF has no name for {', '.join(lost)}, unquantized in the plan: Q8_0 will apply"] if lost else []
         return [
             *unnamed,
             f"convert_hf_to_gguf.py MODEL --outtype {dtype} --outfile IN.gguf, then"

@@ -1,14 +1,15 @@
-"""A planned model in GPTQ's checkpoint layout, for the runtimes that read it: gptqmodel, auto-gptq, and in 4 and 8
-bits without zero points vLLM and SGLang.
+"""A quantized model in GPTQ's checkpoint layout, which gptqmodel and auto-gptq read, and at 4 and 8 bits without zero
+points vLLM and SGLang.
 
-A Linear of `inputs` × `outputs` with codes of b bits in groups of inputs is four tensors:
+A Linear of `inputs` × `outputs` with codes of b bits in groups of inputs is stored as four tensors:
 
     qweight  int32 [inputs * b / 32, outputs]   the codes; each column is one little-endian bit stream
-    qzeros   int32 [groups, outputs * b / 32]   the zero points less one; each row is such a stream
+    qzeros   int32 [groups, outputs * b / 32]   the zero points minus one; each row is such a stream
     scales   fp16  [groups, outputs]
     g_idx    int32 [inputs]                     the group of each input
 
-and weight[input, output] = (code - (stored zero + 1)) * scale. May import: formats, planner.plan/card, sensitivity.
+and weight[input, output] = (code - (stored zero + 1)) * scale. May import: formats, sensitivity, planner.plan,
+planner.report.model_card.
 """
 
 import json
@@ -36,22 +37,22 @@ from bitplan.sensitivity.source import Source
 
 BITS = (2, 3, 4, 8)
 RUN = 32
-"""Inputs and outputs come in whole runs of so many: only then do codes of 3 bits fill whole words."""
+"""Inputs and outputs must be multiples of this: only then do 3-bit codes fill whole words."""
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-"""Servers join these modules and ask for the joined one's settings by its own name."""
+"""Modules that servers fuse, by the fused module's name, under which its settings are looked up."""
 
 ZEROS_DO_NOT_WRAP = "gptqmodel:0.9.0"
-"""What gptqmodel wants to see in an asymmetric checkpoint of this layout: the first of its versions whose zero points
-can be read back. Without it, it refuses. Ours can: see `to_gptq`."""
+"""gptqmodel refuses an asymmetric checkpoint of this layout unless its quantizer is this version or later, the first
+whose zero points can be read back. Those written here can: see `to_gptq`."""
 
 LAYOUT = Layout(
     "planned, in GPTQ's layout",
     """Mixed precision by bitplan, written in the checkpoint layout of GPTQ: read it with gptqmodel. vLLM (from 0.22 on)
-and SGLang take this layout only in 4 or 8 bits without zero points. Where modules differ in bits or group size, or are
-kept in floats, `dynamic` in config.json says so. transformers' own GPTQ reader and auto-gptq do not look at it: they
-read a folder right only where `dynamic` is absent. This layout takes more bytes than the plan: it adds g_idx, and
-stored zero points where those are fixed.
+and SGLang support this layout only at 4 or 8 bits without zero points. Modules with other bits or group sizes, or left
+in floats, are listed under `dynamic` in config.json. transformers' own GPTQ reader and auto-gptq ignore `dynamic`: they
+read the folder correctly only if it is absent. This layout takes more bytes than the plan: it adds g_idx, and zero
+points for symmetric formats.
 
 ```python
 from gptqmodel import GPTQModel
@@ -62,21 +63,21 @@ model = GPTQModel.load("path/to/this/folder")
 
 
 def is_supported(format: object) -> bool:
-    """Whether the layout has the codes of a format."""
+    """Whether the layout supports a format."""
     return (
         isinstance(format, IntegerFormat) and format.bits in BITS and format.zero_point in ("asymmetric", "symmetric")
     )
 
 
 def settings(unit: PlannedUnit) -> tuple[int, int]:
-    """Bits and group size of a packed unit, as the layout's readers know them: -1 where the row is one group."""
+    """Bits and group size of a packed unit; the group size is -1 if a row is one group."""
     format = FORMATS[unit.format]
     assert isinstance(format, IntegerFormat)
     return format.code_bits, format.group if 0 < format.group < unit.columns else -1
 
 
 def refuse_unsupported(plan: Plan) -> None:
-    """Raises FormatUnavailable where the layout has no words for some of a plan's units. Needs no model."""
+    """Raise FormatUnavailable if the layout does not support some of a plan's units. Needs no model."""
     if experts := [unit.name for unit in plan.units if unit.kind == "experts"]:
         raise joined_experts(experts)
     reasons: dict[tuple[str, str], list[str]] = defaultdict(list)
@@ -86,11 +87,12 @@ def refuse_unsupported(plan: Plan) -> None:
             reasons[reason].append(unit.name)
     if reasons:
         found = "; ".join(f"{_names(names)}, {what}" for (what, _), names in reasons.items())
-        kept = [name for (_, change), names in reasons.items() if not change for name in names]
+        keep = [name for (_, change), names in reasons.items() if not change for name in names]
         changes = [change for _, change in reasons if change]
-        changes += [" ".join(f"--keep {name}" for name in kept)] if len(kept) <= 4 else ["--keep for each of these"]
+        changes += [" ".join(f"--keep {name}" for name in keep)] if len(keep) <= 4 else ["--keep for each of these"]
         raise FormatUnavailable(
-            f"GPTQ's layout cannot hold {found}: plan again with {' and '.join(dict.fromkeys(filter(None, changes)))}"
+            f"GPTQ's layout does not support {found}: "
+            f"plan again with {' and '.join(dict.fromkeys(filter(None, changes)))}"
         )
     if not packed:
         raise FormatUnavailable("GPTQ's layout is for integer formats and this plan has none: save without a layout")
@@ -98,7 +100,7 @@ def refuse_unsupported(plan: Plan) -> None:
 
 def joined_experts(names: list[str]) -> FormatUnavailable:
     return FormatUnavailable(
-        f"GPTQ's layout has a tensor for each expert, and {_names(names)} hold many in one: save without a layout"
+        f"GPTQ's layout stores each expert separately, and {_names(names)} hold many in one: save without a layout"
     )
 
 
@@ -107,11 +109,12 @@ def _names(names: list[str]) -> str:
 
 
 def unsupported(unit: PlannedUnit) -> tuple[str, str] | None:
-    """What stands against a unit, and which change of the plan mends it ("": keep the unit in floats)."""
+    """The reason why a unit is not supported, and the options for a supported plan ("": --keep for the unit), or
+    None."""
     if unit.kind not in ("linear", "conv1d"):
         return {"tied": "an embedding and the head", "embedding": "an embedding"}.get(unit.kind, unit.kind), ""
     if not re.search(r"\.\d+\.", unit.name):
-        return "outside of the model's blocks", ""
+        return "outside the model's blocks", ""
     format = FORMATS[unit.format]
     if not is_supported(format):
         return (
@@ -119,19 +122,19 @@ def unsupported(unit: PlannedUnit) -> tuple[str, str] | None:
             f"--formats {','.join(name for name in DEFAULT_FORMATS if is_supported(FORMATS[name]))}",
         )
     if unit.rows % RUN or unit.columns % RUN:
-        return f"of {unit.rows} × {unit.columns} weights, no multiples of {RUN}", ""
+        return f"of {unit.rows} × {unit.columns} weights, not multiples of {RUN}", ""
     _, group = settings(unit)
     if unit.columns % max(group, 1):
-        return f"whose {unit.columns} columns are no whole groups of {group}", "formats of smaller groups (…-g32)"
+        return f"whose {unit.columns} columns are not a multiple of {group}", "formats of smaller groups (…-g32)"
     return None
 
 
 def to_gptq(tensors: Tensors, format: IntegerFormat, columns: int) -> Tensors:
-    """Packed tensors of a unit → the layout's four.
+    """Convert a unit's packed tensors to the layout's four.
 
-    Readers disagree about a zero point of 0, stored as -1: in some it wraps within its bits, in some it borrows from
-    its neighbour, in some it comes back as 2^b. Such a group is written mirrored, as code' = top - code, zero' = top,
-    scale' = -scale, which are the very same values.
+    Readers disagree about a zero point of 0, which is stored as -1: in some it wraps within its bits, in some it
+    borrows from its neighbour, in some it is read as 2^b. Such a group is therefore written mirrored, as
+    code' = top - code, zero' = top, scale' = -scale, which gives exactly the same values.
     """
     bits, top = format.code_bits, format.top
     codes, scale = unpack(tensors[""], columns, bits), tensors["_scale"].view(torch.float16)
@@ -151,8 +154,8 @@ def to_gptq(tensors: Tensors, format: IntegerFormat, columns: int) -> Tensors:
 
 
 def gptq_tensors(model: PreTrainedModel, plan: Plan, tied_twice: bool) -> Tensors:
-    """All tensors of a materialised model as the layout has them, on the CPU: kept ones by their own names, a tied
-    one by its first name or by all."""
+    """All tensors of a quantized model in this layout, on the CPU: unquantized ones by their own names, a tied one by
+    its first name, or with `tied_twice` by all of its names."""
     found: dict[str, Tensor] = model.state_dict(keep_vars=True)
     ties = model.all_tied_weights_keys
     again = [name for name, tensor in found.items() if tensor is found.get(ties.get(name, ""))]
@@ -173,7 +176,7 @@ def gptq_tensors(model: PreTrainedModel, plan: Plan, tied_twice: bool) -> Tensor
 
 
 def quantization_config(model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
-    """What readers must know beside the tensors: the commonest bits and group size, and a rule for who differs."""
+    """The quantization_config: the most common bits and group size, and a rule for each module that differs."""
     packed = {unit.name: settings(unit) for unit in plan.units if not unit.is_native}
     (bits, group), _ = Counter(packed.values()).most_common(1)[0]
     rules: dict[str, tuple[int, int] | None] = {n: own for n, own in packed.items() if own != (bits, group)}
@@ -192,7 +195,7 @@ def quantization_config(model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
         dynamic[f"-:{exactly}" if own is None else f"+:{exactly}"] = (
             {} if own is None else {"bits": own[0], "group_size": own[1]}
         )
-    # One word for all: false is true of every module, whose zero points are then read, not assumed.
+    # One flag for all modules: with False, stored zero points are read, which is right for symmetric ones too.
     sym = all(getattr(FORMATS[unit.format], "zero_point", "symmetric") == "symmetric" for unit in plan.units)
     written_by = [f"bitplan:{plan.provenance.versions['bitplan']}", *([] if sym else [ZEROS_DO_NOT_WRAP])]
     return {
@@ -211,7 +214,7 @@ def quantization_config(model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
 
 
 def config_for(source: Source, quantization: dict[str, Any]) -> dict[str, Any]:
-    """The model's own config with the layout's words, and with the names that readers of auto-gptq's time look for."""
+    """The model's config with the quantization_config, and with older field names that auto-gptq reads."""
     config = source.config
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
@@ -225,18 +228,18 @@ def config_for(source: Source, quantization: dict[str, Any]) -> dict[str, Any]:
 
 
 def save_gptq(model: PreTrainedModel, plan: Plan, source: Source, folder: Path, force: bool) -> int:
-    """Write a materialised plan as a checkpoint folder in GPTQ's layout; the bytes of its tensors.
+    """Write a quantized model as a checkpoint folder in GPTQ's layout. Returns the bytes of its tensors.
 
-    Everything is written beside and renamed at the end. Raises FormatUnavailable where the layout has no words for a
-    unit, BitplanError where the folder cannot be written.
+    The folder is written under a temporary name and renamed at the end. Raises FormatUnavailable if the layout does not
+    support a unit, BitplanError if the folder cannot be written.
     """
     refuse_unsupported(plan)
     if experts := [name for name, module in model.named_modules() if is_experts(module)]:
         raise joined_experts(experts)
     quantization = quantization_config(model, plan)
-    # auto-gptq knows one setting, ignores rules (what is kept would then load as noise), and looks for its settings in
-    # this file alone: so it gets the file, and the head of a tied pair, which it reads as zeros where it is not
-    # written, only where it can read all of the rest.
+    # auto-gptq only supports one setting for all modules, ignores rules (unquantized modules would load as noise), and
+    # reads its settings from quantize_config.json. That file, and a copy of a tied head (which it would otherwise read
+    # as zeros), are written only if it can read everything else.
     for_auto_gptq = "dynamic" not in quantization
     tensors = gptq_tensors(model, plan, tied_twice=for_auto_gptq)
     with written_beside(folder, force) as part:

@@ -1,5 +1,6 @@
-"""GPTQ's settings, with a rule in `dynamic` for each module that differs. May import: formats, sensitivity,
-planner.plan/gptq_layout, planner.export.target.
+"""gptqmodel's quantization config, with a rule in `dynamic` for each module that differs.
+
+May import: formats, sensitivity, planner.plan, planner.export.gptq_layout, planner.export.target.
 """
 
 import json
@@ -39,7 +40,7 @@ class GptqModel(Target):
         return f"{bits} bits, group_size {group}"
 
     def nbytes(self, unit: PlannedUnit) -> int:
-        """qweight, qzeros (there even where the zero point is fixed), scales and g_idx."""
+        """Bytes of qweight, qzeros (stored for symmetric formats too), scales and g_idx."""
         format = integer(unit)
         if format is None:
             return unit.bytes

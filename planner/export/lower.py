@@ -1,6 +1,6 @@
-"""What a target has no words for: refused by name, or changed to the nearest that it has.
+"""Lowering of a plan to a target: unsupported formats are refused by name, or changed to the nearest supported ones.
 
-May import: formats, sensitivity, planner.plan/gptq_layout, planner.export.target.
+May import: formats, sensitivity, planner.plan, planner.export.gptq_layout, planner.export.target.
 """
 
 from collections import defaultdict
@@ -14,27 +14,29 @@ from bitplan.planner.export.target import Target
 from bitplan.planner.plan import Plan, PlannedUnit
 
 CANDIDATES = (*DEFAULT_FORMATS, "fp8")
-"""What `nearest` tries, beside each weight's own float type."""
+"""The formats that `nearest` considers, in addition to each weight's own float dtype."""
 NAMED = 3
 
 
-def settled(plan: Plan, target: Target, nearest: bool) -> Plan:
-    """The plan with nothing in it that the target cannot say: itself, or where `nearest` allows it a changed one.
+def lower(plan: Plan, target: Target, nearest: bool) -> Plan:
+    """A plan that the target supports: `plan` itself, or with `nearest` a changed one.
 
-    Raises FormatUnavailable, which names the units.
+    Raises FormatUnavailable, which names the unsupported units.
     """
     reasons = _reasons(plan.units, target)
     if not reasons:
         if target.joins and (split := _split(plan)):
             if not nearest:
-                raise FormatUnavailable(_told(target, split, ["--keep for all that servers join, or for none of them"]))
+                raise FormatUnavailable(
+                    _message(target, split, ["--keep for all units that servers fuse, or for none"])
+                )
             return changed(plan, {name: _native(_unit(plan, name)) for name in split})
         return plan
     lost = [unit.name for unit in plan.units if unit.name in reasons and not _supported([unit], _native(unit), target)]
     if lost:
-        raise FormatUnavailable(f"{target.name} cannot say {_names(lost)}, {reasons[lost[0]]}, in whatever format")
+        raise FormatUnavailable(f"{target.name} does not support {_names(lost)}, {reasons[lost[0]]}, in any format")
     if not nearest:
-        raise FormatUnavailable(_told(target, reasons, _ways(plan, target, reasons)))
+        raise FormatUnavailable(_message(target, reasons, _remedies(plan, target, reasons)))
     groups: dict[str, list[PlannedUnit]] = defaultdict(list)
     for unit in plan.units:
         groups[unit.group].append(unit)
@@ -42,11 +44,11 @@ def settled(plan: Plan, target: Target, nearest: bool) -> Plan:
     for members in groups.values():
         if any(unit.name in reasons for unit in members):
             formats |= dict.fromkeys((unit.name for unit in members), _nearest(members, target))
-    return settled(changed(plan, formats), target, nearest)
+    return lower(changed(plan, formats), target, nearest)
 
 
 def changed(plan: Plan, formats: dict[str, str]) -> Plan:
-    """The plan with other formats for some units, and without what was measured and predicted of it."""
+    """The plan with other formats for some units (name → format), and without its measurements and prediction."""
     units = [_in_format(unit, formats.get(unit.name, unit.format)) for unit in plan.units]
     total = sum(unit.bytes for unit in units) + sum(entry.bytes for entry in plan.unquantized)
     packed = any(not unit.is_native for unit in units)
@@ -90,8 +92,8 @@ def _supported(members: list[PlannedUnit], name: str, target: Target) -> bool:
 
 
 def _nearest(members: list[PlannedUnit], target: Target) -> str:
-    """The format for a whole group whose bytes at the readers' are nearest to the planned; of two alike, the one with
-    more of ours."""
+    """The supported format of a whole group whose bytes in the target are nearest to the planned bytes; of equal ones,
+    the one with nearer, then with more bytes here."""
     planned = sum(unit.bytes for unit in members)
     distances = []
     for name in dict.fromkeys((*CANDIDATES, _native(members[0]))):
@@ -103,8 +105,8 @@ def _nearest(members: list[PlannedUnit], target: Target) -> str:
 
 
 def _split(plan: Plan) -> dict[str, str]:
-    """Packed units beside a kept or otherwise planned one with which servers join them."""
-    formats = {entry.name.removesuffix(".weight"): "kept" for entry in plan.unquantized if len(entry.shape) == 2}
+    """Packed units that servers fuse with an unquantized unit or one in another format → the reason."""
+    formats = {entry.name.removesuffix(".weight"): "unquantized" for entry in plan.unquantized if len(entry.shape) == 2}
     formats |= {unit.name: unit.format for unit in plan.units}
     packed = {unit.name for unit in plan.packed}
     reasons: dict[str, str] = {}
@@ -124,21 +126,24 @@ def _names(names: list[str]) -> str:
     return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
-def _ways(plan: Plan, target: Target, reasons: dict[str, str]) -> list[str]:
-    """Options of `bitplan plan` that would leave these units sayable."""
+def _remedies(plan: Plan, target: Target, reasons: dict[str, str]) -> list[str]:
+    """Options of `bitplan plan` with which the target would support these units."""
     units = [unit for unit in plan.units if unit.name in reasons]
-    menu = [name for name in CANDIDATES if any(_supported([unit], name, target) for unit in units)]
-    kept = [unit.name for unit in units if not any(_supported([unit], name, target) for name in menu)]
-    ways = [f"--formats {','.join(menu)}"] if menu and len(kept) < len(units) else []
-    if kept:
-        ways.append(" ".join(f"--keep {name}" for name in kept) if len(kept) <= NAMED else "--keep for the others")
-    return ways
+    candidates = [name for name in CANDIDATES if any(_supported([unit], name, target) for unit in units)]
+    keep = [unit.name for unit in units if not any(_supported([unit], name, target) for name in candidates)]
+    remedies = [f"--formats {','.join(candidates)}"] if candidates and len(keep) < len(units) else []
+    if keep:
+        remedies.append(" ".join(f"--keep {name}" for name in keep) if len(keep) <= NAMED else "--keep for the others")
+    return remedies
 
 
-def _told(target: Target, reasons: dict[str, str], ways: list[str]) -> str:
+def _message(target: Target, reasons: dict[str, str], remedies: list[str]) -> str:
     """One sentence: which units, why, and what to do."""
     by_reason: dict[str, list[str]] = defaultdict(list)
     for name, reason in reasons.items():
         by_reason[reason].append(name)
     found = "; ".join(f"{_names(names)}, {reason}" for reason, names in by_reason.items())
-    return f"{target.name} cannot say {found}: plan again with {' and '.join(ways)}, or give --nearest to change them"
+    return (
+        f"{target.name} does not support {found}: plan again with {' and '.join(remedies)}, or give --nearest to change"
+        " their formats"
+    )

@@ -1,9 +1,7 @@
-"""What a target of `bitplan export` is, and what an export comes out as.
+"""The interface of an export target, and the result of an export.
 
-May import: formats, sensitivity, planner.plan.
-
-A target is a format of someone else's in which a plan can be told. It is asked about one unit at a time, native ones
-too: what stands against the unit, what the unit is called there, how many bytes it takes there.
+A target is another tool's format for plans. It states for each unit, native ones included, whether it is supported,
+the name of its format in that tool, and its size there. May import: formats, sensitivity, planner.plan.
 """
 
 from abc import ABC, abstractmethod
@@ -17,23 +15,23 @@ from bitplan.sensitivity.profile import UnquantizedEntry
 from bitplan.sensitivity.source import Source
 
 KINDS = {"tied": "an embedding and the head", "embedding": "an embedding", "experts": "the joined experts of a block"}
-"""Why a unit of a kind is no plain matrix product."""
+"""Unit kinds that are not plain linear layers → their description in messages."""
 
 
 class Target(ABC):
-    """A target for one plan. `source` is the plan's model, which only some targets must look at.
+    """A target for one plan. `source` is the plan's model, which only some targets require.
 
-    `planner.export.export` makes one, asks `unsayable` of every unit, changes or refuses what is answered, asks `word`
-    and `nbytes` of the units as they are then, and at last `text` of that plan.
+    `planner.export.export` calls `unsupported` for every unit, changes or refuses unsupported ones, then calls `word`
+    and `nbytes` for each unit of the lowered plan, and finally `text`.
     """
 
     name: ClassVar[str]
     readers: ClassVar[str]
-    """Who reads it."""
+    """The tools that read it."""
     holds_codes: ClassVar[bool] = False
-    """A reader gets the plan's own codes, from a folder with weights; otherwise it rounds the model again itself."""
+    """Whether the export is a checkpoint folder with the plan's own codes. Otherwise its reader rounds the model."""
     joins: ClassVar[bool] = True
-    """Its readers join q/k/v and gate/up, which must then be alike."""
+    """Whether its readers fuse q/k/v and gate/up, which then need the same format."""
 
     def __init__(self, plan: Plan, source: Source | None):
         self.plan = plan
@@ -41,46 +39,47 @@ class Target(ABC):
 
     @abstractmethod
     def unsupported(self, unit: PlannedUnit) -> str | None:
-        """What stands against a unit, in words that follow its name; None where the target has words for it."""
+        """The reason why a unit is not supported, phrased to follow its name in a message; None if it is supported."""
 
     @abstractmethod
     def word(self, unit: PlannedUnit) -> str:
-        """A sayable unit's format in the target's words."""
+        """The target's name for the format of a supported unit."""
 
     @abstractmethod
     def text(self, plan: Plan) -> str:
-        """The file to write for a plan whose units are all sayable."""
+        """The file's contents, for a plan whose units are all supported."""
 
     def nbytes(self, unit: PlannedUnit) -> int:
-        """Bytes that a sayable unit takes at the readers'."""
+        """Bytes of a supported unit in the target."""
         return unit.bytes
 
     def unquantized_nbytes(self, entry: UnquantizedEntry) -> int:
-        """Bytes that a kept tensor takes at the readers'."""
+        """Bytes of an unquantized tensor in the target."""
         return entry.bytes
 
     def like(self, unit: PlannedUnit) -> str:
-        """Our format whose predicted loss is nearest to what a reader makes of a sayable unit."""
+        """The format here whose predicted loss is nearest to that of a supported unit in the target."""
         return unit.format
 
     def notes(self, plan: Plan) -> list[str]:
-        """What one must know to use the file, in sentences."""
+        """Sentences on how to use the file."""
         return []
 
 
 @dataclass(frozen=True)
 class ExportedUnit:
-    """One unit: what the plan says, what the target is told, and the bytes of both."""
+    """A unit's format and bytes in the plan and in the target."""
 
     unit: str
     planned: str
     format: str
-    """Ours, which is another than `planned` where the target has no words for that."""
+    """The exported format, which differs from `planned` if the target does not support that."""
     word: str
+    """The target's name of `format`."""
     planned_bytes: int
     bytes: int
     nats: float | None
-    """Change of the predicted loss, nats per token; None where no profile tells it."""
+    """Change of the predicted loss in nats per token; None if unknown."""
 
     @property
     def is_changed(self) -> bool:
@@ -89,17 +88,17 @@ class ExportedUnit:
 
 @dataclass(frozen=True)
 class Exported:
-    """A plan in a target's words."""
+    """The result of `planner.export.export`."""
 
     target: Target
     plan: Plan
-    """As the target is told it: the given one, unless `nearest` changed units."""
+    """The exported plan: the given one, unless `nearest` changed units."""
     lines: tuple[ExportedUnit, ...]
     text: str
     """The file's contents; for a target that holds codes, its quantization config."""
     planned_bytes: int
     bytes: int
-    """Weights at the readers', kept tensors included."""
+    """Total in the target, unquantized tensors included."""
     notes: tuple[str, ...]
 
     @property
@@ -107,7 +106,7 @@ class Exported:
         return [line for line in self.lines if line.is_changed]
 
     def as_dict(self) -> dict[str, object]:
-        """For `--json`."""
+        """The data of `--json`."""
         return {
             "target": self.target.name,
             "planned_bytes": self.planned_bytes,
@@ -118,18 +117,18 @@ class Exported:
 
 
 def group_size(unit: PlannedUnit) -> int:
-    """Columns that share a scale, as readers say it: -1 where the whole row does."""
+    """The number of columns that share a scale; -1, by these tools' convention, if the whole row does."""
     group = getattr(FORMATS[unit.format], "group", 0)
     return group if 0 < group < unit.columns else -1
 
 
 def uneven(unit: PlannedUnit) -> str | None:
-    """What stands against groups that do not divide a unit's columns, which only our own packing has."""
+    """The reason against a unit whose group size does not divide its columns, which only bitplan's packing supports."""
     group = group_size(unit)
-    return f"whose {unit.columns} columns are no whole groups of {group}" if unit.columns % max(group, 1) else None
+    return f"whose {unit.columns} columns are not a multiple of {group}" if unit.columns % max(group, 1) else None
 
 
 def integer(unit: PlannedUnit) -> IntegerFormat | None:
-    """A packed unit's format where it has whole numbers for codes, and a whole or fixed zero point."""
+    """The format of a packed unit if its codes and zero points are integers, else None."""
     format = None if unit.is_native else FORMATS[unit.format]
     return format if isinstance(format, IntegerFormat) and format.zero_point in ("asymmetric", "symmetric") else None

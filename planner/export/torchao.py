@@ -1,5 +1,6 @@
-"""torchao's TorchAoConfig(FqnToConfig(…)), as the JSON that transformers reads. May import: formats, planner.plan,
-planner.export.target.
+"""torchao's TorchAoConfig(FqnToConfig(…)), as the JSON that transformers reads.
+
+May import: formats, planner.plan, planner.export.target.
 """
 
 import json
@@ -17,9 +18,9 @@ TILE = (8, 1024)
 
 
 class TorchAo(Target):
-    """int8 and fp8 with a scale per row, and 4 bits in groups: what torchao packs.
+    """int8 and fp8 with a scale per row, and 4 bits in groups, which torchao packs.
 
-    Its IntxWeightOnlyConfig has words for other widths and keeps a byte for each of their codes: that saves nothing.
+    Its IntxWeightOnlyConfig supports other widths, but stores each code in a byte, which saves nothing.
     """
 
     name = "torchao"
@@ -29,7 +30,7 @@ class TorchAo(Target):
         if unit.is_native:
             return None
         if unit.kind != "linear":
-            return KINDS.get(unit.kind, "a Conv1D, which torchao passes over")
+            return KINDS.get(unit.kind, "a Conv1D, which torchao ignores")
         return uneven(unit) if entry(unit) else f"in {unit.format}"
 
     def word(self, unit: PlannedUnit) -> str:
@@ -63,7 +64,7 @@ class TorchAo(Target):
 
 
 def entry(unit: PlannedUnit) -> dict[str, Any] | None:
-    """What torchao's own config_to_dict writes for the config of a unit; None where it has none."""
+    """The dict that torchao's config_to_dict makes of a unit's config; None for a unit without one."""
     format = FORMATS[unit.format]
     if unit.is_native:
         return None
@@ -84,16 +85,16 @@ def _config(name: str, data: dict[str, Any], version: int = 2) -> dict[str, Any]
 
 
 def config(plan: Plan) -> dict[str, Any]:
-    """The quantization_config. A name without a config stays as it is."""
+    """The quantization_config. Modules with the config None are not quantized."""
     linears = [unit for unit in plan.units if unit.kind == "linear"]
-    # By a module's name transformers 5.23 quantizes its bias too, and fails: where there is one, the weight is named.
+    # Given a module's name, transformers 5.23 quantizes its bias too, and fails: with a bias, the weight is named.
     biases = {entry.name for entry in plan.unquantized}
     named = {unit.parameter if f"{unit.name}.bias" in biases else unit.name: entry(unit) for unit in linears}
     head = any("." not in unit.name and not unit.is_native for unit in linears)
     return {
         "quant_method": "torchao",
         "quant_type": {"default": _config("FqnToConfig", {"fqn_to_config": named}, version=1)},
-        # Otherwise transformers leaves the head out, whatever is said of it.
+        # Otherwise transformers skips the head, regardless of its entry.
         "include_input_output_embeddings": head,
         "modules_to_not_convert": None,
         "untie_embedding_weights": False,
