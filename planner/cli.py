@@ -1,6 +1,6 @@
-"""The command `bitplan`: data on stdout, progress and trouble on stderr.
+"""The command `bitplan`: data on stdout, progress and errors on stderr.
 
-Exit codes: 0 done, 1 a known failure, 2 usage, 3 budget infeasible. Nothing heavy is imported before a command runs.
+Exit codes: 0 success, 1 failure, 2 usage error, 3 infeasible budget. Nothing slow is imported before a command runs.
 May import: formats.errors; planner.commands once the arguments are read.
 """
 
@@ -25,19 +25,19 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bitplan: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("\nbitplan: interrupted; run the same command again to go on", file=sys.stderr)
+        print("\nbitplan: interrupted; run the same command again to resume", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except Exception as error:  # never a bare traceback: told in a line, and whole on request
+    except Exception as error:  # one line; the traceback is shown on request
         if os.environ.get("BITPLAN_DEBUG"):
             raise
-        print(f"bitplan: {_unforeseen(error)}", file=sys.stderr)
+        print(f"bitplan: {_unexpected(error)}", file=sys.stderr)
         return 1
 
 
-def _unforeseen(error: Exception) -> str:
+def _unexpected(error: Exception) -> str:
     from bitplan.formats.errors import first_line
     from bitplan.sensitivity.store import cache_folder
 

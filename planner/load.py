@@ -1,4 +1,7 @@
-"""Plan → model on the device. May import: formats, sensitivity, planner.plan/pretrained/session."""
+"""Loading of a plan's model on a device.
+
+May import: formats, sensitivity, planner.plan, planner.codes, planner.memory, planner.hf, planner.quantize.
+"""
 
 from pathlib import Path
 
@@ -25,8 +28,8 @@ def resident_bytes(model: nn.Module) -> int:
 
 
 def check_plan_fits(plan: Plan, source: Source) -> Plan:
-    """The plan, with today's fingerprints where an older bitplan made it. Raises PlanMismatch for a plan of another
-    model, FormatUnavailable where a format cannot run here."""
+    """The plan, with current fingerprints if an older bitplan made it. Raises PlanMismatch for a plan of another model,
+    FormatUnavailable if this machine cannot run a format."""
     plan = plan.for_model(sources.check_model(plan.provenance.model, source, "plan"))
     refuse_unavailable(plan)
     return plan
@@ -39,8 +42,8 @@ def load(
     text: list[str | Path] | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The planned model, in eval mode. `model` is a folder or hub id, by default the one that the plan names; `text`
-    is the plan's text, needed where its rounding needs text and the cache holds neither the codes nor the text.
+    """The model quantized by a plan, in eval mode. `model` is a folder or hub id, by default the plan's; `text` is the
+    plan's text, required if its rounding needs text and neither the codes nor the text are in the cache.
 
     Raises PlanMismatch, CodesMissing, FormatUnavailable, ModelUnreadable, UsageError.
     """
@@ -57,14 +60,15 @@ def find_for(plan: Plan, model: str | Path | None, trust_remote_code: bool = Fal
     try:
         source = sources.find(model or facts.id, None if model else facts.revision, trust_remote_code)
     except ModelUnreadable as error:
-        hint = "" if model else "; the plan names it so, relative to where it was made: give --model FOLDER"
+        hint = "" if model else "; this is the plan's model, perhaps relative to another folder: give --model FOLDER"
         raise ModelUnreadable(f"{error}{hint}") from None
     sources.refuse_quantized(source)
     return check_plan_fits(plan, source), source
 
 
 def make_codes(plan: Plan, source: Source, files: list[Path] | None = None, device: str = "auto") -> None:
-    """Where the cache lacks codes of the plan and its text is to be had, round. Raises PlanMismatch, RoundingFailed."""
+    """Compute codes of the plan that are not in the cache, if its text is available. Raises PlanMismatch,
+    RoundingFailed."""
     plan = plan.for_model(sources.current_facts(plan.provenance.model, source))
     refuse_full(plan, source, pick_device(device))
     needed = ("calibration", "search") if plan.distilled else ("calibration",)
@@ -80,5 +84,5 @@ def load_planned(plan: Plan, source: Source, device: str = "auto") -> PreTrained
     model = sources.load_model(source, device, quantization_config=PlanConfig(plan))
     resident = resident_bytes(model)
     if resident != plan.bytes:
-        raise PlanMismatch(f"the loaded model has {resident:,} bytes, the plan says {plan.bytes:,}")
+        raise PlanMismatch(f"the loaded model has {resident:,} bytes, but the plan {plan.bytes:,}")
     return model

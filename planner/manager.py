@@ -1,4 +1,5 @@
-"""One model in every precision: load it, and ask what it takes. May import: formats, sensitivity, planner."""
+"""Loading of one model in any format, with its memory and accuracy. May import: formats, sensitivity, search, planner
+without its commands."""
 
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,10 @@ from bitplan.sensitivity.tasks.task import Task, read_task
 
 
 class QuantizationManager:
-    """Loads one model in a format, or in mixed precision within a budget, and measures what is loaded.
+    """Loads one model in a format, or in mixed precision within a budget, and measures it.
 
-    `model` is a folder or hub id; `text` are files to calibrate, choose and judge with, by default the sources of
-    Python's standard library. Raises ModelUnreadable at once where the model is not to be had.
+    `model` is a folder or hub id; `text` are files for calibration, search and evaluation, by default the sources of
+    Python's standard library. Raises ModelUnreadable if the model cannot be found.
     """
 
     def __init__(self, model: str | Path, text: list[str | Path] | None = None, device: str = "auto"):
@@ -45,9 +46,10 @@ class QuantizationManager:
         return open_session(self.source, read_texts(self.source, files=self.files), device=self.device)
 
     def load(self, format: str, rounding: str | None = None, heal: bool = False) -> PreTrainedModel:
-        """The model in one format: fp32, bf16 and fp16 whole, others with its small vectors kept as they are.
+        """Load the model in one format. fp32, bf16 and fp16 apply to all tensors, other formats only to units.
 
-        `rounding` and `heal` say how the codes are chosen. Raises UnknownFormat, FormatUnavailable, UsageError.
+        `rounding` and `heal` (distillation) are as on the command line. Raises UnknownFormat, FormatUnavailable,
+        UsageError.
         """
         row = format_named(format)
         refuse_misfit(rounding, [row])
@@ -55,7 +57,7 @@ class QuantizationManager:
             raise FormatUnavailable(f"{row.name} cannot run here: {reason}")
         if is_float(row.name):
             if heal:
-                raise UsageError(f"{row.name} has no codes to heal: load it without heal=True")
+                raise UsageError(f"{row.name} has no scales to distill: load it without heal=True")
             self._loaded, self.plan = None, None
             self._loaded = (row.name, load_float(self.source, row.name, self.device))
         else:
@@ -75,25 +77,25 @@ class QuantizationManager:
         task: str | Path | None = None,
         limit: int | None = None,
     ) -> PreTrainedModel:
-        """The model by a plan made for `budget` (bytes, or a size such as "5GiB"), kept in `plan`. With a task, its
-        loss is what the search makes least: on one half of its first `limit` items, the other is reported.
+        """Make a plan for `budget` (bytes, or a size such as "5GiB") and load the model by it; see `plan`.
+        With a task, the search minimises its loss on one half of its first `limit` items; the other half is reported.
 
         Raises BudgetInfeasible, UsageError.
         """
-        asked_task = self._task(task, limit) if task else None
+        objective = self._task(task, limit) if task else None
         if trials < 1:
-            raise UsageError(f"trials={trials}: whole plans are judged, so it must be 1 or more")
+            raise UsageError(f"trials={trials}: it must be 1 or more, since plans are evaluated")
         size, requested = budget_bytes(f"{budget}B" if isinstance(budget, int) else budget, None, None, 0)
         session = self._open()
-        menu = problem_of(audit(session, DEFAULT_FORMATS))
+        problem = problem_of(audit(session, DEFAULT_FORMATS))
         self.plan = make_plan(
-            menu,
+            problem,
             Budget(requested=requested, weights=size),
             session,
             Finish(rounding, heal),
             trials=trials,
             device=self.device,
-            task=asked_task,
+            task=objective,
         )
         session.give_up_model()
         self._loaded = ("mixed", load_planned(self.plan, self.source, self.device))
@@ -104,7 +106,7 @@ class QuantizationManager:
         return read_task(task, sources.load_tokenizer(self.source), length, limit)
 
     def memory_info(self) -> dict[str, Any]:
-        """Bytes of the loaded model's own tensors, and the parameters that they stand for."""
+        """Bytes of the loaded model's tensors, and its number of parameters. Raises UsageError if none is loaded."""
         if self._loaded is None:
             raise UsageError("no model is loaded: call load() or load_mixed_precision() first")
         format, model = self._loaded
@@ -119,10 +121,11 @@ class QuantizationManager:
         }
 
     def benchmark_accuracy(self, task: str | Path, limit: int | None = None) -> dict[str, Any]:
-        """The loaded model on a task (a .jsonl file, or a name of lm-evaluation-harness) beside full precision on the
-        same items: both measured, the difference with its 95 % interval. Full precision is loaded beside it once.
+        """Evaluate the loaded model and full precision on the same items of a task (a .jsonl file, or the name of a
+        task of lm-evaluation-harness): both figures, and their difference with a 95 % interval. Full precision is
+        loaded once per task.
 
-        Raises UsageError where nothing is loaded or the task cannot be read.
+        Raises UsageError if no model is loaded or the task cannot be read.
         """
         if self._loaded is None:
             raise UsageError("no model is loaded: call load() or load_mixed_precision() first")

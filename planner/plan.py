@@ -18,12 +18,12 @@ class PlannedUnit(UnitEntry):
 
     @property
     def is_native(self) -> bool:
-        """The unit stays as the checkpoint has it."""
+        """Whether the unit stays in the checkpoint's own dtype."""
         return DTYPES.get(self.dtype) == self.format
 
 
 class Budget(Strict):
-    """Bytes for the weights; where a device's memory was asked for, the terms that they are what is left of."""
+    """The budget as requested, and its bytes for weights; for a device, also the terms subtracted from its memory."""
 
     requested: str
     weights: Bytes
@@ -150,7 +150,7 @@ class Plan(Strict):
     unquantized: tuple[UnquantizedEntry, ...]
     overrides: tuple[PlanOverride, ...] = ()
     distilled: bool = False
-    """Scales and kept vectors are trained by KL to the full-precision model once the codes are chosen."""
+    """Whether scales and unquantized vectors are distilled from the full-precision model after rounding."""
     workload: Workload = NATIVE_WORKLOAD
     kv_cache_loss: KVCacheLoss | None = None
     predicted: Predicted | None = None
@@ -212,7 +212,7 @@ class Plan(Strict):
 
     @property
     def needs_text(self) -> bool:
-        """Whether its codes follow from text, so that they are made once and kept."""
+        """Whether its codes depend on calibration text; they are then computed once and cached."""
         return bool(self.packed) and (self.distilled or any(ROUNDINGS[u.rounding].needs_text for u in self.packed))
 
     @property
@@ -222,6 +222,6 @@ class Plan(Strict):
 
     @property
     def rounding(self) -> str:
-        """The roundings that its units have, in words."""
+        """The roundings of its units, as text."""
         names = dict.fromkeys(unit.rounding for unit in self.packed)
-        return " and ".join(names) + (", healed" if self.distilled else "") if names else "none"
+        return " and ".join(names) + (", distilled" if self.distilled else "") if names else "none"

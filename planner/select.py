@@ -1,6 +1,7 @@
-"""Profile and budget → the plan that ships, never worse than uniform.
+"""Search for a plan that is never worse than uniform, from a profile and a budget.
 
-May import: formats, sensitivity, search, planner.assemble/evaluate/load/plan/quantize.
+May import: formats, sensitivity, search, planner.assemble, planner.evaluate, planner.load, planner.plan,
+planner.quantize.
 """
 
 import math
@@ -36,11 +37,11 @@ def make_plan(
     workload: Workload = NATIVE_WORKLOAD,
     task: Task | None = None,
 ) -> Plan:
-    """Search, load the winner and the best uniform plan that fits, evaluate both on held-out text, keep the better: by
-    KL, or by the task's loss where there is a task. A KV cache of another format is evaluated too, alone and then with
-    both.
+    """Search, load the best candidate and the best uniform plan that fits, evaluate both on held-out text, and return
+    the better one: by KL, or by the task's loss if there is a task. A quantized KV cache is evaluated alone, and with
+    both plans.
 
-    Candidates are evaluated with each unit's codes chosen alone; the two at the end have theirs made as `finish` says.
+    Candidates are evaluated with each unit's codes chosen alone; the two final plans are rounded as `finish` specifies.
     Raises BudgetInfeasible and UsageError before anything runs.
     """
     refuse_infeasible(problem, budget.weights, budget.requested)

@@ -164,10 +164,10 @@ def test_apply_makes_the_codes_in_another_way(run, checkpoint, text, tmp_path, q
         data = json.loads(out)
         assert data["resident_bytes"] == data["planned_bytes"] == read(plan, Plan).bytes
         kl[data["rounding"]] = data["kl"]
-    assert list(kl) == ["gptq", "tuned", "nearest", "gptq, healed", "awq, healed"]
+    assert list(kl) == ["gptq", "tuned", "nearest", "gptq, distilled", "awq, distilled"]
     assert kl["nearest"] > kl["gptq"] and len(set(kl.values())) > 3
     saved = read(tmp_path / "s_--rounding_awq_--heal" / "plan.json", Plan)
-    assert (saved.rounding, saved.measured) == ("awq, healed", None)
+    assert (saved.rounding, saved.measured) == ("awq, distilled", None)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "s_--rounding_awq_--heal")
     assert sum(p.nbytes for p in again.parameters()) == saved.bytes
     assert read(plan, Plan).rounding == "gptq"  # the file that was read is as it was
@@ -183,7 +183,7 @@ def test_a_plan_is_made_with_a_rounding_and_healing(run, checkpoint, text, tmp_p
         code, _, err = run(*start, "--trials", "2", "--rounding", rounding, *heal, "-o", plan)
         assert code == 0, err
         made = read(plan, Plan)
-        assert made.rounding == rounding + (", healed" if heal else "") and made.distilled == bool(heal)
+        assert made.rounding == rounding + (", distilled" if heal else "") and made.distilled == bool(heal)
         assert made.uniform is not None and made.uniform.rounding == rounding
         code, out, _ = run("apply", plan, "--text", text, *LITTLE, "--json")
         assert code == 0
@@ -206,9 +206,9 @@ def test_compare_with_a_rounding_and_healing(run, checkpoint, quick):
     code, out, _ = run(*some, "--rounding", "awq", "--heal")
     assert code == 0
     rows = {row["name"]: row for row in json.loads(out)["rows"]}
-    assert rows.keys() == {"bf16", "nf4", "uniform int3-g32/awq, healed"}
+    assert rows.keys() == {"bf16", "nf4", "uniform int3-g32/awq, distilled"}
     assert "nf4 cannot be rounded by 'awq', only by nearest" in rows["nf4"]["note"]
-    assert rows["uniform int3-g32/awq, healed"]["kl"] > 0
+    assert rows["uniform int3-g32/awq, distilled"]["kl"] > 0
 
 
 def test_compare(run, checkpoint, tmp_path):
@@ -292,7 +292,9 @@ class TestBadInput:
         refused(2, "unknown rounding 'magic'", "apply", plan, "--rounding", "magic")
         refused(2, "cannot be rounded by 'awq', only by nearest", "apply", plan, "--rounding", "awq")
         refused(2, "invalid choice: 'onnx'", "apply", plan, "--layout", "onnx")
-        refused(2, "--layout gptq says how to write a checkpoint: give --save DIR", "apply", plan, "--layout", "gptq")
+        refused(
+            2, "--layout gptq is the layout of a saved checkpoint: give --save DIR", "apply", plan, "--layout", "gptq"
+        )
         refused(1, "nf4", "apply", plan, "--layout", "gptq", "--save", tmp_path / "saved")
 
     @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def test_scales_and_vectors_are_trained_and_nothing_else(name, rounding, session
     session = session_of(name)
     plan = uniform_plan(session, "int2-g32", rounding, distilled=True)
     before = undistilled(plan)
-    assert plan.bytes == before.bytes and plan.rounding == f"{rounding}, healed"
+    assert plan.bytes == before.bytes and plan.rounding == f"{rounding}, distilled"
     round_missing(plan, session)
     assert not missing_codes(plan) and not missing_codes(before)
     # Never worse than the codes alone, as loaded, on the text that stopped it; and at two bits better.

@@ -50,7 +50,7 @@ def test_what_cannot_be_loaded_is_told_and_leaves_what_is_loaded(manager, monkey
     for format in ("nf4", "bf16", "fp8"):
         with pytest.raises(UsageError, match=f"{format} cannot be rounded by 'awq', only by nearest"):
             manager.load(format, rounding="awq")
-    with pytest.raises(UsageError, match="bf16 has no codes to heal"):
+    with pytest.raises(UsageError, match="bf16 has no scales to distill"):
         manager.load("bf16", heal=True)
     monkeypatch.setattr("bitplan.formats.floats.Float8Format.unavailable", lambda self: "no device here has fp8")
     with pytest.raises(FormatUnavailable, match="fp8 cannot run here: no device here has fp8"):

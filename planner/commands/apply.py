@@ -27,7 +27,7 @@ def run(arguments: Namespace) -> None:
     plan = refinished(read(arguments.plan, Plan), arguments.rounding, arguments.heal)
     if arguments.layout == "gptq":
         if arguments.save is None:
-            raise UsageError("--layout gptq says how to write a checkpoint: give --save DIR")
+            raise UsageError("--layout gptq is the layout of a saved checkpoint: give --save DIR")
         refuse_unsupported(plan)
     plan, source = find_for(plan, arguments.model, arguments.trust_remote_code)
     make_codes(plan, source, arguments.text, arguments.device)

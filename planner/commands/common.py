@@ -1,4 +1,4 @@
-"""What several commands ask for, and how they answer. May import: everything."""
+"""Parsing and output shared by several commands. May import: everything."""
 
 import json
 import sys
@@ -42,22 +42,22 @@ def texts_of(arguments: Namespace, source: Source) -> Texts:
     log(f"text: {texts.source}: {sizes}")
     found, length = texts.calibration.ids.numel(), texts.calibration.ids.shape[1]
     if found < arguments.tokens // length * length:
-        log(f"the text gives {found:,} calibration tokens, fewer than the {arguments.tokens:,} asked for")
+        log(f"the text has {found:,} calibration tokens, fewer than the {arguments.tokens:,} requested")
     return texts
 
 
 def candidate_formats(arguments: Namespace) -> tuple[str, ...]:
-    menu = parse_formats(arguments.formats, DEFAULT_FORMATS)
-    refuse_misfit(arguments.rounding, [FORMATS[name] for name in menu])
-    for name in menu:
+    candidates = parse_formats(arguments.formats, DEFAULT_FORMATS)
+    refuse_misfit(arguments.rounding, [FORMATS[name] for name in candidates])
+    for name in candidates:
         if reason := FORMATS[name].unavailable():
             raise FormatUnavailable(f"{name} cannot run here: {reason}")
-    return menu
+    return candidates
 
 
 def tasks_of(arguments: Namespace, source: Source) -> list[Task]:
     if arguments.limit is not None and not arguments.task:
-        raise UsageError("--limit says how many items of a task: give --task too")
+        raise UsageError("--limit is the number of items of a task: give --task too")
     if not arguments.task:
         return []
     if arguments.limit is not None and arguments.limit < 1:

@@ -38,17 +38,19 @@ def run(arguments: Namespace) -> None:
     if arguments.trials < 0:
         raise UsageError(f"--trials {arguments.trials}: it must be 0 or more")
     if arguments.task and not arguments.trials:
-        raise UsageError("--task judges whole plans, and --trials 0 judges none: give --trials 1 or more")
+        raise UsageError("--task evaluates whole plans, and --trials 0 evaluates none: give --trials 1 or more")
     refuse_unclear({f"--{name}": getattr(arguments, name) for name in ("budget", "bpw", "fraction", "gpu")})
     overrides = parse_overrides(arguments.keep, arguments.set, arguments.at_least)
     found = find_device(arguments.gpu, arguments.device) if arguments.gpu else None
     if found is None:
-        budget_bytes(arguments.budget, arguments.bpw, arguments.fraction, 1)  # its words, before any work
+        budget_bytes(
+            arguments.budget, arguments.bpw, arguments.fraction, 1
+        )  # raises for invalid values, before any work
     formats = candidate_formats(arguments)
     source = sources.find(arguments.model, trust_remote_code=arguments.trust_remote_code)
     task = next(iter(tasks_of(arguments, source)), None)
     if task:
-        task.halves()  # its complaint, before any work
+        task.halves()  # raises for too few items, before any work
     workload = requested_workload(
         source,
         arguments.kv_dtype,

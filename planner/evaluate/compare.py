@@ -1,6 +1,7 @@
-"""Formats and plans side by side on held-out text and on tasks, one model in memory at a time.
+"""Evaluation of formats and plans on held-out text and on tasks, one model in memory at a time.
 
-Finished rows lie in the cache, and are not run again. May import: formats, sensitivity, planner.
+Finished rows are cached. May import: formats, sensitivity, planner.plan, planner.assemble, planner.load,
+planner.quantize, planner.evaluate.throughput.
 """
 
 import json
@@ -34,7 +35,7 @@ from bitplan.sensitivity.tasks.task import Task
 
 @dataclass(frozen=True)
 class TaskResult:
-    """A task's figure, and its difference from full precision on the same items with an interval."""
+    """A task's figure, with its paired difference from full precision and an interval."""
 
     task: str
     measure: str
@@ -44,7 +45,7 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """One row of the table. `note` says why a row has no figures."""
+    """One row of the table. `note` is the reason why a row has no figures."""
 
     name: str
     resident_bytes: int | None = None
@@ -64,7 +65,7 @@ class ComparisonRow:
 
     @property
     def peak_bytes(self) -> int | None:
-        """Weights, and the most that one sequence of the held-out text's length takes beside them."""
+        """Bytes of the weights, and the peak beside them for one sequence of the held-out text's length."""
         return self.resident_bytes + self.throughput.peak_bytes if self.resident_bytes and self.throughput else None
 
     def as_dict(self) -> dict[str, Any]:
@@ -78,16 +79,16 @@ class ComparisonRow:
 
 
 def _finite(facts: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity: bounds of an interval that says nothing are null."""
+    """JSON has no infinity: unbounded intervals have null bounds."""
     return {name: None if isinstance(value, float) and not isfinite(value) else value for name, value in facts.items()}
 
 
 FAILURES = (BitplanError, MemoryError, RuntimeError)
-"""What may keep a row from being measured; of RuntimeErrors only want of memory, as torch tells it."""
+"""Errors that leave a row without figures; of RuntimeErrors only torch's out-of-memory errors."""
 
 
 def why_not(error: Exception) -> str:
-    """A failure in a sentence. Raises what is no failure of a row's own."""
+    """A row's failure as a sentence. Reraises errors that are not specific to a row."""
     if isinstance(error, BitplanError):
         return str(error)
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "allocate memory" in str(error):
@@ -147,7 +148,7 @@ def compare(
             line = _measured(name, row, session, device, reference, tasks, scores)
             if line.note is None:
                 write_text(journal, json.dumps(asdict(line)))
-                if tasks:  # without them, for who asks for none
+                if tasks:  # also without tasks, for comparisons that have none
                     write_text(_journal(session, row, (), device), json.dumps(asdict(replace(line, tasks=()))))
             yield line
 
@@ -187,7 +188,7 @@ def _measured(
 
 
 def _journal(session: Session, row: Plan | str, tasks: Sequence[Task], device: str) -> Path:
-    """Where a row's figures are kept: by all that they hang on but the machine's load."""
+    """The file that caches a row's figures, keyed by all that they depend on except the machine's load."""
     made = row
     if isinstance(row, Plan):
         made = repr([(unit.name, unit.format, unit.rounding) for unit in row.units]) + f"{row.distilled} {row.workload}"

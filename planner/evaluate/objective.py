@@ -1,6 +1,6 @@
-"""What a search makes least, and what is reported of its end: KL, or a task's loss.
+"""The objective that a search minimises, KL or a task's loss, and the figures reported for a plan.
 
-May import: sensitivity, planner.plan/session.
+May import: sensitivity, planner.plan.
 """
 
 from transformers import PreTrainedModel
@@ -14,10 +14,10 @@ from bitplan.sensitivity.tasks.task import Task
 
 
 class Objective:
-    """The session's full-precision model as the others are measured beside it: KL on the search and held-out texts,
-    and a task where there is one, of which one half of the items chooses and the other is reported.
+    """Evaluates models against the session's full-precision model: by KL on the search and held-out texts, and with a
+    task, on one half of its items for the search and on the other half for the report.
 
-    Raises UsageError for a task of too few items.
+    Raises UsageError for a task with too few items.
     """
 
     def __init__(self, session: Session, task: Task | None = None):
@@ -29,7 +29,7 @@ class Objective:
 
     @property
     def fingerprint(self) -> str:
-        """Of what `loss` is measured on."""
+        """Fingerprint of the data that `loss` is measured on."""
         return self._halves[0].fingerprint if self._halves else self._search.blocks.fingerprint
 
     @property
@@ -46,14 +46,14 @@ class Objective:
         return self._search.evaluate(model).kl
 
     def loss(self, model: PreTrainedModel) -> float:
-        """What a search makes least: the task's mean loss an item on its search half, or without a task `kl`."""
+        """The search's objective: the task's mean loss per item on its search half, or `kl` without a task."""
         if self._halves is None or self._bases is None:
             return self.kl(model)
         task = self._halves[0]
         return float(losses(task, self._bases[0].likelihoods, likelihoods(model, task)).mean())
 
     def heldout(self, model: PreTrainedModel, kv_format: str = "native") -> Measured:
-        """What is reported: on the held-out text, and on the task's other half."""
+        """The reported figures: on the held-out text, and on the task's other half."""
         found = measured(self._heldout.evaluate(model, kv_format))
         if self._halves is None or self._bases is None:
             return found

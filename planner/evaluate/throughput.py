@@ -1,4 +1,4 @@
-"""A loaded model at work: tokens per second, and the most memory that it takes. May import: formats.kv_cache."""
+"""Throughput and peak memory of a loaded model. May import: formats.kv."""
 
 from dataclasses import dataclass
 from statistics import median
@@ -19,8 +19,8 @@ STEPS = 16
 
 @dataclass(frozen=True)
 class Throughput:
-    """One sequence: a prompt read at once, then tokens decoded one by one. Bytes are beside the weights, KV cache
-    included."""
+    """Of one sequence: the prompt in one pass, then tokens decoded one by one. `peak_bytes` includes the KV cache, but
+    not the weights."""
 
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
@@ -28,8 +28,8 @@ class Throughput:
 
 
 class Allocated:
-    """The most that torch's allocator held at once of what was asked for inside: by its own count on a GPU, on a CPU
-    by the events that it reports to torch's profiler."""
+    """The peak memory that torch's allocator allocated inside the context: by its statistics on a GPU, by the events
+    of torch's profiler on a CPU."""
 
     def __init__(self, device: torch.device):
         self.device, self.bytes = device, 0
@@ -58,8 +58,8 @@ class Allocated:
 
 @torch.inference_mode()
 def run(model: PreTrainedModel, ids: Tensor, kv_format: str = "native") -> Throughput:
-    """Read a prompt int64 [length] but for its last tokens, and decode those; once to warm up, once for the memory and
-    once for the time."""
+    """Process a prompt, int64 [length] without its last tokens, and decode those: once to warm up, once to measure
+    memory and once to measure time."""
     prompt, rest = ids[None, : -STEPS - 1].to(model.device), ids[None, -STEPS - 1 :].to(model.device)
 
     def cache() -> Cache:

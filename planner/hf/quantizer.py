@@ -1,7 +1,7 @@
-"""The transformers plug-in: `from_pretrained(model, quantization_config=PlanConfig(plan))`, and its reading back.
+"""The transformers plug-in: `from_pretrained(model, quantization_config=PlanConfig(plan))`, and saved models.
 
-planner.register puts the two classes into transformers' tables.
-May import: formats, sensitivity, planner.plan/register/streaming.
+`planner.hf.register` adds both classes to transformers' tables. May import: formats, sensitivity, planner.plan,
+planner.codes, planner.hf.
 """
 
 import warnings
@@ -29,7 +29,7 @@ from bitplan.sensitivity.weight_cache import from_file
 
 
 def _answer_dtype(model: Any, dtype: torch.dtype) -> None:
-    """transformers asks the first float parameter for a model's type; where all are packed, the class answers."""
+    """transformers takes a model's dtype from its first float parameter; if all are packed, the class provides it."""
     for module in model.modules():
         if hasattr(type(module), "save_pretrained"):
             facts = {"dtype": property(lambda self: dtype), "__module__": type(module).__module__}
@@ -61,11 +61,11 @@ class PlanConfig(QuantizationConfigMixin):
 
 
 class SavedPlanConfig(PlanConfig):
-    """The plan inside a saved checkpoint. A class of its own, so that a PlanConfig beside it is an error."""
+    """The plan inside a saved checkpoint. A separate class, so that transformers refuses a PlanConfig for it."""
 
 
 def refuse_unavailable(plan: Plan) -> None:
-    """Raises FormatUnavailable where this machine cannot run one of the plan's formats."""
+    """Raise FormatUnavailable if this machine cannot run one of the plan's formats."""
     for name in sorted({unit.format for unit in plan.units}):
         if reason := format_named(name).unavailable():
             count = sum(unit.format == name for unit in plan.units)
@@ -73,13 +73,14 @@ def refuse_unavailable(plan: Plan) -> None:
 
 
 def holders(unit: PlannedUnit) -> list[str]:
-    """Names of the parameters that hold a unit's weight: its own, and those tied to it."""
+    """Names of the parameters that share a unit's weight: its own, and those tied to it."""
     name = unit.parameter.rpartition(".")[2]
     return [unit.parameter, *(f"{path}.{name}" for path in unit.tied)]
 
 
 class PlanQuantizer(HfQuantizer):
-    """Swaps modules before loading, rounds while loading (unless the checkpoint is packed), checks the bytes after."""
+    """Replaces modules before loading, rounds weights while loading (unless the checkpoint is packed), and checks the
+    result."""
 
     requires_calibration = False
 
@@ -88,11 +89,12 @@ class PlanQuantizer(HfQuantizer):
         self.plan: Plan = quantization_config.plan
         self.packed = {name: unit for unit in self.plan.packed for name in holders(unit)}
         self.changed: set[str] = set()
-        """Kept tensors that are not the checkpoint's: rounding folded a scale into them, or healing trained them."""
+        """Unquantized tensors that differ from the checkpoint: rounding folded a scale into them, or distillation
+        trained them."""
         self.device_map: Any = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """transformers calls it with the device map that is asked for, and with the one that it makes of "auto"."""
+        """transformers calls it with the requested device map, and with the one that it infers for "auto"."""
         refuse_unavailable(self.plan)
         self.device_map = device_map
         refuse_disk(device_map, rounding=not self.pre_quantized)
@@ -147,7 +149,7 @@ class PlanQuantizer(HfQuantizer):
         return not self.pre_quantized and (param_name in self.packed or param_name in self.changed)
 
     def update_weight_conversions(self, weight_conversions: list, *model: Any) -> list:  # 5.16 passes no model
-        """Weights that are put together from several (experts) are so on the CPU, where that takes them twice."""
+        """Stack weights that the checkpoint stores separately (experts) on the CPU: it takes twice their size."""
         conversions: list = super().update_weight_conversions(weight_conversions, *model)
         for conversion in conversions:
             if hasattr(conversion, "force_cpu") and not self.pre_quantized:
@@ -155,7 +157,7 @@ class PlanQuantizer(HfQuantizer):
         return conversions
 
     def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
-        """Bytes per element of a float placeholder, so that device maps see what will lie on the device."""
+        """Bytes per element of a float placeholder, so that device maps are computed from packed sizes."""
         if self.pre_quantized or param_name not in self.packed:
             return param.element_size()
         unit = self.packed[param_name]
@@ -163,17 +165,17 @@ class PlanQuantizer(HfQuantizer):
         return torch.Size(shape).numel() * dtype.itemsize / param.numel()
 
     def adjust_max_memory(self, max_memory: dict[str, Any]) -> dict[str, Any]:
-        """Leaves room on each device for the one unit that lies there in full precision while it is rounded."""
+        """Reserve memory on each device for the unit that is rounded there, in full precision."""
         units = [] if self.pre_quantized else self.plan.packed
         weights = max((unit.experts * unit.rows * unit.columns for unit in units), default=0)
-        room = weights * getattr(torch, self.plan.provenance.model.dtype).itemsize
-        return {device: size - (0 if device in ("cpu", "disk") else room) for device, size in max_memory.items()}
+        size = weights * getattr(torch, self.plan.provenance.model.dtype).itemsize
+        return {device: most - (0 if device in ("cpu", "disk") else size) for device, most in max_memory.items()}
 
     def get_quantize_ops(self) -> RoundOnLoad:
         return RoundOnLoad(self._on_load)
 
     def _on_load(self, name: str, value: torch.Tensor, model: Any) -> dict[str, torch.Tensor]:
-        """A float weight, as the checkpoint gives it → the packed tensors that the plan says, on their device."""
+        """Convert a float weight of the checkpoint to its packed tensors, on their device."""
         device: Any = get_device(self.device_map, name, valid_torch_device=True)
         unit = self.packed.get(name)
         if name in self.changed:
@@ -202,7 +204,7 @@ class PlanQuantizer(HfQuantizer):
                 )
         if not any(parameter.is_floating_point() for parameter in model.parameters()):
             _answer_dtype(model, getattr(torch, self.plan.provenance.model.dtype))
-        # Saved under the model's own names: reversing a checkpoint's conversions would tear packed tensors apart.
+        # Saved under the model's own names: reversing a checkpoint's conversions would split packed tensors.
         model._weight_conversions = []
         use_kv_format(model, self.plan.workload.kv_format)
         if self.plan.workload.prefill_chunk:
