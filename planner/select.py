@@ -19,7 +19,7 @@ from bitplan.planner.quantize.distillation import round_missing
 from bitplan.search.problem import Problem, refuse_infeasible
 from bitplan.search.study import Allocation, search
 from bitplan.sensitivity.session import Session
-from bitplan.sensitivity.store import sha256
+from bitplan.sensitivity.store import locked, sha256
 from bitplan.sensitivity.tasks.task import Task
 
 EVALUATED_UNIFORM = 3
@@ -61,7 +61,8 @@ def make_plan(
 
     key = sha256(repr(problem.options), str(available), objective.fingerprint)[:24]
     journal = session.weight_cache.folder / "studies" / f"{key}.log"
-    best, exact = search(problem.options, available, evaluated, trials=trials, journal=journal, name=key)
+    with locked(journal):
+        best, exact = search(problem.options, available, evaluated, trials=trials, journal=journal, name=key)
     uniform_allocations = problem.uniform(budget.weights)[:EVALUATED_UNIFORM]
     candidates = [(evaluated(allocation), scheme, allocation) for scheme, allocation in uniform_allocations]
     candidates = [candidate for candidate in candidates if math.isfinite(candidate[0])]

@@ -13,6 +13,7 @@ from bitplan.sensitivity.measured import measure
 from bitplan.sensitivity.profile import CacheRow, Profile, ProfileRow, unit_entry, unquantized_entry
 from bitplan.sensitivity.progress import progress
 from bitplan.sensitivity.session import Session
+from bitplan.sensitivity.store import locked
 
 Rows = dict[tuple[str, QuantScheme], dict[str, Any]]
 
@@ -47,9 +48,9 @@ def audit(session: Session, menu: tuple[str, ...], rounding: str | None = None, 
         return _profile(session, rows)
     reference = Reference(session.model, session.texts.search)
     journal = session.weight_cache.folder / f"measured-{session.texts.search.fingerprint[:16]}.jsonl"
-    for (name, choice), evaluation in measure(
-        session.swapper, session.weight_cache, reference, wanted, journal
-    ).items():
+    with locked(journal):
+        found = measure(session.swapper, session.weight_cache, reference, wanted, journal)
+    for (name, choice), evaluation in found.items():
         if (name, choice) in rows:
             rows[name, choice] |= {
                 "measured_nll": evaluation.delta_nll,

@@ -22,7 +22,7 @@ from bitplan.formats.errors import RoundingFailed
 from bitplan.formats.rounding import Hessian
 from bitplan.sensitivity.graph import Graph, Unit
 from bitplan.sensitivity.progress import progress
-from bitplan.sensitivity.store import load_tensors, save_tensors
+from bitplan.sensitivity.store import load_tensors, locked, save_tensors
 from bitplan.sensitivity.texts.text import Blocks
 from bitplan.sensitivity.trace import Trace, Use
 
@@ -102,8 +102,14 @@ class StatisticsStore:
 def gather(
     model: PreTrainedModel, units: Sequence[Unit], blocks: Blocks, store: StatisticsStore, seed: int = 0
 ) -> None:
-    """Fill `store` for those of the units that it lacks. Labels are drawn from the model's own predictions (the true
-    Fisher, which is the curvature of KL), with `seed`. Raises RoundingFailed where a statistic is not finite."""
+    """Fill `store` for those of the units that it lacks, one process at a time. Labels are drawn from the model's own
+    predictions (the true Fisher, which is the curvature of KL), with `seed`. Raises RoundingFailed where a statistic
+    is not finite."""
+    with locked(store.folder):
+        _gather(model, units, blocks, store, seed)
+
+
+def _gather(model: PreTrainedModel, units: Sequence[Unit], blocks: Blocks, store: StatisticsStore, seed: int) -> None:
     needed = {unit.name for asked in units if asked not in store for unit in (asked, store.leader(asked))}
     missing = [unit for unit in store.units.values() if unit.name in needed and not store.path(unit).exists()]
     passes: list[list[Unit]] = []

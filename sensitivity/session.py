@@ -22,7 +22,7 @@ from bitplan.sensitivity.source import Source
 from bitplan.sensitivity.swapper import WeightSwapper
 from bitplan.sensitivity.texts import text as texts
 from bitplan.sensitivity.texts.text import Blocks, Texts
-from bitplan.sensitivity.weight_cache import WeightCache, workspace
+from bitplan.sensitivity.weight_cache import WeightCache, mark_workspace, workspace
 
 SEED = 0
 PARTS = ("calibration", "search", "heldout")
@@ -99,6 +99,7 @@ def open_session(
         texts.remember(blocks)
     kept = [tensor.name for tensor in graph.unquantized if tensor.reason == ON_REQUEST]
     folder = workspace(source.weights_sha256, source.config_sha256, session_texts.calibration.fingerprint, SEED, kept)
+    mark_workspace(folder, source.model)
     store = StatisticsStore(folder / "statistics", graph, device)
     swapper = WeightSwapper(model, graph.units)
     weight_cache = WeightCache(folder, swapper.weight, store)

@@ -1,21 +1,28 @@
 """Files written whole or not at all, and the cache that lets long work resume.
 
 The cache lies in $BITPLAN_CACHE, or else in bitplan/ under $XDG_CACHE_HOME or ~/.cache. Deleting it costs only time.
-May import: formats.errors.
+May import: formats.errors/sizes.
 """
 
 import hashlib
 import os
+import shutil
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
+from uuid import uuid4
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bitplan.formats.errors import BitplanError, UsageError, first_line
+from bitplan.formats.sizes import format_bytes
 
 IN_MEMORY = 1 << 30
 """Bytes above which a tensor of hidden states or probabilities lies in a file."""
@@ -57,15 +64,58 @@ def refuse_overwrite(path: Path | None, force: bool) -> None:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
-    os.replace(part, path)
+    """Write a safetensors file beside, under a name of its own, and rename. Raises BitplanError, as for a full disk."""
+    part = path.with_name(f"{path.name}.{uuid4().hex}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        refuse_full_disk(path.parent, sum(tensor.nbytes for tensor in tensors.values()))
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        hint = "; set BITPLAN_CACHE to a folder that can be written" if cache_folder() in path.parents else ""
+        raise BitplanError(f"cannot write {path}: {reason}{hint}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def refuse_full_disk(folder: Path, size: int) -> None:
+    """Raises BitplanError where the disk of an existing folder has less than `size` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        prune = "; `bitplan cache` lists what can go" if cache_folder() in (folder, *folder.parents) else ""
+        sizes = f"{format_bytes(free)} free, {format_bytes(size)} are needed"
+        raise BitplanError(f"the disk of {folder} has {sizes}{prune}")
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time makes the cache's entry at `path`; the others wait, and then find it. The lock is a file
+    beside it, on a network volume too. Raises BitplanError where the file system cannot lock."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{path}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"waiting for another process that makes {path}", file=sys.stderr)
+            lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        raise BitplanError(f"cannot lock {path}: {getattr(error, 'strerror', None) or first_line(error)}") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor] | None:
-    """The tensors of a file that `save_tensors` wrote, or None where there is no whole one."""
-    return load_file(path, device=device) if is_whole(path) else None
+    """The tensors of a file that `save_tensors` wrote, or None where there is no whole one. Its time becomes now's, by
+    which `bitplan cache` tells what has not been used for long."""
+    if not is_whole(path):
+        return None
+    with suppress(OSError):  # of another user
+        os.utime(path)
+    return load_file(path, device=device)
 
 
 def is_whole(path: Path) -> bool:
@@ -82,10 +132,20 @@ def scratch(shape: tuple[int, ...]) -> Tensor:
     size = prod(shape)
     if 4 * size <= IN_MEMORY:
         return torch.empty(shape)
-    file = tempfile.NamedTemporaryFile(prefix="bitplan-")  # noqa: SIM115 (unlinked below; the mapping stays)
-    made = torch.from_file(file.name, shared=True, size=size, dtype=torch.float32).view(shape)
-    file.close()
-    return made
+    try:
+        with tempfile.NamedTemporaryFile(prefix="bitplan-") as file:
+            refuse_full_disk(Path(file.name).parent, 4 * size)
+            if hasattr(os, "posix_fallocate"):  # a hole in the file would end the process once the disk is full
+                os.posix_fallocate(file.fileno(), 0, 4 * size)
+            return torch.from_file(file.name, shared=True, size=size, dtype=torch.float32).view(shape)
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise BitplanError(
+            f"{format_bytes(4 * size)} of hidden states or probabilities do not fit the temporary folder: {reason}; set"
+            f" TMPDIR to a folder on a larger disk, or give fewer --tokens"
+        ) from None
+    except BitplanError as error:
+        raise BitplanError(f"{error}: set TMPDIR to a folder on a larger disk, or give fewer --tokens") from None
 
 
 def sha256(*parts: bytes | str) -> str:

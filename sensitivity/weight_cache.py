@@ -4,6 +4,7 @@ Roundings that need text are slow, so their codes are kept on disk: an interrupt
 plan is applied from the very codes that it was chosen with. May import: formats, sensitivity.curvature/graph/store.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -18,10 +19,11 @@ from bitplan.formats.scheme import QuantScheme
 from bitplan.formats.table import format_named
 from bitplan.sensitivity.curvature import StatisticsStore
 from bitplan.sensitivity.graph import Unit
-from bitplan.sensitivity.store import cache_folder, load_tensors, save_tensors, sha256
+from bitplan.sensitivity.store import cache_folder, load_tensors, locked, save_tensors, sha256, write_text
 
 VERSION = "3"
 """Changes when the same inputs would give other codes."""
+MARKER = "workspace.json"
 
 
 def workspace(
@@ -31,6 +33,12 @@ def workspace(
     seed; `kept`: parameters that were kept on request, which shape the units."""
     model = (weights_sha256, config_sha256, version("transformers"))
     return cache_folder() / sha256(VERSION, *model, calibration_sha256, str(seed), *sorted(kept))[:24]
+
+
+def mark_workspace(folder: Path, model: str) -> None:
+    """Note in a workspace whose it is, for `bitplan cache`."""
+    if not (folder / MARKER).exists():
+        write_text(folder / MARKER, json.dumps({"model": model}))
 
 
 def codes_path(folder: Path, unit: str, choice: QuantScheme) -> Path:
@@ -61,11 +69,14 @@ class WeightCache:
             raise CodesMissing(f"{unit.name}: {choice} needs calibration text")
         if self._hessians[0] != unit.name:
             self._hessians = (unit.name, self.statistics[unit].hessians())
-        try:
-            tensors = rounding.alone(weight, format_named(choice.format), self._hessians[1])
-        except BitplanError as error:
-            raise type(error)(f"{unit.name}: {error}") from error
-        save_tensors(path, for_file(tensors))
+        with locked(self.folder / "locks" / unit.name):
+            if kept := load_tensors(path):
+                return from_file(kept)  # another process has made it
+            try:
+                tensors = rounding.alone(weight, format_named(choice.format), self._hessians[1])
+            except BitplanError as error:
+                raise type(error)(f"{unit.name}: {error}") from error
+            save_tensors(path, for_file(tensors))
         return tensors
 
     def dequantized(self, unit: Unit, choice: QuantScheme) -> Tensor:

@@ -3,13 +3,18 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from bitplan.formats.errors import PlanMismatch
+from bitplan.formats.errors import BitplanError, PlanMismatch
 from bitplan.planner.assemble import uniform_plan
 from bitplan.planner.hf.quantizer import PlanConfig
 from bitplan.planner.load import check_plan_fits
@@ -20,8 +25,9 @@ from bitplan.sensitivity.curvature import StatisticsStore, gather
 from bitplan.sensitivity.fingerprint import sampled_fingerprint
 from bitplan.sensitivity.graph import build_graph
 from bitplan.sensitivity.session import open_session, read_texts
-from bitplan.sensitivity.store import sha256
+from bitplan.sensitivity.store import load_tensors, save_tensors, scratch, sha256
 from bitplan.sensitivity.texts.text import Blocks
+from bitplan.sensitivity.weight_cache import mark_workspace
 from tests import tiny
 from tests.test_cli import LITTLE, run, text  # noqa: F401 (fixtures)
 
@@ -159,3 +165,101 @@ def test_statistics_of_a_few_units_bring_what_they_share(tmp_path):
     store = StatisticsStore(tmp_path, graph)
     gather(model, [unit], Blocks(texts), store)
     assert unit in store and store[unit].inputs is not None
+
+
+class TestDisk:
+    def test_a_full_cache_is_a_sentence(self, own_cache, monkeypatch, tmp_path):
+        monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10))
+        with pytest.raises(BitplanError, match=r"10 B free, 64 B are needed; `bitplan cache`"):
+            save_tensors(own_cache / "a.safetensors", {"a": torch.ones(16)})
+        assert not list(own_cache.iterdir())
+
+    def test_a_write_that_fails_leaves_nothing(self, own_cache, monkeypatch):
+        def failing(tensors, path):
+            path.write_bytes(b"a part")
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+        monkeypatch.setattr("bitplan.sensitivity.store.save_file", failing)
+        with pytest.raises(BitplanError, match="No space left on device"):
+            save_tensors(own_cache / "a.safetensors", {"a": torch.ones(16)})
+        assert not list(own_cache.iterdir())
+
+    @pytest.mark.parametrize("told", [True, False], ids=["disk_usage", "posix_fallocate"])
+    def test_a_full_temporary_folder_is_a_sentence(self, told, tmp_path, monkeypatch):
+        """On a real file system of 1 MiB, where the process ended with a bus error."""
+        place = tmp_path / "small"
+        place.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+        if subprocess.run(mount, capture_output=True, check=False).returncode:
+            pytest.skip("no file system can be mounted here")
+        try:
+            monkeypatch.setattr("tempfile.tempdir", str(place))
+            monkeypatch.setattr("bitplan.sensitivity.store.IN_MEMORY", 0)
+            scratch((1000,)).fill_(1)
+            if not told:
+                monkeypatch.setattr("bitplan.sensitivity.store.refuse_full_disk", lambda *a: None)
+            with pytest.raises(BitplanError, match="set TMPDIR to a folder on a larger disk"):
+                scratch((1 << 20,)).fill_(1)
+        finally:
+            subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_one_process_at_a_time_makes_an_entry(tmp_path):
+    """Each of three processes reads a number, waits, and writes it back one higher."""
+    code = (
+        "import sys, time; from pathlib import Path; from bitplan.sensitivity.store import locked\n"
+        "path = Path(sys.argv[1])\n"
+        "with locked(path):\n"
+        "    n = int(path.read_text()) if path.exists() else 0; time.sleep(0.3); path.write_text(str(n + 1))"
+    )
+    path = tmp_path / "folder" / "entry"
+    workers = [subprocess.Popen([sys.executable, "-c", code, str(path)]) for _ in range(3)]
+    assert [worker.wait() for worker in workers] == [0, 0, 0]
+    assert path.read_text() == "3"
+
+
+class TestCommand:
+    @pytest.fixture
+    def filled(self, own_cache, tmp_path):
+        """A cache of two models, one of them used long ago, beside a file that is not ours."""
+        for key, name, age in (("a" * 24, "some/old", 40 * 86400), ("b" * 24, "other/new", 0)):
+            mark_workspace(own_cache / key, name)
+            for place in ("statistics/u", "codes/u/int4", f"plans/{'c' * 24}/units/u"):
+                path = own_cache / key / f"{place}.safetensors"
+                save_tensors(path, {"a": torch.ones(16)})
+                os.utime(path, (time.time() - age,) * 2)
+        save_tensors(own_cache / "text" / "t.safetensors", {"ids": torch.ones(4)})
+        (own_cache / "thesis").mkdir()
+        (own_cache / "thesis" / "chapter").write_text("years of work")
+        return own_cache
+
+    def rows(self, run, *arguments) -> dict:  # noqa: F811
+        code, out, err = run("cache", *arguments, "--json")
+        assert code == 0, err
+        return {(row["model"], row["kind"]): row["bytes"] for row in json.loads(out)["rows"]}
+
+    def test_it_lists(self, run, filled):  # noqa: F811
+        size = (filled / ("a" * 24) / "statistics" / "u.safetensors").stat().st_size
+        found = self.rows(run)
+        mine = {(name, kind): size for name in ("some/old", "other/new") for kind in ("statistics", "codes", "plans")}
+        assert found == mine | {(None, "text"): (filled / "text" / "t.safetensors").stat().st_size}
+        assert "some/old" in run("cache")[1]
+
+    @pytest.mark.parametrize("arguments", [("--older-than", "30d"), ("--model", "some/old"), ("--model", "old")])
+    def test_it_prunes(self, arguments, run, filled):  # noqa: F811
+        assert {model for model, _ in self.rows(run, *arguments)} == {"some/old"}
+        assert {model for model, _ in self.rows(run)} == {"other/new", None}
+        assert not (filled / ("a" * 24)).exists() and (filled / "thesis" / "chapter").exists()
+
+    def test_what_is_read_is_used(self, run, filled):  # noqa: F811
+        load_tensors(filled / ("a" * 24) / "codes" / "u" / "int4.safetensors")
+        assert ("some/old", "codes") not in self.rows(run, "--older-than", "30d")
+        assert ("some/old", "codes") in self.rows(run)
+
+    def test_all(self, run, filled):  # noqa: F811
+        assert len(self.rows(run, "--all")) == 7
+        assert self.rows(run) == {} and (filled / "thesis" / "chapter").exists()
+
+    @pytest.mark.parametrize("arguments", [("--older-than", "soon"), ("--all", "--model", "x"), ("--model", "none")])
+    def test_bad_options(self, arguments, run, filled):  # noqa: F811
+        assert run("cache", *arguments)[:2] == (2, "") and len(self.rows(run)) == 7

@@ -80,6 +80,11 @@ def build_parser() -> argparse.ArgumentParser:
     _output(demo, "plan.json")
 
     command("formats", "List the formats.")
+
+    cache = command("cache", "List what the cache holds; with an option below, delete it.")
+    cache.add_argument("--older-than", metavar="AGE", help="delete what has not been used for 30d, or 12h")
+    cache.add_argument("--model", metavar="NAME", help="delete what belongs to this model (its id, or the last part)")
+    cache.add_argument("--all", action="store_true", help="delete everything")
     return parser
 
 

@@ -26,8 +26,8 @@ from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.loss import Reference
 from bitplan.sensitivity.progress import progress
 from bitplan.sensitivity.session import SEED, Session, load_reference
-from bitplan.sensitivity.store import IN_MEMORY, load_tensors, save_tensors
-from bitplan.sensitivity.weight_cache import for_file
+from bitplan.sensitivity.store import IN_MEMORY, load_tensors, locked, save_tensors
+from bitplan.sensitivity.weight_cache import for_file, mark_workspace
 
 STEPS = 200
 TOKENS = 2048
@@ -48,10 +48,12 @@ def round_missing(plan: Plan, session: Session) -> None:
     if not missing_codes(plan):
         return
     undistilled = plan.model_copy(update={"distilled": False})
-    if missing_codes(undistilled):
-        Sequence(undistilled, session).run()
-    if plan.distilled:
-        heal(plan, undistilled, session)
+    with locked(codes_folder(undistilled)):
+        mark_workspace(codes_folder(plan).parents[1], plan.provenance.model.id)
+        if missing_codes(undistilled):
+            Sequence(undistilled, session).run()
+        if plan.distilled and missing_codes(plan):
+            heal(plan, undistilled, session)
 
 
 def heal(plan: Plan, undistilled: Plan, session: Session) -> None:

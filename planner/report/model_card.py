@@ -10,6 +10,7 @@ from math import exp
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from bitplan.formats.errors import BitplanError, ModelUnreadable, UsageError, first_line
@@ -18,7 +19,7 @@ from bitplan.planner.report.show import plan_text
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.profile import write
 from bitplan.sensitivity.source import Source
-from bitplan.sensitivity.store import refuse_overwrite
+from bitplan.sensitivity.store import refuse_full_disk, refuse_overwrite
 
 CARD = """---
 {facts}
@@ -139,8 +140,9 @@ def written_beside(folder: Path, force: bool) -> Iterator[Path]:
             file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors' writer leaves its file to the user alone
         part.chmod(0o755)
         _replace(target, part, force)
-    except OSError as error:
-        raise BitplanError(f"cannot write {folder}: {error.strerror or first_line(error)}") from None
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise BitplanError(f"cannot write {folder}: {reason}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -174,5 +176,6 @@ def save(model: PreTrainedModel, plan: Plan, source: Source, folder: Path, force
     Everything is written beside and renamed at the end. Raises BitplanError where the folder cannot be written.
     """
     with written_beside(folder, force) as part:
+        refuse_full_disk(part, plan.bytes)
         model.save_pretrained(part)
         write_papers(part, plan, source, OWN)
