@@ -41,7 +41,9 @@ class FloatFormat(Format):
 class Float8Format(Format):
     """e4m3 (1 sign, 4 exponent, 3 mantissa bits; Micikevicius et al. 2022), one fp16 scale per row.
 
-    The row's largest magnitude maps to 448, the largest e4m3 value. Four codes share an int32 word.
+    The row's largest magnitude maps to 448, the largest e4m3 value, or to less where fp16 has no scale that small. With
+    the least, 2^-24, weights above 2^-30 keep e4m3's precision, and those above 2^-33 are its subnormals.
+    Four codes share an int32 word.
     """
 
     @property
@@ -53,7 +55,12 @@ class Float8Format(Format):
 
     def quantize(self, weight: Tensor) -> Tensors:
         limit = torch.finfo(FP8).max
-        scale = (weight.float().abs().amax(-1, keepdim=True) / limit).half()
+        largest = weight.float().abs().amax(-1, keepdim=True)
+        scale = (largest / limit).half()
+        # fp16's subnormals are coarse: where the scale rounds down so far that the largest weight is beyond what still
+        # rounds to 448 (half of e4m3's last step of 32 above it), the next larger fp16 is the scale.
+        larger = (scale.view(torch.int16) + 1).view(torch.float16)
+        scale = torch.where(scale.float() * (limit + 16) < largest, larger, scale)
         codes = (weight.float() / scale.float().clamp(min=1e-12)).clamp(-limit, limit).to(FP8).view(torch.uint8)
         padded = torch.nn.functional.pad(codes, (0, -weight.shape[-1] % 4))
         return {"": padded.contiguous().view(torch.int32), "_scale": as_bits(scale)}

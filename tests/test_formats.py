@@ -8,6 +8,7 @@ from bitplan.formats.base import as_bits, as_floats
 from bitplan.formats.bnb import Bnb4Format, Int8BnbFormat
 from bitplan.formats.errors import UnknownFormat, UsageError
 from bitplan.formats.integers import SHRINK, SIGN_FACTORS, IntegerFormat
+from bitplan.formats.kernels import dispatch
 from bitplan.formats.rounding import ROUNDINGS, Hessian, refuse_misfit, rounding_alone, rounding_for, rounding_named
 from bitplan.formats.table import DEFAULT_FORMATS, FORMATS, format_named
 
@@ -187,6 +188,33 @@ def test_fp8_keeps_a_relative_error_below_a_sixteenth():
     value = format.dequantize(format.quantize(weight), 64, torch.float32)
     normal = weight.abs() > weight.abs().amax(-1, keepdim=True) / 448 * 2**-6
     assert ((value - weight).abs() <= weight.abs() / 16 * 1.01)[normal].all()
+
+
+@given(st.integers(0, 1000), st.integers(-30, 8), st.sampled_from([16, 62]))
+def test_fp8_keeps_small_rows(seed, exponent, columns):
+    """Rows below what an fp16 scale can bring to 448 too: no weight clipped, none of more than e4m3's error."""
+    weight = weights(4, columns, seed)
+    weight = weight / weight.abs().amax(-1, keepdim=True) * 2.0**exponent * 1.9
+    format = format_named("fp8")
+    tensors = format.quantize(weight)
+    value = format.dequantize(tensors, columns, torch.float32)
+    scale = tensors["_scale"].view(torch.float16).float()
+    assert ((value - weight).abs() <= torch.maximum(weight.abs() / 16 * 1.01, scale * 2**-10)).all()
+    assert ((value - weight).abs() <= weight.abs() / 16 * 1.01)[weight.abs() == weight.abs().amax(-1, True)].all()
+    x, rows = torch.randn(3, columns), format.take_rows(tensors, torch.arange(4), columns, torch.float32)
+    assert torch.equal(rows, value)
+    product = dispatch.linear(format, x, tensors, columns, None)
+    assert_close(product / 2.0**exponent, x @ value.T / 2.0**exponent, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("format", INTEGERS, ids=lambda f: f.name)
+@pytest.mark.parametrize("exponent", [-40, -28, -22, -16])
+def test_integer_formats_of_tiny_rows_lose_at_most_the_row(format, exponent):
+    """Below fp16's least scale a group becomes zeros, or is clipped: a documented limit, never noise."""
+    weight = weights(4, 64)
+    weight = weight / weight.abs().amax() * 2.0**exponent
+    value = format.dequantize(format.quantize(weight), 64, torch.float32)
+    assert (value - weight).abs().max() <= 2.0 ** (exponent + 1)
 
 
 def test_nf4_is_bitsandbytes_own():
