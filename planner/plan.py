@@ -47,10 +47,11 @@ NATIVE_WORKLOAD = Workload()
 
 
 class KVCacheLoss(Strict):
-    """The KV cache's format with full-precision weights, on the held-out text. Nats per token."""
+    """The KV cache's format with full-precision weights, on the held-out text. Nats per token; one block of text has
+    no standard error."""
 
     kl: float
-    kl_se: float
+    kl_se: float | None
 
 
 class Predicted(Strict):
@@ -77,15 +78,16 @@ class TaskMeasured(Strict):
 
 
 class Measured(Strict):
-    """The materialised model on the held-out text, beside the full-precision model. Nats per token."""
+    """The materialised model on the held-out text, beside the full-precision model. Nats per token; one block
+    of text has no standard errors."""
 
     tokens: int
     nll: float
     ppl: float
     delta_nll: float
-    delta_nll_se: float
+    delta_nll_se: float | None
     kl: float
-    kl_se: float
+    kl_se: float | None
     task: TaskMeasured | None = None
 
     @property

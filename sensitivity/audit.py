@@ -8,7 +8,7 @@ from bitplan.formats.errors import FormatUnavailable
 from bitplan.formats.kv.cache import KV_FORMATS
 from bitplan.formats.scheme import QuantScheme, schemes_for
 from bitplan.sensitivity.graph import Unit
-from bitplan.sensitivity.loss import Reference
+from bitplan.sensitivity.loss import Reference, finite
 from bitplan.sensitivity.measured import measure
 from bitplan.sensitivity.profile import CacheRow, Profile, ProfileRow, unit_entry, unquantized_entry
 from bitplan.sensitivity.progress import progress
@@ -51,10 +51,13 @@ def audit(session: Session, menu: tuple[str, ...], rounding: str | None = None, 
     with locked(journal):
         found = measure(session.swapper, session.weight_cache, reference, wanted, journal)
     for (name, choice), evaluation in found.items():
-        if (name, choice) in rows:
+        if (name, choice) in rows and not math.isfinite(evaluation.kl + evaluation.delta_nll):
+            del rows[name, choice]
+            print(f"{name} cannot take {choice}: its loss is not finite", file=sys.stderr)
+        elif (name, choice) in rows:
             rows[name, choice] |= {
                 "measured_nll": evaluation.delta_nll,
-                "measured_nll_se": evaluation.delta_nll_se,
+                "measured_nll_se": finite(evaluation.delta_nll_se),
                 "measured_kl": evaluation.kl,
             }
     return _profile(session, rows, float(reference.nll.mean()))
@@ -69,8 +72,7 @@ def audit_cache(session: Session) -> tuple[CacheRow, ...]:
         except FormatUnavailable as reason:
             print(f"KV cache: {reason}", file=sys.stderr)
             break
-        error = found.kl_se if math.isfinite(found.kl_se) else None
-        rows.append(CacheRow(format=name, kl=found.kl, kl_se=error, delta_nll=found.delta_nll))
+        rows.append(CacheRow(format=name, kl=found.kl, kl_se=finite(found.kl_se), delta_nll=found.delta_nll))
     return tuple(rows)
 
 

@@ -5,7 +5,7 @@ are not independent. May import: formats.kv_cache, sensitivity.store/text.
 """
 
 from dataclasses import dataclass
-from math import exp
+from math import exp, isfinite
 from typing import Any
 
 import torch
@@ -49,7 +49,13 @@ def taken(log_p: Tensor, ids: Tensor) -> Tensor:
 
 
 def standard_error(block_means: Tensor) -> float:
+    """Of the mean of the blocks' means, float [blocks]; infinite for one block, which says nothing of others."""
     return float(block_means.std() / len(block_means) ** 0.5) if len(block_means) > 1 else float("inf")
+
+
+def finite(error: float) -> float | None:
+    """A standard error as files have it: None where one block gives none."""
+    return error if isfinite(error) else None
 
 
 class Reference:

@@ -1,16 +1,22 @@
 """The profile file: what each format costs each unit, and where that was measured.
 
-May import: formats.errors, sensitivity.store.
+May import: formats, sensitivity.graph/store.
 """
 
+from collections import defaultdict
+from collections.abc import Hashable, Iterable
 from dataclasses import asdict
+from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bitplan.formats.errors import FileInvalid, first_line
-from bitplan.formats.table import DTYPES, stored_bytes
+from bitplan.formats.kv.cache import KV_FORMATS
+from bitplan.formats.rounding import ROUNDINGS
+from bitplan.formats.table import DTYPES, FORMATS, stored_bytes
 from bitplan.sensitivity.graph import Unit, Unquantized
 from bitplan.sensitivity.store import write_text
 
@@ -89,7 +95,8 @@ class ProfileRow(Strict):
     """Nats per token above full precision, from the second moments."""
     measured_nll: float | None = None
     """Nats per token above full precision with this unit alone exchanged, on the search text."""
-    measured_nll_se: float | None = None
+    measured_nll_se: float | None = Field(default=None, ge=0)
+    """None too where the search text is one block."""
     measured_kl: float | None = None
 
     @property
@@ -132,9 +139,60 @@ class Profile(Strict):
         renamed = {"unquantized" if key == "kept" else key: value for key, value in data.items()}
         return renamed | {"schema_version": 2}
 
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        """Units, rows and unquantized tensors agree with each other and with the table of formats."""
+        _refuse_repeated("tensor", [entry.name for entry in (*self.units, *self.unquantized)])
+        _refuse_repeated("row", [f"{row.unit} in {row.format}/{row.rounding}" for row in self.rows])
+        _refuse_repeated("KV cache format", [row.format for row in self.kv_cache])
+        for entry in self.unquantized:
+            dtype = getattr(torch, entry.dtype, None)
+            if isinstance(dtype, torch.dtype) and entry.bytes != (true := prod(entry.shape) * dtype.itemsize):
+                raise ValueError(f"{entry.name}: {entry.bytes} bytes, but its shape takes {true}")
+        units = {unit.name: unit for unit in self.units}
+        for unit in self.units:
+            if unit.dtype not in DTYPES:
+                raise ValueError(f"unit {unit.name}: unknown dtype {unit.dtype!r}")
+        schemes: dict[str, set[tuple[str, str]]] = defaultdict(set)
+        for row in self.rows:
+            if row.unit not in units:
+                raise ValueError(f"a row is of {row.unit}, which is no unit of the profile")
+            _refuse_untrue(row, units[row.unit])
+            schemes[row.unit].add((row.format, row.rounding))
+        groups: dict[str, set[tuple[str, str]]] = {}
+        for unit in self.units:
+            if unit.name not in schemes:
+                raise ValueError(f"unit {unit.name} has no row")
+            groups[unit.group] = groups.get(unit.group, schemes[unit.name]) & schemes[unit.name]
+            if not groups[unit.group]:
+                raise ValueError(f"unit {unit.name} has no format that its group {unit.group} shares")
+        if unknown := [row.format for row in self.kv_cache if row.format not in KV_FORMATS]:
+            raise ValueError(f"the KV cache has an unknown format {unknown[0]!r}")
+        return self
+
     @property
     def unquantized_bytes(self) -> int:
         return sum(entry.bytes for entry in self.unquantized)
+
+
+def _refuse_repeated(kind: str, names: Iterable[Hashable]) -> None:
+    seen = set()
+    for name in names:
+        if name in seen:
+            raise ValueError(f"{kind} {name} is there more than once")
+        seen.add(name)
+
+
+def _refuse_untrue(row: ProfileRow, unit: UnitEntry) -> None:
+    """Raises ValueError where a row's format, rounding, bytes or measured figures do not go together."""
+    if row.format not in FORMATS:
+        raise ValueError(f"unit {unit.name}: unknown format {row.format!r}")
+    if row.rounding not in ROUNDINGS or not ROUNDINGS[row.rounding].fits(FORMATS[row.format]):
+        raise ValueError(f"unit {unit.name}: {row.format} has no rounding {row.rounding!r}")
+    if row.bytes != (true := unit.nbytes(row.format)):
+        raise ValueError(f"unit {unit.name}: {row.bytes} bytes, but {row.format} takes {true}")
+    if (row.measured_nll is None) != (row.measured_kl is None) or (row.measured_nll is None and row.measured_nll_se):
+        raise ValueError(f"unit {unit.name}: {row.format} has some of its measured figures, and not the others")
 
 
 def unit_entry(unit: Unit) -> UnitEntry:

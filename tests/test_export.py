@@ -14,7 +14,7 @@ from bitplan.planner.export import NEED_MODEL, TARGETS, export, export_text, wri
 from bitplan.planner.export.gptq_layout import save_gptq
 from bitplan.planner.load import load_planned
 from bitplan.planner.plan import PlannedUnit, Workload
-from bitplan.sensitivity.profile import Profile, ProfileRow
+from bitplan.sensitivity.profile import Profile, ProfileRow, UnitEntry
 from bitplan.sensitivity.session import Session
 from tests.test_export_gguf import fake_gguf, resized
 from tests.test_gptq_layout import HEADS, opened, spread_plan
@@ -136,11 +136,12 @@ def test_nearest_is_nearest_in_bytes_and_costs_what_the_profile_says(session):
     plan = spread_plan(session, ("int4-g32", "nf4"))
     losses = {"nf4": 0.5, "int4-g32": 0.75}
     rows = tuple(
-        ProfileRow(unit=unit.name, format=format, rounding="nearest", bytes=1, predicted_nll=loss)
+        ProfileRow(unit=unit.name, format=format, rounding="nearest", bytes=unit.nbytes(format), predicted_nll=loss)
         for unit in plan.units
         for format, loss in losses.items()
     )
-    profile = Profile(provenance=plan.provenance, units=(), unquantized=plan.unquantized, rows=rows)
+    units = tuple(UnitEntry(**{name: getattr(unit, name) for name in UnitEntry.model_fields}) for unit in plan.units)
+    profile = Profile(provenance=plan.provenance, units=units, unquantized=plan.unquantized, rows=rows)
     exported = export(plan, "auto-round", nearest=True, profile=profile)
     changed = [line for line in exported.lines if line.planned == "nf4"]
     # 64 columns: nf4 takes 36 bytes, int4-g32 37, int4-g64 34.5 and int5-g64 42.6; 96: 72 (two blocks) and 55.5 or 63.

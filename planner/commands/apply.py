@@ -14,8 +14,9 @@ from bitplan.planner.export.gptq_layout import refuse_unsupported, save_gptq
 from bitplan.planner.load import find_for, load_planned, make_codes, resident_bytes
 from bitplan.planner.plan import Plan
 from bitplan.planner.report.model_card import refuse_folder, save
+from bitplan.planner.report.tables import with_error
 from bitplan.sensitivity import source as sources
-from bitplan.sensitivity.loss import Reference
+from bitplan.sensitivity.loss import Reference, finite
 from bitplan.sensitivity.profile import read
 from bitplan.sensitivity.session import load_reference
 
@@ -54,15 +55,15 @@ def run(arguments: Namespace) -> None:
         text.append(f"research stage: {', '.join(plan.research)}")
     if reference is not None:
         evaluation = reference.evaluate(model, plan.workload.kv_format)
-        data |= {"nll": evaluation.nll, "ppl": evaluation.ppl, "kl": evaluation.kl, "kl_se": evaluation.kl_se}
+        data |= {"nll": evaluation.nll, "ppl": evaluation.ppl, "kl": evaluation.kl, "kl_se": finite(evaluation.kl_se)}
         data |= {
             "delta_nll": evaluation.delta_nll,
-            "delta_nll_se": evaluation.delta_nll_se,
+            "delta_nll_se": finite(evaluation.delta_nll_se),
             "tokens": evaluation.tokens,
         }
         text.append(
             f"{evaluation.tokens:,} held-out tokens: perplexity {evaluation.ppl:.3f},"
-            f" KL {evaluation.kl:.5f} ± {evaluation.kl_se:.5f}"
+            f" KL {with_error(f'{evaluation.kl:.5f}', evaluation.kl_se)}"
         )
     if arguments.save:
         data["saved"] = str(arguments.save)

@@ -75,11 +75,11 @@ class ComparisonRow:
         ppl = {"ppl": self.evaluation.ppl} if self.evaluation else {}
         facts["tasks"] = [{"task": t.task, "measure": t.measure, **_finite(asdict(t.result))} for t in self.tasks]
         derived = {"times_smaller_than_bf16": self.times_smaller_than_bf16, "peak_bytes": self.peak_bytes}
-        return {**facts, **derived, **evaluation, **ppl, **throughput}
+        return {**facts, **derived, **_finite(evaluation), **ppl, **throughput}
 
 
 def _finite(facts: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity: unbounded intervals have null bounds."""
+    """JSON has no infinity: unbounded intervals have null bounds, and one block of text has a null standard error."""
     return {name: None if isinstance(value, float) and not isfinite(value) else value for name, value in facts.items()}
 
 

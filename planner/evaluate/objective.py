@@ -6,7 +6,7 @@ May import: sensitivity, planner.plan.
 from transformers import PreTrainedModel
 
 from bitplan.planner.plan import Measured, TaskFacts, TaskMeasured
-from bitplan.sensitivity.loss import Evaluation, Reference, standard_error
+from bitplan.sensitivity.loss import Evaluation, Reference, finite, standard_error
 from bitplan.sensitivity.session import Session
 from bitplan.sensitivity.tasks.paired import paired
 from bitplan.sensitivity.tasks.score import Scores, likelihoods, losses, score
@@ -63,7 +63,10 @@ class Objective:
 
 
 def measured(evaluation: Evaluation) -> Measured:
-    return Measured(**{name: getattr(evaluation, name) for name in Measured.model_fields if name != "task"})
+    """As the plan file has it."""
+    facts = {name: getattr(evaluation, name) for name in Measured.model_fields if name != "task"}
+    errors = {name: finite(value) for name, value in facts.items() if name.endswith("_se")}
+    return Measured(**facts | errors)
 
 
 def _beside(task: Task, base: Scores, other: Scores) -> TaskMeasured:

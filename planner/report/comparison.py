@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from bitplan.planner.evaluate.compare import ComparisonRow, TaskResult
 from bitplan.planner.evaluate.recommend import Advice
-from bitplan.planner.report.tables import table, with_interval
+from bitplan.planner.report.tables import table, with_error, with_interval
 
 COLUMNS: dict[str, Callable[[ComparisonRow], str]] = {
     "bytes": lambda line: f"{line.resident_bytes:,}",
@@ -13,7 +13,7 @@ COLUMNS: dict[str, Callable[[ComparisonRow], str]] = {
     "than bf16": lambda line: f"{line.times_smaller_than_bf16:.2f}",
     "perplexity": lambda line: f"{line.evaluation.ppl:.3f}",  # type: ignore[union-attr]
     "KL": lambda line: f"{line.evaluation.kl:.5f}",  # type: ignore[union-attr]
-    "± se": lambda line: f"{line.evaluation.kl_se:.5f}",  # type: ignore[union-attr]
+    "± se": lambda line: with_error("", line.evaluation.kl_se).removeprefix(" ± ") or "–",  # type: ignore[union-attr]
     "prefill tok/s": lambda line: f"{line.throughput.prefill_tokens_per_s:,.0f}",  # type: ignore[union-attr]
     "decode tok/s": lambda line: f"{line.throughput.decode_tokens_per_s:,.1f}",  # type: ignore[union-attr]
     "peak bytes": lambda line: f"{line.peak_bytes:,}",

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from bitplan.formats.errors import BitplanError, ModelUnreadable, UsageError, first_line
 from bitplan.planner.plan import Plan
 from bitplan.planner.report.show import plan_text
+from bitplan.planner.report.tables import with_error
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.profile import write
 from bitplan.sensitivity.source import Source
@@ -94,7 +95,7 @@ def _card_rows(plan: Plan) -> dict[str, str]:
         m = plan.measured
         rows[f"on {m.tokens:,} held-out tokens of {plan.provenance.text.source}"] = (
             f"perplexity {m.ppl:.3f} (full precision {exp(min(m.nll - m.delta_nll, 700.0)):.3f}),"
-            f" KL {m.kl:.5f} ± {m.kl_se:.5f} nats per token"
+            f" KL {with_error(f'{m.kl:.5f}', m.kl_se)} nats per token"
         )
     if plan.search and plan.search.task and plan.measured and plan.measured.task:
         task = plan.measured.task
@@ -105,7 +106,7 @@ def _card_rows(plan: Plan) -> dict[str, str]:
     if plan.uniform and plan.uniform.measured:
         u, m = plan.uniform, plan.uniform.measured
         rows["best uniform that fits"] = (
-            f"{u.format}, {u.bytes:,} bytes: perplexity {m.ppl:.3f}, KL {m.kl:.5f} ± {m.kl_se:.5f}"
+            f"{u.format}, {u.bytes:,} bytes: perplexity {m.ppl:.3f}, KL {with_error(f'{m.kl:.5f}', m.kl_se)}"
         )
     return rows | {"made by": f"bitplan {plan.provenance.versions['bitplan']}"}
 

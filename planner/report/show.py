@@ -12,7 +12,7 @@ from bitplan.formats.kernels.dispatch import Kernel, Machine, choose
 from bitplan.formats.sizes import format_bytes
 from bitplan.formats.table import FORMATS
 from bitplan.planner.plan import NATIVE_WORKLOAD, Plan, PlannedUnit, TaskFacts, TaskMeasured
-from bitplan.planner.report.tables import NUMBER, folded, table, with_interval
+from bitplan.planner.report.tables import NUMBER, folded, table, with_error, with_interval
 
 
 def plan_text(plan: Plan) -> str:
@@ -71,7 +71,7 @@ def _figures(plan: Plan) -> list[str]:
         m = plan.measured
         lines.append(
             f"measured on {m.tokens:,} held-out tokens: perplexity {m.ppl:.3f},"
-            f" {m.delta_nll:+.4f} ± {m.delta_nll_se:.4f} nats, KL {m.kl:.5f} ± {m.kl_se:.5f}"
+            f" {with_error(f'{m.delta_nll:+.4f}', m.delta_nll_se, 4)} nats, KL {with_error(f'{m.kl:.5f}', m.kl_se)}"
         )
     if plan.search and plan.search.task and plan.measured and plan.measured.task:
         lines.append(_on_task(plan.search.task, plan.measured.task))
@@ -105,7 +105,7 @@ def _workload_text(plan: Plan) -> str:
     if workload.context:
         text += f", budgeted for {workload.context:,} tokens × {workload.batch}"
         text += f", prompts read {workload.prefill_chunk} tokens at a time"
-    return f"{text}; alone it costs KL {loss.kl:.5f} ± {loss.kl_se:.5f}" if loss else text
+    return f"{text}; alone it costs KL {with_error(f'{loss.kl:.5f}', loss.kl_se)}" if loss else text
 
 
 def kernel_rows(plan: Plan, on: Machine) -> list[tuple[str, int, str, str, str]]:

@@ -3,6 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from math import isfinite
 
 from bitplan.planner.plan import Plan, PlannedUnit
 
@@ -45,6 +46,11 @@ def layers(names: Sequence[str]) -> str:
             runs.append([number, number])
     told = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
     return told if len(names) == max(1, len(numbers)) else f"{told} (×{len(names)})"
+
+
+def with_error(value: str, error: float | None, digits: int = 5) -> str:
+    """A figure and its standard error, where it has one: one block of text gives none."""
+    return value if error is None or not isfinite(error) else f"{value} ± {error:.{digits}f}"
 
 
 def with_interval(accuracy: bool, value: float, difference: float, low: float, high: float) -> str:

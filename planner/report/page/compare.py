@@ -11,6 +11,7 @@ from bitplan.planner.report.comparison import compare_cells
 from bitplan.planner.report.figures.scatter import Dot, frontier_plot
 from bitplan.planner.report.page.facts import model_name, provenance
 from bitplan.planner.report.page.render import Page, PageFigure, PageTable
+from bitplan.planner.report.tables import with_error
 from bitplan.sensitivity.profile import Provenance
 
 
@@ -46,7 +47,8 @@ def frontier_svg(lines: Sequence[ComparisonRow]) -> str:
             line.bits_per_weight,
             line.evaluation.kl,
             f"{line.name}\n{line.resident_bytes:,} bytes ({format_bytes(line.resident_bytes)})\n"
-            f"{line.bits_per_weight:.3f} bits per weight\nKL {line.evaluation.kl:.5f} ± {line.evaluation.kl_se:.5f}",
+            f"{line.bits_per_weight:.3f} bits per weight\n"
+            f"KL {with_error(f'{line.evaluation.kl:.5f}', line.evaluation.kl_se)}",
             own=is_plan(line.name),
         )
         for line in lines
