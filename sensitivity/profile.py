@@ -142,7 +142,7 @@ class Profile(Strict):
     @model_validator(mode="after")
     def _agrees(self) -> Self:
         """Units, rows and unquantized tensors agree with each other and with the table of formats."""
-        _refuse_repeated("tensor", [entry.name for entry in (*self.units, *self.unquantized)])
+        _refuse_repeated("tensor", [unit.name for unit in self.units] + [entry.name for entry in self.unquantized])
         _refuse_repeated("row", [f"{row.unit} in {row.format}/{row.rounding}" for row in self.rows])
         _refuse_repeated("KV cache format", [row.format for row in self.kv_cache])
         for entry in self.unquantized:

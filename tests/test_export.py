@@ -1,8 +1,8 @@
-"""Exports: what each target is told, read by plain readings of our own. The real readers: benchmarks/exports.py."""
+"""Exports, read back by plain readers of the tests' own. The real ones: benchmarks/exports.py."""
 
 import json
 import re
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
@@ -10,12 +10,14 @@ import torch
 from bitplan.formats.errors import FormatUnavailable, PlanMismatch, UsageError
 from bitplan.formats.table import FORMATS
 from bitplan.planner.assemble import uniform_plan
-from bitplan.planner.export import NEED_MODEL, TARGETS, export, export_text, write_export
+from bitplan.planner.export import NEED_MODEL, TARGETS, export
+from bitplan.planner.export.gguf import Gguf
 from bitplan.planner.export.gptq_layout import save_gptq
 from bitplan.planner.load import load_planned
 from bitplan.planner.plan import PlannedUnit, Workload
 from bitplan.sensitivity.profile import Profile, ProfileRow, UnitEntry
 from bitplan.sensitivity.session import Session
+from bitplan.testing import ExportTests
 from tests.test_export_gguf import fake_gguf, resized
 from tests.test_gptq_layout import HEADS, opened, spread_plan
 
@@ -35,11 +37,11 @@ def session(checkpoint, monkeypatch) -> Session:
     return opened(checkpoint, "llama-tied", torch.float32, HEADS["llama-tied"])
 
 
-Said = tuple[int, int, bool | None] | None
-"""Bits, group size (-1: the row; 0: not told) and symmetry (None: not told) of a module, or None where it is kept."""
+ReadBack = tuple[int, int, bool | None] | None
+"""A module's bits, group size (-1: the row; 0: not in the file) and symmetry (None: not in the file); None: floats."""
 
 
-def said_gguf(text: str, name: str) -> Said:
+def read_gguf(text: str, name: str) -> ReadBack:
     there = name.replace("model.layers.", "blk.").replace("self_attn.", "attn_").replace("mlp.", "ffn_")
     there = re.sub("attn_o_proj$", "attn_output", there).replace("_proj", "") + ".weight"
     lines = [line.rpartition("=") for line in text.splitlines()]
@@ -47,19 +49,19 @@ def said_gguf(text: str, name: str) -> Said:
     return None if found in ("f32", "bf16") else (int(re.search(r"\d", found).group()), 0, None)
 
 
-def said_auto_round(text: str, name: str) -> Said:
+def read_auto_round(text: str, name: str) -> ReadBack:
     entry = json.loads(text)[name]
     return None if entry["bits"] == 16 else (entry["bits"], entry["group_size"], entry["sym"])
 
 
-def said_torchao(text: str, name: str) -> Said:
+def read_torchao(text: str, name: str) -> ReadBack:
     entry = json.loads(text)["quant_type"]["default"]["_data"]["fqn_to_config"][name]
     kind, data = (entry["_type"], entry["_data"]) if entry else (None, {})
     known = {"Int8WeightOnlyConfig": (8, -1, True), "Float8WeightOnlyConfig": (8, -1, None), None: None}
     return known[kind] if kind in known else (4, data["group_size"], False)
 
 
-def said_gptqmodel(text: str, name: str) -> Said:
+def read_gptqmodel(text: str, name: str) -> ReadBack:
     content = json.loads(text)
     for rule, entry in content["dynamic"].items():
         if re.match(rule[2:], name):
@@ -67,7 +69,7 @@ def said_gptqmodel(text: str, name: str) -> Said:
     return content["bits"], content["group_size"], None
 
 
-def said_compressed(text: str, name: str) -> Said:
+def read_compressed(text: str, name: str) -> ReadBack:
     content = json.loads(text)
     found = [group for group in content["config_groups"].values() if name in group["targets"]]
     assert len(found) == (name not in content["ignore"])
@@ -78,12 +80,12 @@ def said_compressed(text: str, name: str) -> Said:
     return weights["num_bits"], weights.get("group_size", -1), None if is_float else weights["symmetric"]
 
 
-SAID = {"gptqmodel": said_gptqmodel, "compressed-tensors": said_compressed, "torchao": said_torchao}
-SAID |= {"gguf": said_gguf, "auto-round": said_auto_round}
+READERS = {"gptqmodel": read_gptqmodel, "compressed-tensors": read_compressed, "torchao": read_torchao}
+READERS |= {"gguf": read_gguf, "auto-round": read_auto_round}
 
 
-def meant(target: str, unit: PlannedUnit) -> Said:
-    """What a target's file should say of a unit."""
+def expected_of(target: str, unit: PlannedUnit) -> ReadBack:
+    """What is to be read of a unit in a target's file."""
     if unit.is_native:
         return None
     format = FORMATS[unit.format]
@@ -92,44 +94,36 @@ def meant(target: str, unit: PlannedUnit) -> Said:
     return (int(format.bits), 0, None) if target == "gguf" else (int(format.bits), group, symmetric)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_a_plan_of_several_formats_is_read_back_from_every_target(target, session):
-    plan = spread_plan(session, OF[target])
-    plan = resized(plan, 64, 256) if target == "gguf" else plan
-    exported = export(plan, target, source=session.source)
-    assert exported.plan is plan and exported.planned_bytes == plan.bytes
-    assert len({unit.format for unit in plan.units}) == len(OF[target])
-    for unit, line in zip(plan.units, exported.lines, strict=True):
-        assert SAID[target](exported.text, unit.name) == meant(target, unit), unit.name
-        assert (line.unit, line.planned, line.planned_bytes) == (unit.name, unit.format, unit.bytes)
-        assert line.format == line.planned
-    shown = export_text(exported)
-    assert f"{exported.bytes:,}" in shown and "model.layers.*.self_attn.q_proj" in shown
-    json.dumps(exported.as_dict(), allow_nan=False)
+class TestTargets(ExportTests):
+    @pytest.fixture(params=TARGETS.values(), ids=TARGETS)
+    def target(self, request):
+        return request.param
 
+    @pytest.fixture
+    def formats(self, target):
+        return OF[target.name]
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_what_a_target_cannot_say_is_refused_by_name_and_nearest_changes_it(target, session):
-    plan = spread_plan(session, ("int8", "binary-g64", "int4-g32"))
-    odd = [unit for unit in plan.units if unit.format == "binary-g64"]
-    if target == "gguf":
-        plan = resized(plan, 64, 256)
-    with pytest.raises(FormatUnavailable, match=f"{odd[0].name}.*in binary-g64.*--formats int8.*--nearest") as caught:
-        export(plan, target, source=session.source)
-    assert "\n" not in str(caught.value)
-    exported = export(plan, target, nearest=True, source=session.source)
-    changed = {line.unit: line for line in exported.lines if line.planned != line.format}
-    assert set(changed) == {unit.name for unit in odd}
-    assert set(changed) <= {line.unit for line in exported.changes}
-    for unit in odd:
-        assert SAID[target](exported.text, unit.name) is not None
-        assert changed[unit.name].nats is None
-    assert exported.plan.bytes == sum(u.bytes for u in exported.plan.units) + sum(k.bytes for k in plan.unquantized)
-    assert exported.plan.measured is exported.plan.uniform is exported.plan.predicted is None
-    assert [unit for unit in exported.plan.units if unit.name not in changed] == [
-        unit for unit in plan.units if unit.name not in changed
-    ]
-    assert "binary-g64 → " in export_text(exported)
+    @pytest.fixture
+    def read(self, target):
+        return READERS[target.name]
+
+    @pytest.fixture
+    def expected(self, target):
+        return partial(expected_of, target.name)
+
+    @pytest.fixture
+    def source(self, session):
+        return session.source
+
+    @pytest.fixture
+    def make_plan(self, target, session):
+        """Plans for the model of `session`, for GGUF as if it were wider: llama.cpp's blocks need 256 columns."""
+
+        def make_plan(names):
+            plan = spread_plan(session, names)
+            return resized(plan, 64, 256) if target is Gguf else plan
+
+        return make_plan
 
 
 def test_nearest_is_nearest_in_bytes_and_costs_what_the_profile_says(session):
@@ -239,10 +233,3 @@ def test_bad_words(session):
             export(plan, target)
     told = export(plan.model_copy(update={"workload": Workload(kv_format="int8")}), "auto-round")
     assert any("KV cache, int8" in note for note in told.notes)
-
-
-def test_a_file_is_written_whole(session, tmp_path):
-    exported = export(uniform_plan(session, "int8", "nearest"), "torchao")
-    assert write_export(exported, Path(tmp_path / "torchao.json")) == 0
-    assert (tmp_path / "torchao.json").read_text() == exported.text
-    assert [path.name for path in tmp_path.iterdir()] == ["torchao.json"]

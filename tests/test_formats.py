@@ -5,55 +5,48 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from bitplan.formats.base import as_bits, as_floats
-from bitplan.formats.bnb import Bnb4Format, Int8BnbFormat
 from bitplan.formats.errors import UnknownFormat, UsageError
 from bitplan.formats.integers import SHRINK, SIGN_FACTORS, IntegerFormat
 from bitplan.formats.kernels import dispatch
-from bitplan.formats.rounding import ROUNDINGS, Hessian, refuse_misfit, rounding_alone, rounding_for, rounding_named
+from bitplan.formats.rounding import ROUNDINGS, refuse_misfit, rounding_alone, rounding_for, rounding_named
 from bitplan.formats.table import DEFAULT_FORMATS, FORMATS, format_named
+from bitplan.testing import FormatTests, RoundingTests
+from bitplan.testing.formats import weights
 
-SHAPES = [(5, 172), (3, 33), (2, 256)]
-CASES = [(f, r) for f in FORMATS.values() for r in ROUNDINGS.values() if r.alone and r.fits(f)]
 INTEGERS = [f for f in FORMATS.values() if isinstance(f, IntegerFormat)]
-NAMES = [f"{f.name}-{r.name}" for f, r in CASES]
 
 
-def weights(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.05
+class TestFormats(FormatTests):
+    @pytest.fixture(params=FORMATS.values(), ids=FORMATS)
+    def format(self, request):
+        return request.param
+
+    @pytest.fixture
+    def error_bound(self, format):
+        mantissa = {"fp32": 24, "bf16": 8, "fp16": 11, "fp8": 4}  # bits of a float's significand, the hidden one too
+        if format.name in mantissa:
+            return 2.0 ** -mantissa[format.name]
+        return 8 / (2**format.bits - 1) / 12**0.5 if format.bits >= 2 else 0.65
 
 
-def hessian(columns: int) -> Hessian:
-    x = weights(4 * columns, columns, 1) @ weights(columns, columns, 2) + weights(4 * columns, columns, 3)
-    return Hessian(x.T @ x / len(x))
+class TestNearest(RoundingTests):
+    @pytest.fixture
+    def rounding(self):
+        return ROUNDINGS["nearest"]
+
+    @pytest.fixture(params=["bf16", "fp8", "int8", "nf4", "int3-g32"])
+    def format(self, request):
+        return FORMATS[request.param]
 
 
-@pytest.mark.parametrize(("format", "rounding"), CASES, ids=NAMES)
-@pytest.mark.parametrize("shape", SHAPES)
-class TestEveryFormat:
-    def test_tensors_are_as_specified_and_integers(self, format, rounding, shape):
-        tensors = rounding.alone(weights(*shape), format, [hessian(shape[1])])
-        assert {s: (tuple(t.shape), t.dtype) for s, t in tensors.items()} == format.specs(*shape)
-        assert sum(t.nbytes for t in tensors.values()) == format.nbytes(*shape)
-        assert not any(t.is_floating_point() for t in tensors.values())
-        assert tensors[""].shape[0] == shape[0]
-        assert tensors[""].shape != shape  # read as a plain weight it must fail on shapes
-
-    def test_rows_are_taken_as_they_are_dequantized(self, format, rounding, shape):
-        tensors = rounding.alone(weights(*shape), format, [hessian(shape[1])])
-        whole = format.dequantize(tensors, shape[1], torch.float32)
-        ids = torch.tensor([[0, shape[0] - 1], [1, 0]])
-        assert torch.equal(format.take_rows(tensors, ids, shape[1], torch.float32), whole[ids])
-
-    def test_product_is_the_dequantized_layers(self, format, rounding, shape):
-        tensors = rounding.alone(weights(*shape), format, [hessian(shape[1])])
-        whole = format.dequantize(tensors, shape[1], torch.float32)
-        x, bias = weights(7, shape[1], 4).view(7, 1, -1), weights(1, shape[0], 5)[0]
-        expected = torch.nn.functional.linear(x, whole, bias)
-        assert_close(format.linear(x, tensors, shape[1], bias), expected)
-        if isinstance(format, Bnb4Format | Int8BnbFormat):
-            # LLM.int8 rounds its inputs too: 1/127 of the largest, at most.
-            tolerance = {"rtol": 0.05, "atol": 0.01} if format.name == "int8-bnb" else {}
-            assert_close(format.multiply(x, tensors, shape[1], bias), expected, **tolerance)
+@pytest.mark.parametrize("name", ["int8-bnb", "nf4", "fp4"])
+def test_bitsandbytes_product_is_the_dequantized_layers(name):
+    weight, x, bias, format = weights(5, 172), weights(7, 172, 4).view(7, 1, -1), weights(1, 5, 5)[0], FORMATS[name]
+    tensors = format.quantize(weight)
+    expected = torch.nn.functional.linear(x, format.dequantize(tensors, 172, torch.float32), bias)
+    # LLM.int8 rounds its inputs too: 1/127 of the largest, at most.
+    tolerance = {"rtol": 0.05, "atol": 0.01} if name == "int8-bnb" else {}
+    assert_close(format.multiply(x, tensors, 172, bias), expected, **tolerance)
 
 
 @pytest.mark.parametrize("format", INTEGERS, ids=lambda f: f.name)
@@ -121,24 +114,11 @@ def test_fitted_grids_lose_the_least_of_all_clipped_ones(format):
 
 
 @pytest.mark.parametrize("format", [f for f in FORMATS.values() if f.floats], ids=lambda f: f.name)
-def test_scales_may_be_floats_and_are_differentiable(format):
-    """What healing trains: the stored bits as floats give the same weight, and gradients reach them."""
-    weight, ids = weights(4, 96), torch.tensor([[2, 0]])
-    tensors = format.quantize(weight)
-    scales = {s: as_floats(tensors[s], dtype).float().requires_grad_() for s, dtype in format.floats.items()}
-    value = format.dequantize(tensors | scales, 96, torch.float32)
-    assert torch.equal(value, format.dequantize(tensors, 96, torch.float32))
-    assert torch.equal(format.take_rows(tensors | scales, ids, 96, torch.float32), value[ids])
-    x = weights(3, 96, 1).requires_grad_()
-    expected = torch.autograd.grad(torch.nn.functional.linear(x, value).square().sum(), list(scales.values()))
-    for asks in (x, x.detach()):  # bitsandbytes' kernels would hand the scales no gradient
-        found = torch.autograd.grad(format.linear(asks, tensors | scales, 96, None).square().sum(), scales.values())
-        assert all((gradient != 0).any() for gradient in found)
-        assert_close(found, expected)
-    # A row's values grow as its scale does: the gradient by differences.
-    scale, step = scales["_scale"], 1e-2
-    grown = format.dequantize(tensors | {"_scale": scale.detach() * (1 + step)}, 96, torch.float32)
-    assert_close(grown, value.detach() * (1 + step), rtol=1e-4, atol=1e-7)
+def test_values_grow_as_their_scales_do(format):
+    tensors, step = format.quantize(weights(4, 96)), 1e-2
+    scale = as_floats(tensors["_scale"], format.floats["_scale"]).float()
+    grown = format.dequantize(tensors | {"_scale": scale * (1 + step)}, 96, torch.float32)
+    assert_close(grown, format.dequantize(tensors, 96, torch.float32) * (1 + step), rtol=1e-4, atol=1e-7)
 
 
 @given(st.integers(0, 1000), st.sampled_from([n for n in DEFAULT_FORMATS if n != "int8"]))
@@ -162,15 +142,6 @@ def test_more_bits_and_smaller_groups_lose_less():
     assert error("int2-g64") > error("int3-g64") > error("int4-g64") > error("int5-g64") > error("int6-g64")
     assert error("int4-g128") > error("int4-g64") > error("int4-g32")
     assert error("int6-g32") > error("int8") > error("bf16") > error("fp16") > error("fp32") == 0
-
-
-@pytest.mark.parametrize("constant", [0.0, 0.25, -0.25])
-def test_constant_and_zero_groups_survive(constant):
-    weight = torch.full((2, 128), constant)
-    for format in FORMATS.values():
-        value = format.dequantize(format.quantize(weight), 128, torch.float32)
-        assert value.isfinite().all()
-        assert_close(value, weight, rtol=0.01, atol=1e-6)
 
 
 def test_binary_is_sign_times_mean_magnitude():

@@ -1,12 +1,15 @@
+from operator import attrgetter
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from bitplan.formats.errors import RoundingFailed
 from bitplan.formats.integers import Grid, IntegerFormat
-from bitplan.formats.rounding import Hessian
+from bitplan.formats.rounding import ROUNDINGS, Hessian
 from bitplan.formats.rounding.gptq import AIM_DAMPING, DAMPING, gptq, gptq_codes
-from bitplan.formats.table import format_named
+from bitplan.formats.table import FORMATS, format_named
+from bitplan.testing import RoundingTests
 
 
 def inputs(columns: int, tokens: int = 600) -> torch.Tensor:
@@ -42,6 +45,18 @@ def by_explicit_inverses(weight: torch.Tensor, matrix: torch.Tensor, format: Int
         error = (left[:, column] - value[:, column]) / inverse[0, 0]
         left[:, rest] -= error[:, None] * inverse[0][None]
     return value
+
+
+class TestGptq(RoundingTests):
+    @pytest.fixture
+    def rounding(self):
+        return ROUNDINGS["gptq"]
+
+    @pytest.fixture(
+        params=[format for format in FORMATS.values() if ROUNDINGS["gptq"].fits(format)], ids=attrgetter("name")
+    )
+    def format(self, request):
+        return request.param
 
 
 @pytest.mark.parametrize("columns", [64, 160, 300])
@@ -104,18 +119,6 @@ def test_dead_columns_become_zero_and_harm_nothing():
     weight[:, 10:14] = 1e6
     again = format.dequantize(gptq(weight, format, [Hessian(x.T @ x)]), 96, torch.float32)
     assert torch.equal(again, value)
-
-
-def test_each_expert_has_its_own_hessian():
-    x, y, format = inputs(64), inputs(64).flip(1), format_named("int3-g32")
-    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(6))
-    hessians = [Hessian(x.T @ x), Hessian(y.T @ y)]
-    together = format.dequantize(gptq(weight, format, hessians), 64, torch.float32)
-    apart = [
-        format.dequantize(gptq(w, format, [h]), 64, torch.float32)
-        for w, h in zip(weight.split(4), hessians, strict=True)
-    ]
-    assert torch.equal(together, torch.cat(apart))
 
 
 class TestAim:

@@ -1,4 +1,4 @@
-"""Imports go one way: formats → sensitivity → search → planner, and each file says what it is for."""
+"""Imports go one way: formats → sensitivity → search → planner → testing, and each file says what it is for."""
 
 import ast
 from pathlib import Path
@@ -7,8 +7,9 @@ import networkx as nx
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("formats", "sensitivity", "search", "planner")
-FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+PACKAGE = ROOT / "src" / "bitplan"
+ROOMS = ("formats", "sensitivity", "search", "planner", "testing")
+FILES = [path for room in ROOMS for path in sorted((PACKAGE / room).rglob("*.py"))]
 
 
 def room_of(module: str) -> str:
@@ -16,10 +17,10 @@ def room_of(module: str) -> str:
     return module.removeprefix("bitplan.").split(".")[0]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 class TestFiles:
     def test_imports_no_room_to_its_right(self, path):
-        place = ROOMS.index(path.relative_to(ROOT).parts[0])
+        place = ROOMS.index(path.relative_to(PACKAGE).parts[0])
         imported = set()
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
@@ -55,7 +56,7 @@ ORDER = (
 
 def modules() -> dict[str, Path]:
     """bitplan.search.knapsack → its file; packages by their own name."""
-    names = (".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES)
+    names = (".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in FILES)
     return {f"bitplan.{name.removesuffix('.__init__')}": path for name, path in zip(names, FILES, strict=True)}
 
 
