@@ -28,8 +28,18 @@ def llama_plan(formats: Sequence[str], layers: int = 2) -> Plan:
         for part, (rows, columns) in SHAPES.items():
             name = f"model.layers.{layer}.{part}"
             head, _, last = name.rpartition(".")
-            facts = {"name": name, "parameter": f"{name}.weight", "group": f"{head}.{FUSED.get(last, last)}"}
-            entries.append(UnitEntry(**facts, kind="linear", experts=1, rows=rows, columns=columns, dtype="bfloat16"))
+            entries.append(
+                UnitEntry(
+                    name=name,
+                    kind="linear",
+                    parameter=f"{name}.weight",
+                    experts=1,
+                    rows=rows,
+                    columns=columns,
+                    dtype="bfloat16",
+                    group=f"{head}.{FUSED.get(last, last)}",
+                )
+            )
     groups = list(dict.fromkeys(entry.group for entry in entries))
     shapes = {"model.embed_tokens.weight": (512, 256), "model.norm.weight": (256,)}
     unquantized = [

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from bitplan.formats.base import Format, Specs, Tensors, as_floats
-from bitplan.formats.modules import pack_parameter
+from bitplan.formats.modules import Packed, pack_parameter
 
 
 def weights(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -114,6 +114,7 @@ class FormatTests:
             return pack_parameter(made, "weight", format)
 
         saved, loaded = module(), module()
+        assert isinstance(loaded, Packed)
         stored = format.quantize(weights(6, 96))
         saved.load_state_dict({f"weight{suffix}": tensor for suffix, tensor in stored.items()})
         loaded.load_state_dict(load(save(saved.state_dict())))
