@@ -72,6 +72,9 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("plan", type=Path, help="plan file")
     show.add_argument("--device", metavar="NAME", help="cpu, cuda, or cuda:8.0 for a GPU of that compute capability")
 
+    explain = command("explain", "Explain a plan: each unit's alternatives, the price of a byte, and what pins it.")
+    _explained(explain)
+
     export = command("export", "Export a plan to another tool.", _device)
     _exported(export)
 
@@ -192,6 +195,20 @@ def _task(
 ) -> None:
     parser.add_argument("--task", nargs=count, default=[], metavar="NAME", help=help)
     parser.add_argument("--limit", type=int, metavar="N", help="use only the first N items of a task")
+
+
+def _explained(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("plan", type=Path, help="plan file")
+    parser.add_argument("--unit", metavar="NAME", help="print this unit (or a glob of units) with all its alternatives")
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        metavar="FILE",
+        help="profile from `bitplan audit` (default: a matching one in the cache)",
+    )
+    parser.add_argument("--all", action="store_true", help="print every group, not only the closest decisions")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the plan's page; needs bitplan[report]")
+    parser.add_argument("--force", action="store_true", help="replace what exists")
 
 
 def _exported(parser: argparse.ArgumentParser) -> None:

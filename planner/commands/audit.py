@@ -9,6 +9,7 @@ from bitplan.planner.report.page.render import refuse_without_report, render
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.audit import audit, audit_cache
 from bitplan.sensitivity.profile import write
+from bitplan.sensitivity.profile_cache import remember
 from bitplan.sensitivity.session import open_session
 from bitplan.sensitivity.store import refuse_overwrite, write_text
 
@@ -25,6 +26,7 @@ def run(arguments: Namespace) -> None:
     if arguments.output:
         write(arguments.output, profile)
         log(f"profile written to {arguments.output}")
+    remember(profile)
     losses = losses_of(profile)
     if arguments.csv:
         write_text(arguments.csv, profile_csv(losses))

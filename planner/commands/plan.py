@@ -27,6 +27,7 @@ from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.audit import audit, sizes
 from bitplan.sensitivity.graph import ON_REQUEST
 from bitplan.sensitivity.profile import Profile, read, write
+from bitplan.sensitivity.profile_cache import remember
 from bitplan.sensitivity.session import Session, open_session, recall_texts
 from bitplan.sensitivity.source import Source
 from bitplan.sensitivity.store import refuse_overwrite
@@ -86,6 +87,7 @@ def run(arguments: Namespace) -> None:
         audited = tuple(dict.fromkeys((*formats, *_named(overrides, session))))
         budget = budget_of(sizes(session, audited, arguments.rounding), formats)
         profile = audit(session, audited, arguments.rounding)
+    remember(profile)  # for `bitplan explain`
     problem = problem_of(profile, formats if arguments.formats or not arguments.profile else None, overrides)
     for override in overrides:
         if follow := followers(profile, override):

@@ -52,7 +52,7 @@ def _padding(unit: PlannedUnit) -> str | None:
 def _figures(plan: Plan) -> list[str]:
     lines = [f"rounding: {plan.rounding}"]
     for each in plan.overrides:
-        lines.append(f"override {each}: {len(each.units)} units")
+        lines.append(f"override {each}: {len(each.units)} unit{'s' * (len(each.units) != 1)}")
     if plan.workload != NATIVE_WORKLOAD:
         lines.append(_workload_text(plan))
     if plan.research:

@@ -55,7 +55,9 @@ def frontier_plot(
         axes.set(xlabel="bits per weight, all bytes counted", ylabel=ylabel)
         _log(axes)
         figure.draw_without_rendering()
-        for dot in [*dots, *([knee] if knee else [])]:
+        for x, y in (_points(axes, dot) for dot in dots if dot.loss > 0):
+            placed.append((x - 3, x + 3, y - 3))
+        for dot in [*([knee] if knee else []), *dots]:
             if dot.loss > 0:
                 _label(axes, dot, placed)
         axes.grid(visible=True)
@@ -66,7 +68,7 @@ def _log(axes: Axes) -> None:
     """Both axes by powers; bits are labelled by their number, at steps that people know."""
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.margins(0.08, 0.12)
+    axes.margins(0.08, 0.16)
     low, high = axes.get_xlim()
     ticks = [bits for bits in (1, 1.5, 2, 3, 4, 5, 6, 8, 12, 16, 32) if low <= bits <= high]
     axes.set_xticks(ticks)
@@ -76,9 +78,15 @@ def _log(axes: Axes) -> None:
     axes.minorticks_off()
 
 
+def _points(axes: Axes, dot: Dot) -> tuple[float, float]:
+    """Where a dot is, in typographic points from the figure's lower left corner."""
+    x, y = axes.transData.transform((dot.bits, dot.loss))
+    return x * 72 / axes.figure.dpi, y * 72 / axes.figure.dpi
+
+
 def _label(axes: Axes, dot: Dot, placed: list[tuple[float, float, float]]) -> None:
     """A name where it is clear of the others: beside its point, else above or below, else not at all."""
-    x, y = (value * 72 / axes.figure.dpi for value in axes.transData.transform((dot.bits, dot.loss)))
+    x, y = _points(axes, dot)
     wide = 5.0 * len(dot.name)
     right = [(7, -3), (5, 7), (5, 17), (5, 27)]
     ways = [*((-dx, dy) for dx, dy in right), *right] if dot.own else [*right, (-7, -10), (-7, -20)]

@@ -106,30 +106,34 @@ def _rewrite(element: ET.Element, plot: Plot, used: set[str], colours: dict[str,
     found = element.attrib
     name = found.get("id", "")
     if name in plot.notes:
-        found["class"] = f"mark {plot.classes.get(name, '')}".strip()
-        note = ET.Element("title")
-        note.text = plot.notes[name]
-        element.insert(0, note)
+        _annotate(element, plot.notes[name], plot.classes.get(name, ""))
     elif name in used:
         found["id"] = f"{plot.name}-{name}"
-    elif name:
-        del found["id"]
+    else:
+        found.pop("id", None)
     if LINK in found:
-        found["href"] = found.pop(LINK)
-    if found.get("href", "").startswith("#"):
-        found["href"] = f"#{plot.name}-{found['href'][1:]}"
+        found["href"] = re.sub("^#", f"#{plot.name}-", found.pop(LINK))
     if "clip-path" in found:
         found["clip-path"] = found["clip-path"].replace("#", f"#{plot.name}-")
-    for key in ("d", "transform", "x", "y", "points"):
-        if key in found:
-            found[key] = re.sub(r"-?\d+\.\d+", lambda number: f"{float(number.group()):.1f}", found[key]).strip()
-    element.tail = None  # line breaks between elements
-    if element.text and not element.text.strip():
-        element.text = None
-    if "d" in found:
-        found["d"] = " ".join(found["d"].split())
+    for key in found.keys() & {"d", "transform", "x", "y", "points"}:
+        short = re.sub(r"-?\d+\.\d+", lambda number: f"{float(number.group()):.1f}", found[key])
+        found[key] = " ".join(short.split())
     if "style" in found:
         style = re.sub(r"font: (?:\w+ )*([\d.]+px) [^;]*", r"font-size: \1", found["style"])
         for literal, own in colours.items():
             style = style.replace(literal, own)
         found["style"] = style
+    element.tail = None  # line breaks between elements
+    if element.text and not element.text.strip():
+        element.text = None
+
+
+def _annotate(element: ET.Element, text: str, kind: str) -> None:
+    """Make a mark of an element: its class, and what it says when pointed at."""
+    element.set("class", f"mark {kind}".strip())
+    if kind == "cell":  # there are hundreds: their lines are in the page's style
+        for path in element:
+            path.set("style", path.get("style", "").partition(";")[0])
+    note = ET.Element("title")
+    note.text = text
+    element.insert(0, note)

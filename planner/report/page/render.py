@@ -65,5 +65,5 @@ def render(page: Page) -> str:
 
     environment = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     data = None if page.data is None else json.dumps(page.data, separators=(",", ":")).replace("<", "\\u003c")
-    css, js = (FOLDER / "page.css").read_text(), (FOLDER / "page.js").read_text()
+    css, js = (FOLDER / "page.css").read_text("utf-8"), (FOLDER / "page.js").read_text("utf-8")
     return environment.get_template("layout.html").render(page=page, data=data, css=css, js=js)

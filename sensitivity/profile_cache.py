@@ -1,0 +1,36 @@
+"""Profiles that were made on this machine, in the cache, so that a plan finds the alternatives it was chosen from.
+
+May import: sensitivity.profile/store/weight_cache.
+"""
+
+from contextlib import suppress
+from pathlib import Path
+
+from bitplan.formats.errors import FileInvalid
+from bitplan.sensitivity.profile import Profile, Provenance, read, write
+from bitplan.sensitivity.store import sha256
+from bitplan.sensitivity.weight_cache import workspace
+
+
+def _folder(facts: Provenance) -> Path:
+    return workspace(facts.model.weights_sha256, facts.text.calibration.sha256, facts.seed) / "profiles"
+
+
+def remember(profile: Profile) -> None:
+    """Put a profile into the cache, under what it holds."""
+    path = _folder(profile.provenance) / f"{sha256(profile.model_dump_json())[:24]}.json"
+    if not path.exists():
+        write(path, profile)
+
+
+def remembered(facts: Provenance, formats: dict[str, str]) -> Profile | None:
+    """The latest profile of the same weights and calibration text that has a row for each unit in its format (unit →
+    format), or None."""
+    folder = _folder(facts)
+    paths = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime) if folder.is_dir() else []
+    for path in reversed(paths):
+        with suppress(FileInvalid):
+            profile = read(path, Profile)
+            if formats.items() <= {(row.unit, row.format) for row in profile.rows}:
+                return profile
+    return None
