@@ -13,7 +13,9 @@ from bitplan.sensitivity.weight_cache import workspace
 
 
 def _folder(facts: Provenance) -> Path:
-    return workspace(facts.model.weights_sha256, facts.text.calibration.sha256, facts.seed) / "profiles"
+    model = facts.model
+    folder = workspace(model.weights_sha256, model.config_sha256, facts.text.calibration.sha256, facts.seed)
+    return folder / "profiles"
 
 
 def remember(profile: Profile) -> None:

@@ -361,7 +361,7 @@ class TestBadInput:
         refused(1, "is no valid plan file", "show", other)
         refused(1, "is no valid plan file", "apply", other)
         refused(1, "cannot read", "show", tmp_path / "none.json")
-        refused(2, "there is no device", "apply", plan, "--device", "cuda:99")
+        refused(2, "is not here: there are", "apply", plan, "--device", "cuda:99")
         refused(2, "unknown device", "apply", plan, "--device", "tpu")
 
     def test_a_folder_of_something_else_is_never_replaced(self, refused, run, checkpoint, tmp_path):

@@ -211,7 +211,7 @@ def test_bytes_are_those_of_the_loaded_tensors_and_of_the_saved_file(
 def test_bad_words(run, checkpoint, tmp_path):  # noqa: F811
     asked = ("compare", checkpoint("llama"), *LITTLE, "--formats", "bf16,nf4")
     for code, told, *words in (
-        (2, "--limit says how many items of a task: give --task too", "--limit", "3"),
+        (2, "--limit is the number of items of a task: give --task too", "--limit", "3"),
         (2, "unknown rounding 'magic': there are nearest", "--rounding", "magic"),
         (2, "bf16, nf4 cannot be rounded by 'awq', only by nearest", "--rounding", "awq"),
         (1, "cannot read", "--plan", tmp_path / "none.json"),

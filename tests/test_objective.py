@@ -102,7 +102,7 @@ def test_a_plan_for_a_task(run, checkpoint, text, tmp_path):  # noqa: F811
 
 @pytest.mark.parametrize(
     ("more", "message"),
-    [(("--trials", "0"), "--trials 0 judges none"), (("--limit", "19"), "has 19 different items")],
+    [(("--trials", "0"), "--trials 0 evaluates none"), (("--limit", "19"), "has 19 different items")],
 )
 def test_what_cannot_be_searched_with(run, checkpoint, text, tmp_path, more, message):  # noqa: F811
     command = ("plan", checkpoint("llama"), "--text", text, *LITTLE, *FORMATS_OPTION, "--bpw", "5")

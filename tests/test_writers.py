@@ -120,4 +120,4 @@ def test_an_error_without_a_message_is_named_by_its_type(monkeypatch):
         gptqmodel.skeleton(Source("tiny", Path("tiny"), None, "", ""))
     with pytest.raises(FormatUnavailable, match=r"the cache of llama cannot be sized from its config: ValueError$"):
         kv_size._after_one_token(LlamaConfig(), torch.float32)
-    assert cli._unforeseen(ValueError()) == "ValueError (set BITPLAN_DEBUG=1 for the whole trace)"
+    assert cli._unexpected(ValueError()) == "ValueError (set BITPLAN_DEBUG=1 for the whole trace)"
