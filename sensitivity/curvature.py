@@ -9,6 +9,7 @@ and G are taken as independent (as K-FAC does: Martens & Grosse 2015). A looked-
 A = f_v and the gradients of the lookup's output. May import: formats, sensitivity.graph/store/text/trace.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -138,6 +139,19 @@ def _culprit(model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> str:
     return "the model's outputs hold NaN or infinity on the calibration text, though its weights do not"
 
 
+def _report_unreached(units: Sequence[Unit], routed: Mapping[str, Tensor]) -> None:
+    missed = {u.name: int((routed[u.name] == 0).sum()) for u in units if u.routed}
+    names = [
+        f"{u.name} ({missed[u.name]} of {u.experts})" if u.experts > 1 else u.name for u in units if missed.get(u.name)
+    ]
+    if names:
+        print(
+            "no calibration token reaches these experts, so their predicted loss is 0 and their inputs count equally"
+            f" in rounding; more text (--tokens) may reach them: {', '.join(names)}",
+            file=sys.stderr,
+        )
+
+
 def _one_pass(
     model: PreTrainedModel, units: list[Unit], store: StatisticsStore, blocks: Blocks, seed: int, label: str
 ) -> dict[str, dict[str, Tensor]]:
@@ -186,6 +200,12 @@ def _one_pass(
     finally:
         handle.remove()
     tokens = blocks.ids.numel()
+    _report_unreached(units, routed)
+    for unit in units:
+        if unit.kind != "embedding" and float(routed[unit.name].sum()) == 0:  # as experts of a list may be
+            total(unit, "gradients", unit.experts, unit.rows)
+            if store.readers.get(unit.name, unit.name) == unit.name:
+                total(unit, "inputs", unit.experts, unit.columns, unit.columns)
     for name, tensors in sums.items():
         for kind, tensor in tensors.items():
             if kind == "gradients":

@@ -50,6 +50,11 @@ class Unit:
     """Place in the data flow, counted from the input."""
 
     @property
+    def routed(self) -> bool:
+        """The router decides which tokens reach it: in a rounded model, not the tokens of the full-precision one."""
+        return self.kind == "experts" or listed_expert(self.name) is not None
+
+    @property
     def native(self) -> str:
         """The name of the format that the checkpoint has it in."""
         return NATIVE[self.dtype]
@@ -79,11 +84,27 @@ class Graph:
     units: tuple[Unit, ...]
     unquantized: tuple[Unquantized, ...]
     flow: nx.DiGraph = field(default_factory=nx.DiGraph)
-    """Nodes are uses of weights, "unit" or "unit@head" for a tied head; an edge u → v: v reads what u wrote."""
+    """Nodes are the uses in the probe, "unit" or "unit@head" for a tied head; an edge u → v: v reads what u wrote."""
     ties: nx.Graph = field(default_factory=nx.Graph)
     """Units that must share a format are joined; an edge's `why` says what joins them."""
     readers: dict[str, str] = field(default_factory=dict)
     """Unit → the first unit that reads the very same input, where that is another one."""
+
+
+LISTED = re.compile(r"(.*\.\w*experts)\.(\d+)\.(.*)")
+"""Names of modules inside the experts of a module list: the list, the expert, the rest."""
+
+
+def listed_expert(name: str) -> tuple[str, str, str] | None:
+    """Of a module in a list of experts: the list's name, the expert's number, and the name inside the expert."""
+    found = LISTED.fullmatch(name)
+    return (found[1], found[2], found[3]) if found else None
+
+
+def _alike(unit: Unit) -> tuple[str, str]:
+    """What units have in common that are the same part of the experts of one list; of any other, its name alone."""
+    found = listed_expert(unit.name)
+    return (found[0], found[2]) if found else (unit.name, "")
 
 
 def build_graph(model: PreTrainedModel, keep: tuple[str, ...] = ()) -> Graph:
@@ -98,27 +119,31 @@ def build_graph(model: PreTrainedModel, keep: tuple[str, ...] = ()) -> Graph:
                 f"--keep {glob!r} matches no unit; the first names are {', '.join(u.name for u in units[:3])}"
             )
     uses, flow, elsewhere = probe(model, units)
-    run = {use.parameter for use in uses}
+    # An expert that the few tokens of the probe do not reach is used as the others of its list are.
+    by_parameter = {unit.parameter: unit for unit in units}
+    order: dict[tuple[str, str], int] = {}
+    for use in uses:
+        order.setdefault(_alike(by_parameter[use.parameter]), len(order))
+    outside = {_alike(by_parameter[parameter]) for parameter in elsewhere}
     reasons = {}
     for unit in units:
         if any(fnmatchcase(unit.name, glob) for glob in keep):
             reasons[unit.name] = ON_REQUEST
-        elif unit.parameter in elsewhere:
+        elif _alike(unit) in outside:
             reasons[unit.name] = (
                 "its weight is read outside of its own module, where a packed one would not be understood"
             )
-        elif unit.parameter not in run:
+        elif _alike(unit) not in order:
             reasons[unit.name] = "no text runs through it, or not by a product or lookup"
     parameters = dict(model.named_parameters(remove_duplicate=False))
     kept += [_kept(u.parameter, parameters[u.parameter], reasons[u.name]) for u in units if u.name in reasons]
     units = [u for u in units if u.name not in reasons]
     ties = find_ties(units, uses)
-    order = {name: i for i, name in enumerate(dict.fromkeys(use.parameter for use in uses))}
-    units.sort(key=lambda unit: order[unit.parameter])
+    units.sort(key=lambda unit: order[_alike(unit)])
+    place = {unit.name: i for i, unit in enumerate(units)}
     leaders = {}
     for component in nx.connected_components(ties):
-        first = min(component, key=lambda name: next(i for i, unit in enumerate(units) if unit.name == name))
-        leaders.update(dict.fromkeys(component, first))
+        leaders.update(dict.fromkeys(component, min(component, key=place.__getitem__)))
     ordered = tuple(replace(unit, group=leaders[unit.name], order=i) for i, unit in enumerate(units))
     return Graph(ordered, tuple(kept), flow, ties, find_readers(ordered, uses))
 
@@ -235,11 +260,13 @@ def probe(model: PreTrainedModel, units: list[Unit]) -> tuple[list[Use], nx.DiGr
 def find_readers(units: tuple[Unit, ...], uses: list[Use]) -> dict[str, str]:
     """Unit → an earlier unit whose product has the very same input tensor."""
     names = {unit.parameter: unit.name for unit in units if unit.kind != "experts"}
-    first: dict[int, str] = {}
+    first: dict[tuple[object, int], str] = {}
     readers = {}
     for use in uses:
         if use.parameter in names and not use.lookup:
-            leader = first.setdefault(id(use.input), names[use.parameter])
+            # Two experts that got one tensor here may get two elsewhere.
+            listed = listed_expert(names[use.parameter])
+            leader = first.setdefault((listed and listed[:2], id(use.input)), names[use.parameter])
             if leader != names[use.parameter]:
                 readers[names[use.parameter]] = leader
     return readers
@@ -262,8 +289,8 @@ def find_ties(units: list[Unit], uses: list[Use]) -> nx.Graph:
     blocks: dict[str, str] = {}
     for unit in units:
         block = unit.name.rpartition(".")[0] if unit.kind == "experts" else None
-        listed = re.match(r"(.*\.experts)\.\d+\.", unit.name)
-        block = listed.group(1) if listed else block
+        listed = listed_expert(unit.name)
+        block = listed[0] if listed else block
         if block:
             first = blocks.setdefault(block, unit.name)
             if first != unit.name:

@@ -143,3 +143,17 @@ def test_a_weight_that_other_code_reads_is_kept_and_said():
     graph = build_graph(model)
     assert {k.name: k.reason for k in graph.unquantized}["lm_head.weight"].startswith("its weight is read outside")
     assert {unit.name for unit in graph.units} == set(expected_units("llama")) - {"lm_head"}
+
+
+def test_experts_in_a_list_are_units_also_where_the_probe_misses_them(monkeypatch):
+    tiny.listing_experts(monkeypatch)
+    graph = build_graph(tiny.build("llama"))
+    lists = [f"model.layers.{i}.mlp.experts." for i in LAYERS]
+    parts = [f"{n}.{part}_proj" for n in range(8) for part in ("gate", "up", "down")]
+    expected = {prefix + part for prefix in lists for part in parts}
+    assert {unit.name for unit in graph.units if unit.routed} == expected
+    assert {frozenset(prefix + part for part in parts) for prefix in lists} <= groups(graph)
+    place = {unit.name: unit.order for unit in graph.units}
+    for prefix in lists:
+        assert all(place[f"{prefix}{n}.up_proj"] < place[f"{prefix}{n}.down_proj"] for n in range(8))
+    assert all(leader.rpartition(".")[0] == name.rpartition(".")[0] for name, leader in graph.readers.items())

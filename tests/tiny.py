@@ -99,3 +99,43 @@ def unchained(monkeypatch: pytest.MonkeyPatch) -> None:
         return call(self, 2 * hidden_states, *args, **kwargs)
 
     monkeypatch.setattr(LlamaDecoderLayer, "__call__", doubling)
+
+
+class ListedExperts(torch.nn.Module):
+    """A mixture of experts as remote code writes it: Linears in a module list, each run on the tokens routed to it."""
+
+    NUMBER = 8
+
+    def __init__(self, config):
+        super().__init__()
+        width, inner = config.hidden_size, 32
+        self.gate = torch.nn.Linear(width, self.NUMBER, bias=False)
+        self.experts = torch.nn.ModuleList(
+            torch.nn.ModuleDict(
+                {
+                    "gate_proj": torch.nn.Linear(width, inner, bias=False),
+                    "up_proj": torch.nn.Linear(width, inner, bias=False),
+                    "down_proj": torch.nn.Linear(inner, width, bias=False),
+                }
+            )
+            for _ in range(self.NUMBER)
+        )
+
+    def forward(self, x):
+        flat = x.flatten(0, -2)
+        scores = self.gate(flat)
+        scores[:, -1] = -torch.inf  # no token ever reaches the last expert
+        weights, chosen = scores.softmax(-1).max(-1)
+        out = torch.zeros_like(flat)
+        for i, expert in enumerate(self.experts):
+            at = (chosen == i).nonzero().squeeze(-1)
+            if len(at):
+                here = flat[at]
+                inner = torch.nn.functional.silu(expert["gate_proj"](here)) * expert["up_proj"](here)
+                out = out.index_add(0, at, expert["down_proj"](inner) * weights[at, None])
+        return out.view_as(x)
+
+
+def listing_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama's MLPs become mixtures of experts in a module list."""
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP", ListedExperts)

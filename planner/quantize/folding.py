@@ -22,7 +22,7 @@ def fold_scales(segment: Segment, units: list[Unit]) -> list[str]:
     unfolded: list[str] = []
     steps: dict[str, list[Unit]] = defaultdict(list)
     for unit in units:
-        if segment.rounding(unit) == "awq" and unit.experts == 1:
+        if segment.rounding(unit) == "awq" and not unit.routed:
             steps[segment.session.graph.readers.get(unit.name, unit.name)].append(unit)
     for together in steps.values():
         fold = _find_fold(segment, together)
@@ -79,7 +79,7 @@ def _folds(segment: Segment, together: list[Unit], columns: int) -> list[Callabl
         return scaled(scale) | made | ({bias: vector(bias) / scale} if bias in segment.vectors else {})
 
     norms = [n for n, entry in segment.vectors.items() if n.endswith("weight") and entry.shape == (columns,)]
-    before = [u for u in segment.units if u.rows == columns and u not in together and u.experts == 1]
+    before = [u for u in segment.units if u.rows == columns and u not in together and not u.routed]
     before = [u for u in before if not segment.planned[u.name].is_native]
     ways: list[Callable[[Tensor], dict[str, Tensor]]] = [
         partial(norm, name, shift) for name in norms for shift in (0.0, 1.0)

@@ -106,7 +106,7 @@ class Segment:
         first = units[0]
         size = (first.experts, first.columns, first.columns)
         moments = torch.zeros(size, device=self.device)
-        crossed = torch.zeros(size[1:], device=self.device) if cross and first.experts == 1 else None
+        crossed = torch.zeros(size[1:], device=self.device) if cross and not first.routed else None
         counts = torch.zeros(first.experts, device=self.device)
         uses = 0
         seen: list[Tensor] = []
