@@ -106,7 +106,7 @@ class ExportTests:
     def test_every_unit_is_read_back(self, run, make_plan, formats, read, expected):
         plan = make_plan(formats)
         exported = run(plan)
-        assert exported.plan is plan and exported.planned_bytes == plan.bytes
+        assert exported.plan == plan and exported.planned_bytes == plan.bytes
         assert len({unit.format for unit in plan.units}) == len(formats)
         for unit, line in zip(plan.units, exported.lines, strict=True):
             assert read(exported.text, unit.name) == expected(unit), unit.name
