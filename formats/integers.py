@@ -36,6 +36,10 @@ class IntegerFormat(Format):
 
     `ternary`: codes are 0, 1 and 2, twenty to an int32 word. If the group size does not divide the columns, the last
     group is shorter.
+
+    The smallest scale above 0 is fp16's, 2^-24; below 2^-14 all are multiples of it. So a group whose steps are
+    finer than about 2^-24 loses precision, is clipped or becomes zeros; no weight is off by more than about the group's
+    largest.
     """
 
     group: int
