@@ -1,4 +1,7 @@
-"""Where the cache keeps a plan's codes, and which are missing. May import: sensitivity, planner.plan."""
+"""Where the cache keeps a plan's codes, and which are missing.
+
+May import: formats.errors, sensitivity, planner.plan.
+"""
 
 from pathlib import Path
 

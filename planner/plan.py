@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from bitplan.formats.kv.cache import KV_FORMATS
 from bitplan.formats.rounding import ROUNDINGS
+from bitplan.formats.scheme import QuantScheme
 from bitplan.formats.table import DTYPES, FORMATS
 from bitplan.sensitivity.profile import Bytes, ModelFacts, Name, Provenance, Strict, UnitEntry, UnquantizedEntry
 
@@ -20,6 +21,10 @@ class PlannedUnit(UnitEntry):
     def is_native(self) -> bool:
         """Whether the unit stays in the checkpoint's own dtype."""
         return DTYPES.get(self.dtype) == self.format
+
+    @property
+    def scheme(self) -> QuantScheme:
+        return QuantScheme(self.format, self.rounding)
 
 
 class Budget(Strict):

@@ -1,4 +1,4 @@
-"""Model and text → profile. May import: formats, sensitivity, planner.session."""
+"""Model and text → profile. May import: formats, sensitivity."""
 
 import math
 import sys

@@ -1,6 +1,6 @@
 """A full-precision model opened for work, and the texts it works with.
 
-May import: formats, sensitivity, planner.plan.
+May import: formats, sensitivity, bitplan for its version.
 """
 
 import platform

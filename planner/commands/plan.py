@@ -16,7 +16,6 @@ from bitplan.planner.memory.budget import (
     requested_workload,
 )
 from bitplan.planner.memory.device import find_device
-from bitplan.planner.memory.fit import checkpoint_dtype
 from bitplan.planner.plan import Budget
 from bitplan.planner.report.memory import device_budget_text, kv_cache_text
 from bitplan.planner.report.show import plan_text
@@ -61,11 +60,11 @@ def run(arguments: Namespace) -> None:
         exactly=arguments.context is not None,
     )
 
-    def report(terms: DeviceBudget) -> None:
-        log(device_budget_text(terms))
-        log(kv_cache_text(source, checkpoint_dtype(source)))
-
     def budget_of(profile: Profile, formats: tuple[str, ...] | None) -> Budget:
+        def report(terms: DeviceBudget) -> None:
+            log(device_budget_text(terms))
+            log(kv_cache_text(source, profile.provenance.model.dtype))
+
         problem = problem_of(profile, formats, overrides)
         if found is not None:
             return device_budget(found, arguments.reserve, source, problem, workload, report)

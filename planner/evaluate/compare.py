@@ -8,7 +8,6 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from bitplan.planner.load import load_planned, resident_bytes
 from bitplan.planner.plan import Plan
 from bitplan.planner.quantize.distillation import round_missing
 from bitplan.sensitivity import source as sources
-from bitplan.sensitivity.loss import Evaluation, Reference
+from bitplan.sensitivity.loss import Evaluation, Reference, finite
 from bitplan.sensitivity.session import Session, pick_device
 from bitplan.sensitivity.source import Source
 from bitplan.sensitivity.store import sha256, write_text
@@ -80,7 +79,7 @@ class ComparisonRow:
 
 def _finite(facts: dict[str, Any]) -> dict[str, Any]:
     """JSON has no infinity: unbounded intervals have null bounds, and one block of text has a null standard error."""
-    return {name: None if isinstance(value, float) and not isfinite(value) else value for name, value in facts.items()}
+    return {name: finite(value) if isinstance(value, float) else value for name, value in facts.items()}
 
 
 FAILURES = (BitplanError, MemoryError, RuntimeError)

@@ -2,7 +2,7 @@
 
 The rules: BF16 for training, INT8 for inference, INT4 by AWQ where cost counts, mixed precision for sensitive layers, 1
 bit as research. Where measured rows contradict a rule, the answer goes with them and says so; what fits a device is
-planner.fit's. May import: formats, sensitivity, planner.compare/session/uniform.
+planner.memory.fit's. May import: formats, sensitivity, planner.assemble, planner.evaluate.compare.
 """
 
 from collections import defaultdict

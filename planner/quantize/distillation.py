@@ -4,7 +4,7 @@ As in EfficientQAT's second phase (Chen et al. 2024) and mlx-lm's distilled quan
 Every few steps the KL on the search text is looked at. What is kept is its least, the start included; where a look
 finds no gain, training goes back to the best state and takes smaller steps. The model that learns is the packed one;
 its weights are dequantized anew in each pass. State is saved at every look, and an interrupted run goes on from there.
-May import: formats, sensitivity, planner.plan/pretrained/sequence.
+May import: formats, sensitivity, planner.codes/hf/plan, planner.quantize.sequential.
 """
 
 from dataclasses import replace

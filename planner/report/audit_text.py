@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from bitplan.formats.sizes import format_bytes
 from bitplan.planner.report.losses import Losses
-from bitplan.planner.report.tables import table
+from bitplan.planner.report.tables import table, with_error
 
 FIRST = 8
 """Layers, and units, that have a row of their own; the others are folded into one."""
@@ -29,8 +29,7 @@ def audit_text(losses: Losses, every_unit: bool = False) -> str:
         parts += [_formats(losses), _by_kind(losses), _by_layer(losses), _units(losses)]
     lines = [f"{len(profile.unquantized)} tensors unquantized, {profile.unquantized_bytes:,} bytes"]
     for row in profile.kv_cache:
-        error = "" if row.kl_se is None else f" ± {row.kl_se:.5f}"
-        lines.append(f"KV cache in {row.format}: KL {row.kl:.5f}{error}")
+        lines.append(f"KV cache in {row.format}: KL {with_error(f'{row.kl:.5f}', row.kl_se)}")
     if formats and not every_unit:
         lines.append("losses are nats per token above full precision; --all lists every unit in every format")
     return "\n\n".join([*parts, "\n".join(lines)])

@@ -70,8 +70,7 @@ class GroupReasons:
 
     @property
     def scheme(self) -> str:
-        first = self.units[0]
-        return first.format if first.rounding == "nearest" else f"{first.format}/{first.rounding}"
+        return str(self.units[0].scheme)
 
     def closest(self, smaller: bool) -> Alternative | None:
         """The alternative whose exchange is the nearest to be worth it: of the smaller ones that which loses least for

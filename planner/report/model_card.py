@@ -1,4 +1,4 @@
-"""The model card and the files of a saved plan. May import: planner.plan/show, sensitivity.store/source."""
+"""The model card and the files of a saved plan. May import: planner.plan/report, sensitivity."""
 
 import os
 import shutil

@@ -26,12 +26,11 @@ def folded(plan: Plan) -> list[tuple[str, str, str, int]]:
     """Units with layer numbers starred: name, which layers, format and rounding, bytes."""
     groups: dict[str, dict[str, list[PlannedUnit]]] = defaultdict(lambda: defaultdict(list))
     for unit in plan.units:
-        choice = unit.format if unit.rounding == "nearest" else f"{unit.format}/{unit.rounding}"
-        groups[NUMBER.sub("*", unit.name)][choice].append(unit)
+        groups[NUMBER.sub("*", unit.name)][str(unit.scheme)].append(unit)
     return [
-        (name, layers([unit.name for unit in units]), choice, sum(unit.bytes for unit in units))
-        for name, choices in groups.items()
-        for choice, units in choices.items()
+        (name, layers([unit.name for unit in units]), scheme, sum(unit.bytes for unit in units))
+        for name, schemes in groups.items()
+        for scheme, units in schemes.items()
     ]
 
 

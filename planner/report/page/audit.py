@@ -80,10 +80,10 @@ def findings(losses: Losses, sizes: Sizes) -> list[str]:
         dear = sorted(units, key=lambda unit: -losses.per_mib(unit, format))[:3]
         said.append(f"Units that lose most for each byte saved in {format}: {', '.join(dear)}.")
     found = losses.total(format)
-    at = [p for p in sizes.points if found and p.nbytes + sizes.kept <= found[0]]
-    if found and at and at[-1].loss > 0 and found[1] > 0:
+    best = sizes.best(found[0]) if found else None
+    if found and best and best.loss > 0 and found[1] > 0:
         said.append(
-            f"In the bytes of uniform {format}, mixed formats predict {number(at[-1].loss)} nats per token instead of"
+            f"In the bytes of uniform {format}, mixed formats predict {number(best.loss)} nats per token instead of"
             f" {number(found[1])}."
         )
     return said

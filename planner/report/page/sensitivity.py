@@ -55,6 +55,14 @@ class Sizes:
         """Bits per weight of so many bytes in all."""
         return nbytes * 8 / self.parameters
 
+    def best(self, nbytes: int) -> Point | None:
+        """The frontier's point for at most so many bytes in all, or None where there is none."""
+        return max(
+            (point for point in self.points if point.nbytes + self.kept <= nbytes),
+            key=lambda point: point.nbytes,
+            default=None,
+        )
+
 
 def sizes_of(problem: Problem) -> Sizes:
     points = frontier(problem.options)
@@ -94,17 +102,12 @@ def uniform_table(losses: Losses, sizes: Sizes) -> PageTable:
             rows.append((format, "–", "–", f"only {few} of {len(losses.rows)} units", "–"))
             continue
         nbytes, loss = found
-        best = _best(sizes.points, nbytes - sizes.kept)
+        best = sizes.best(nbytes)
         rows.append(
             (format, f"{nbytes:,}", f"{sizes.bits(nbytes):.3f}", number(loss), number(best.loss) if best else "–")
         )
     head = ("format", "bytes", "bits per weight", "summed loss", "mixed, same bytes")
     return PageTable("One format for all units", head, rows, note="Predicted, in nats per token.")
-
-
-def _best(points: Sequence[Point], nbytes: int) -> Point | None:
-    fitting = [point for point in points if point.nbytes <= nbytes]
-    return fitting[-1] if fitting else None
 
 
 def ranking_table(losses: Losses) -> PageTable:
