@@ -60,8 +60,9 @@ def make_plan(
         return found
 
     key = sha256(repr(problem.options), str(available), objective.fingerprint)[:24]
-    journal = session.weight_cache.folder / "studies" / f"{key}.log"
-    with locked(journal):
+    studies = session.weight_cache.folder / "studies"
+    journal = studies / f"{key}.log"
+    with locked(studies / key):  # not the journal: Optuna waits 30 seconds for a file named like the journal's lock
         best, exact = search(problem.options, available, evaluated, trials=trials, journal=journal, name=key)
     uniform_allocations = problem.uniform(budget.weights)[:EVALUATED_UNIFORM]
     candidates = [(evaluated(allocation), scheme, allocation) for scheme, allocation in uniform_allocations]
