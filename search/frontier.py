@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from bitplan.search.knapsack import Option, Options, undominated
+from bitplan.search.knapsack import Option, Options, hull
 
 
 @dataclass(frozen=True)
@@ -36,20 +36,6 @@ class Point:
     nbytes: int
     loss: float
     price: float
-
-
-def hull(options: Sequence[Option]) -> list[Option]:
-    """The options on the lower convex hull of loss over bytes, by rising bytes: what some price would choose."""
-    corners: list[Option] = []
-    for option in undominated(options):
-        while len(corners) > 1 and _slope(corners[-2], option) <= _slope(corners[-2], corners[-1]):
-            corners.pop()
-        corners.append(option)
-    return corners
-
-
-def _slope(a: Option, b: Option) -> float:
-    return (b.loss - a.loss) / (b.nbytes - a.nbytes)
 
 
 def steps(problem: Options) -> list[Step]:

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 
 from bitplan.formats.scheme import QuantScheme
-from bitplan.search.frontier import frontier, hull, knee, price_at
-from bitplan.search.knapsack import Option, floor
+from bitplan.search.frontier import frontier, knee, price_at
+from bitplan.search.knapsack import Option, floor, hull
 from tests.test_knapsack import problems
 
 
