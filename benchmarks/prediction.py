@@ -1,9 +1,9 @@
 """How well do cheap scores order units and formats, against measuring each alone? `make bench-prediction`.
 
 Each unit of the embedded model is exchanged alone in each format and the KL to full precision is measured; the table
-gives Spearman's rank correlation of four scores with it: the second-moment prediction that plans are made from, and
-three that others use: the weight's squared error, that error times the inputs (the output's error), and the bits.
-May import: everything.
+gives Spearman's rank correlation of five scores with it: the estimated loss that plans are made from, the same from
+the codes and whole second moments, and three that others use: the weight's squared error, that error times the inputs
+(the output's error), and the bits. May import: everything.
 """
 
 import json
@@ -34,16 +34,23 @@ def main() -> None:
     profile = audit(session, DEFAULT_FORMATS, measured=True)
     measured_seconds = time.perf_counter() - began - predicted_seconds
     rows = [row for row in profile.rows if row.measured_kl is not None]
-    scores: dict[str, list[float]] = {"second moments": [], "output error": [], "weight error": [], "fewer bits": []}
+    names = ("estimated", "codes and whole moments", "output error", "weight error", "fewer bits")
+    scores: dict[str, list[float]] = {name: [] for name in names}
+    units = session.swapper.units
+    moments = {u.name: a[0] for u, a in session.weight_cache.moments([u for u in session.graph.units])}
     for row in rows:
-        unit = session.swapper.units[row.unit]
-        change = session.weight_cache.dequantized(unit, QuantScheme(row.format, row.rounding)) - session.swapper.weight(
-            unit
-        )
-        inputs = session.store[unit].inputs
-        assert inputs is not None
-        scores["second moments"].append(row.predicted_nll)
-        scores["output error"].append(float(((change @ inputs[0]) * change).sum()))
+        unit = units[row.unit]
+        scheme = QuantScheme(row.format, row.rounding)
+        change = session.weight_cache.dequantized(unit, scheme) - session.swapper.weight(unit)
+        squares = ((change @ moments[row.unit]) * change).sum(-1)
+        found = session.store[unit]
+        assert found.gradients is not None
+        run = float(squares @ found.gradients[0]) / 2
+        if found.frequencies is not None and found.lookup_gradients is not None:
+            run += float((change.square() @ found.lookup_gradients) @ found.frequencies) / 2
+        scores["estimated"].append(row.predicted_nll)
+        scores["codes and whole moments"].append(run)
+        scores["output error"].append(float(squares.sum()))
         scores["weight error"].append(float(change.square().sum()))
         scores["fewer bits"].append(-FORMATS[row.format].bits)
     kl = [row.measured_kl for row in rows]

@@ -12,6 +12,8 @@ from bitplan.formats.base import Format, Specs, Tensors, as_bits, as_floats
 from bitplan.formats.packed import TRITS, pack, pack_trits, unpack, unpack_at, unpack_trits, words_per_row
 
 SHRINK = [1 - 0.025 * i for i in range(21)]
+RUN = 1 << 18
+"""Weights whose grids are fitted at once: what a CPU's cache holds."""
 SIGN_FACTORS = [0.6 + 0.05 * i for i in range(17)]
 """The factors that `fitted_grid` tries on the scale of `grid`; SIGN_FACTORS for mid-rise grids."""
 
@@ -141,9 +143,18 @@ class IntegerFormat(Format):
     def fitted_grids(self, weight: Tensor, importance: Tensor) -> Grid:
         """`fitted_grid` of every group of float32 weight [rows, columns]; importance float32 [columns]. Scale and zero
         are [rows, groups]."""
-        step = self.group or weight.shape[1]
-        parts = zip(weight.split(step, -1), importance.split(step), strict=True)
-        grids = [self.fitted_grid(part, counted) for part, counted in parts]
+        rows, columns = weight.shape
+        step = self.group or columns
+        whole = columns // step
+        grids = []
+        run = max(1, RUN // (rows * step))
+        for first in range(0, whole, run):  # several groups at once, as [rows, groups, columns of one group]
+            at = slice(first * step, min(first + run, whole) * step)
+            parts = weight[:, at].unflatten(1, (-1, step)).contiguous()
+            grid = self.fitted_grid(parts, importance[at].unflatten(0, (-1, step)))
+            grids.append(Grid(grid.scale.squeeze(-1), grid.zero.squeeze(-1)))
+        if columns % step:
+            grids.append(self.fitted_grid(weight[:, whole * step :], importance[whole * step :]))
         return Grid(torch.cat([grid.scale for grid in grids], -1), torch.cat([grid.zero for grid in grids], -1))
 
     def over_columns(self, values: Tensor, columns: int) -> Tensor:

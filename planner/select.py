@@ -50,12 +50,13 @@ def make_plan(
     available = budget.weights - problem.profile.unquantized_bytes
 
     def evaluated(allocation: Allocation, by: Callable[[PreTrainedModel], float] = objective.loss) -> float:
-        for group, scheme in allocation.items():
-            for name in problem.members[group]:
-                unit = session.swapper.units[name]
-                session.swapper.exchange(unit, session.weight_cache.dequantized(unit, scheme))
+        units = session.swapper.units
+        pairs = [(units[name], scheme) for group, scheme in allocation.items() for name in problem.members[group]]
+        session.weight_cache.prepare(pairs)  # before any weight is exchanged
+        for unit, scheme in pairs:
+            session.swapper.exchange(unit, session.weight_cache.dequantized(unit, scheme))
         found = by(session.model)
-        for unit in session.swapper.units.values():
+        for unit in units.values():
             session.swapper.restore(unit)
         return found
 

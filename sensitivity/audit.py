@@ -2,11 +2,17 @@
 
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
+from bitplan.formats.base import Format
 from bitplan.formats.errors import FormatUnavailable
+from bitplan.formats.integers import IntegerFormat
 from bitplan.formats.kv.cache import KV_FORMATS
 from bitplan.formats.scheme import QuantScheme, schemes_for
+from bitplan.formats.table import format_named
+from bitplan.sensitivity.curvature import sampled
+from bitplan.sensitivity.estimate import RUN_ROWS, estimate, gptq_ratio, sample
 from bitplan.sensitivity.graph import Unit
 from bitplan.sensitivity.loss import Reference, finite
 from bitplan.sensitivity.measured import measure
@@ -33,17 +39,20 @@ def audit(session: Session, menu: tuple[str, ...], rounding: str | None = None, 
     session.gather()
     rows: Rows = {}
     wanted: list[tuple[Unit, QuantScheme]] = []
+    ratios = gptq_ratios(session, [format_named(name) for name in menu])
     for unit in progress(session.graph.units, desc="formats", unit="unit"):
-        weight, statistics = session.swapper.weight(unit), session.store[unit]
-        for choice in schemes_for(unit.native, menu, rounding):
+        drawn = sample(unit, session.swapper.weight(unit), session.store[unit])
+        for scheme in schemes_for(unit.native, menu, rounding):
             loss = 0.0
-            if choice.format != unit.native:
-                loss = statistics.loss(session.weight_cache.dequantized(unit, choice) - weight)
-                wanted.append((unit, choice))
+            if scheme.format != unit.native:
+                loss = estimate(drawn, scheme)
+                if scheme.rounding == "gptq" and unit.kind != "embedding":
+                    loss *= ratios[scheme.format]
+                wanted.append((unit, scheme))
             if math.isfinite(loss):
-                rows[unit.name, choice] = {"bytes": unit.nbytes(choice.format), "predicted_nll": max(0.0, loss)}
+                rows[unit.name, scheme] = {"bytes": unit.nbytes(scheme.format), "predicted_nll": max(0.0, loss)}
             else:
-                print(f"{unit.name} cannot take {choice}: a value overflows", file=sys.stderr)
+                print(f"{unit.name} cannot take {scheme}: a value overflows", file=sys.stderr)
     if not measured:
         return _profile(session, rows)
     reference = Reference(session.model, session.texts.search)
@@ -61,6 +70,14 @@ def audit(session: Session, menu: tuple[str, ...], rounding: str | None = None, 
                 "measured_kl": evaluation.kl,
             }
     return _profile(session, rows, float(reference.nll.mean()))
+
+
+def gptq_ratios(session: Session, formats: Sequence[Format]) -> dict[str, float]:
+    """What GPTQ loses over what is estimated, by format, from running it on a few units."""
+    units = sampled(session.graph.units)
+    drawn = [sample(unit, session.swapper.weight(unit), session.store[unit], RUN_ROWS) for unit in units]
+    integers = [format for format in formats if isinstance(format, IntegerFormat)]
+    return {f.name: gptq_ratio(drawn, f) for f in progress(integers, desc="GPTQ on a few units", unit="format")}
 
 
 def audit_cache(session: Session) -> tuple[CacheRow, ...]:

@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 
 from bitplan.sensitivity.graph import Graph, Unit
 
+LOGIT_BYTES = 64 << 20
+"""What the logits of the tokens that go through the last segment at once may take."""
 BATCH = 8
 """Token blocks that run through a segment at once."""
 
@@ -59,6 +61,8 @@ class Chain:
         self.model, self.device = model, device
         self.paths = find_blocks(model)
         self.why: str | None = None
+        self.tokenwise = False
+        """What follows the blocks can run on some of the tokens alone."""
         self._tuple: list[bool] = []
         self._calls: dict[tuple[int, ...], list[Call]] = {}
         self.outer = self._outside()
@@ -75,12 +79,27 @@ class Chain:
             return self.paths[segment - 1]
         return "before the blocks" if segment == 0 else "after the blocks"
 
+    def seen(self, segment: int) -> list[Unit]:
+        """Units whose uses count in a segment: those that it holds, and a tied embedding also in the last."""
+        last = len(self) - 1
+        if not self.paths:
+            return [unit for units in self.units for unit in units] if segment == last else []
+        return [*self.units[segment], *(u for u in self.units[0] if segment == last and u.kind == "tied")]
+
+    def pieces(self, segment: int, length: int) -> list[slice]:
+        """The tokens of a text block that run through a segment at once: all of them, but for large logits."""
+        step = length
+        if segment == len(self) - 1 and self.tokenwise:
+            step = max(1, LOGIT_BYTES // (4 * int(self.model.config.get_text_config().vocab_size)))
+        return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+
     def _assign(self, graph: Graph) -> list[list[Unit]]:
         """Units by segment, in the order of the data flow; a lookup belongs to the first."""
         segments: list[list[Unit]] = [[] for _ in range(len(self))]
-        met = False
+        met, places = False, {path: i for i, path in enumerate(self.paths)}
+        depth = self.paths[0].count(".") + 1 if self.paths else 0
         for unit in graph.units:
-            at = next((i for i, path in enumerate(self.paths) if unit.name.startswith(path + ".")), None)
+            at = places.get(".".join(unit.name.split(".")[:depth]))
             met = met or at is not None
             if at is not None:
                 segments[at + 1].append(unit)
@@ -215,8 +234,17 @@ class Chain:
         calls, others = self._call(here), self._fresh(here.flip(1))
         if not _same([(c.args, c.kwargs) for c in calls], [(c.args, c.kwargs) for c in others]):
             return "its blocks are given what depends on the text"
+        self.tokenwise = self._is_tokenwise(outputs[-1], here)
         differs = self._differs(inputs, outputs, here)
         return "its blocks compute something else alone than in the whole model" if differs else None
+
+    @torch.no_grad()
+    def _is_tokenwise(self, hidden: Tensor, ids: Tensor) -> bool:
+        """Whether the last segment gives the same logits for some of the tokens alone."""
+        hidden, last = hidden.to(self.device, torch.float32), len(self.paths) + 1
+        whole = self.run(last, self.outer, hidden, ids, {})[:, 7:]
+        alone = self.run(last, self.outer, hidden[:, 7:], ids[:, 7:], {})
+        return torch.allclose(whole, alone, atol=1e-3 * float(whole.abs().max()), rtol=0)
 
     def _differs(self, inputs: list[Tensor], outputs: list[Tensor], ids: Tensor) -> bool:
         """Whether a block of some class, run alone on the whole model's hidden states, gives something else."""

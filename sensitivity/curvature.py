@@ -1,4 +1,4 @@
-"""One backward pass → second moments → the loss that any change of a weight makes.
+"""One pass forward and one back over the calibration text, a decoder block at a time → statistics of every unit.
 
 For a weight with outputs y = W x and a change dW, half the Fisher's quadratic form gives
 
@@ -6,144 +6,312 @@ For a weight with outputs y = W x and a change dW, half the Fisher's quadratic f
 
 with g the gradient, at y, of the summed loss, and E the mean over tokens; tokens' cross terms are left out, and A
 and G are taken as independent (as K-FAC does: Martens & Grosse 2015). A looked-up row v of frequency f_v has
-A = f_v and the gradients of the lookup's output. May import: formats, sensitivity.graph/store/text/trace.
+A = f_v and the gradients of the lookup's output.
+
+The pass forward keeps each block's input. The pass back runs one block again with gradients inside of it alone, so
+that one block's weights, activations and second moments are in memory at a time; of a moment only vectors stay
+(sensitivity.statistics). After each block its units' statistics and the gradient at its input are on disk: an
+interrupted pass goes on from there. May import: formats, sensitivity.chain/graph/statistics/store/text/trace.
 """
 
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitplan.formats.errors import RoundingFailed
-from bitplan.formats.rounding import Hessian
+from bitplan.sensitivity.chain import Chain
 from bitplan.sensitivity.graph import Graph, Unit
 from bitplan.sensitivity.progress import progress
-from bitplan.sensitivity.store import load_tensors, locked, save_tensors
+from bitplan.sensitivity.statistics import Statistics, StatisticsStore, pivots
+from bitplan.sensitivity.store import IN_MEMORY, States, load_tensors, locked, save_tensors, write_text
 from bitplan.sensitivity.texts.text import Blocks
 from bitplan.sensitivity.trace import Trace, Use
 
 PASS_BYTES = 8 << 30
-"""Second moments gathered at once; what does not fit is gathered in further passes."""
+"""Second moments of one block that are gathered at once; a block of more experts is run again for the rest."""
+SAMPLED = 4
+"""Units of which A is kept whole, to compare GPTQ's estimated loss with GPTQ's."""
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """A unit's second moments, float32. Products have `inputs` [experts, columns, columns] and `gradients`
-    [experts, rows]; lookups have `frequencies` [rows] and `lookup_gradients` [columns]; a tied pair has all four."""
-
-    inputs: Tensor | None = None
-    gradients: Tensor | None = None
-    frequencies: Tensor | None = None
-    lookup_gradients: Tensor | None = None
-
-    def loss(self, delta: Tensor) -> float:
-        """Predicted nats per token of changing the weight by `delta` [experts * rows, columns]."""
-        total = 0.0
-        if self.inputs is not None and self.gradients is not None:
-            for change, inputs, gradients in zip(
-                delta.view(len(self.inputs), -1, delta.shape[-1]), self.inputs, self.gradients, strict=True
-            ):
-                squares = ((change @ inputs) * change).sum(-1)
-                total += float(squares.double() @ gradients.double()) / 2
-        if self.frequencies is not None and self.lookup_gradients is not None:
-            squares = delta.square() @ self.lookup_gradients
-            total += float(squares.double() @ self.frequencies.double()) / 2
-        return total
-
-    def hessians(self) -> list[Hessian]:
-        """What a rounding minimises over columns, one per expert: A, plus the lookups' share averaged over rows."""
-        if self.inputs is None:
-            assert self.frequencies is not None and self.lookup_gradients is not None
-            return [Hessian(torch.diag(self.frequencies.mean() * self.lookup_gradients))]
-        if self.frequencies is None:
-            return [Hessian(matrix) for matrix in self.inputs]
-        assert self.gradients is not None and self.lookup_gradients is not None
-        lookups = torch.diag(self.frequencies.mean() * self.lookup_gradients)
-        return [Hessian(self.gradients[0].mean() * self.inputs[0] + lookups)]
+Sums = dict[str, dict[str, Tensor]]
+"""By a unit's name and the kind of sum."""
 
 
-class StatisticsStore:
-    """Statistics on disk, one file a unit, read to `device`; units that read the same tensor share one A."""
-
-    def __init__(self, folder: Path, graph: Graph, device: str = "cpu"):
-        self.folder = folder
-        self.units = {unit.name: unit for unit in graph.units}
-        self.readers = graph.readers
-        self.device = device
-
-    def path(self, unit: Unit) -> Path:
-        return self.folder / f"{unit.name}.safetensors"
-
-    def leader(self, unit: Unit) -> Unit:
-        """The unit with whose statistics this one's A is stored."""
-        return self.units[self.readers.get(unit.name, unit.name)]
-
-    def __contains__(self, unit: Unit) -> bool:
-        return self.path(unit).exists() and self.path(self.leader(unit)).exists()
-
-    def __getitem__(self, unit: Unit) -> Statistics:
-        tensors = load_tensors(self.path(unit), self.device)
-        assert tensors is not None, unit.name
-        leader = self.leader(unit)
-        if leader != unit:
-            shared = load_tensors(self.path(leader), self.device)
-            assert shared is not None, leader.name
-            tensors["inputs"] = shared["inputs"]
-        return Statistics(**tensors)
-
-    def write(self, unit: Unit, tensors: dict[str, Tensor]) -> None:
-        save_tensors(self.path(unit), tensors)
+def sampled(units: Sequence[Unit]) -> tuple[Unit, ...]:
+    """The units that GPTQ is run on: of those of the fewest columns, a few at even distances through the model."""
+    products = [unit for unit in units if unit.kind in ("linear", "conv1d")]
+    least = min((unit.columns for unit in products), default=0)
+    narrow = [unit for unit in products if unit.columns == least]
+    count = min(SAMPLED, len(narrow))
+    return tuple(narrow[(2 * i + 1) * len(narrow) // (2 * count)] for i in range(count))
 
 
 def gather(
-    model: PreTrainedModel, units: Sequence[Unit], blocks: Blocks, store: StatisticsStore, seed: int = 0
+    model: PreTrainedModel,
+    graph: Graph,
+    units: Sequence[Unit],
+    blocks: Blocks,
+    store: StatisticsStore,
+    device: str = "cpu",
+    seed: int = 0,
+    memory: int = IN_MEMORY,
 ) -> None:
     """Fill `store` for those of the units that it lacks, one process at a time. Labels are drawn from the model's own
-    predictions (the true Fisher, which is the curvature of KL), with `seed`. Raises RoundingFailed where a statistic
-    is not finite."""
+    predictions (the true Fisher, which is the curvature of KL), with `seed`. Hidden states of more than `memory` bytes
+    lie in files. Raises RoundingFailed where a statistic is not finite."""
+    whole = sampled(graph.units)
     with locked(store.folder):
-        _gather(model, units, blocks, store, seed)
+        missing = [u for u in units if u not in store or (u in whole and store[u].moment is None)]
+        if missing:
+            _Pass(Chain(model, graph, device), graph, missing, whole, blocks.ids, store, device, seed, memory).run()
+            _report_unreached({unit: store[unit].routed for unit in units})
 
 
-def _gather(model: PreTrainedModel, units: Sequence[Unit], blocks: Blocks, store: StatisticsStore, seed: int) -> None:
-    needed = {unit.name for asked in units if asked not in store for unit in (asked, store.leader(asked))}
-    missing = [unit for unit in store.units.values() if unit.name in needed and not store.path(unit).exists()]
-    passes: list[list[Unit]] = []
-    size = PASS_BYTES + 1
-    for unit in missing:
-        need = 4 * unit.experts * unit.columns**2 if store.readers.get(unit.name, unit.name) == unit.name else 0
-        if size + need > PASS_BYTES:
-            passes.append([])
-            size = 0
-        passes[-1].append(unit)
-        size += need
-    for number, together in enumerate(passes, 1):
-        label = "statistics" + (f" {number}/{len(passes)}" if len(passes) > 1 else "")
-        for name, tensors in _one_pass(model, together, store, blocks, seed, label).items():
-            unit = next(unit for unit in together if unit.name == name)
-            for kind, tensor in tensors.items():
-                if not tensor.isfinite().all():
-                    raise RoundingFailed(f"{name}: its {kind} hold NaN or infinity on the calibration text")
-            store.write(unit, tensors)
+@dataclass
+class _Pass:
+    chain: Chain
+    graph: Graph
+    missing: list[Unit]
+    whole: tuple[Unit, ...]
+    ids: Tensor
+    store: StatisticsStore
+    device: str
+    seed: int
+    memory: int
+
+    def run(self) -> None:
+        if self.chain.why:
+            print(f"{self.chain.why}: the statistics are gathered with the whole model in memory", file=sys.stderr)
+        last = len(self.chain) - 1
+        lowest = min(segment for segment in range(last + 1) if self.watched(segment))
+        start, gradient, heads = self.resume(last, lowest)
+        states = self.forward(start)
+        for segment in progress(range(start, lowest - 1, -1), desc="statistics", unit="block"):
+            below = self.states(states[segment], segment) if segment > lowest else None
+            for units in self.parts(self.watched(segment)) or [[]]:
+                sums = self.backward(segment, units, states[segment], gradient, below)
+                for unit in units:
+                    if segment == last and unit.kind == "tied" and self.chain.paths:
+                        heads[unit.name] = sums[unit.name]  # its lookups are still to come
+                    else:
+                        self.finish(unit, heads.get(unit.name, {}) | sums[unit.name])
+            states[segment] = None
+            self.keep(segment, last, below, gradient, heads)
+            gradient = below
+        for path in self.store.folder.glob("back-*"):
+            path.unlink()
+
+    def watched(self, segment: int) -> list[Unit]:
+        """The missing units that are seen in a segment: a tied head after the blocks, its lookups before them."""
+        return [unit for unit in self.chain.seen(segment) if unit in self.missing]
+
+    def parts(self, units: list[Unit]) -> list[list[Unit]]:
+        """Units whose second moments fit in PASS_BYTES together."""
+        parts: list[list[Unit]] = []
+        size = PASS_BYTES + 1
+        for unit in units:
+            need = 4 * unit.experts * unit.columns**2 if unit.kind != "embedding" else 0
+            if size + need > PASS_BYTES:
+                parts.append([])
+                size = 0
+            parts[-1].append(unit)
+            size += need
+        return parts
+
+    # Resuming --------------------------------------------------------------------------------------------------------
+
+    def states(self, like: States | None, segment: int) -> States:
+        """Where the gradient at a segment's input goes."""
+        assert like is not None
+        return States(like.shape, self.store.folder / f"back-{segment}.raw")
+
+    def keep(self, segment: int, last: int, below: States | None, above: States | None, heads: Sums) -> None:
+        """Note on disk that a segment and all after it are done."""
+        if below is None or below.path is None:
+            return
+        if segment == last:
+            flat = {f"{name} {kind}": tensor for name, sums in heads.items() for kind, tensor in sums.items()}
+            save_tensors(self.store.folder / "back-heads.safetensors", flat | {"": torch.zeros(0)})
+        write_text(self.store.folder / "back-done.txt", str(segment))
+        if above is not None and above.path is not None:
+            above.path.unlink(missing_ok=True)
+
+    def resume(self, last: int, lowest: int) -> tuple[int, States | None, Sums]:
+        """The segment to go on with, the gradient at its output, and what is known of tied heads."""
+        heads: Sums = defaultdict(dict)
+        done, flat = self.store.folder / "back-done.txt", self.store.folder / "back-heads.safetensors"
+        tensors = load_tensors(flat, self.device)
+        if not done.exists() or tensors is None:
+            return last, None, heads
+        for key, tensor in tensors.items():
+            name, _, kind = key.partition(" ")
+            heads[name][kind] = tensor
+        segment = int(done.read_text())
+        tied = [unit for unit in self.watched(last) if unit.kind == "tied"]
+        if segment <= lowest or any(unit.name not in heads for unit in tied):
+            return last, None, defaultdict(dict)
+        above = [unit for part in range(segment, last + 1) for unit in self.watched(part) if unit not in tied]
+        path = self.store.folder / f"back-{segment}.raw"
+        if above or not path.exists():
+            return last, None, defaultdict(dict)
+        count, length = self.ids.shape
+        return segment - 1, States((count, length, path.stat().st_size // (4 * count * length)), path), heads
+
+    # Forward ---------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def forward(self, segments: int) -> list[States | None]:
+        """The inputs of segments 0 (which has none) to `segments`."""
+        made: list[States | None] = [None]
+        for segment in progress(range(segments), desc="forward", unit="block"):
+            module, x = self.chain.module(segment), made[-1]
+            out: States | None = None
+            for i, row in enumerate(self.ids.to(self.device).split(1)):
+                hidden = row if x is None else x[i].unsqueeze(0).to(self.device)
+                hidden = self.chain.run(segment, module, hidden, row, {})
+                if not hidden.isfinite().all():
+                    raise RoundingFailed(self.culprit())
+                if out is None:
+                    count, width = len(self.ids), hidden.shape[1:].numel()
+                    total = 4 * count * width * segments
+                    out = States((count, *hidden.shape[1:]), in_memory=total <= self.memory)
+                out[i] = hidden[0]
+            made.append(out)
+        return made
+
+    def culprit(self) -> str:
+        for name, parameter in self.chain.model.named_parameters():
+            if not parameter.isfinite().all():
+                return f"{name} holds NaN or infinity: fetch or train the model again"
+        return "the model's outputs hold NaN or infinity on the calibration text, though its weights do not"
+
+    # Back ------------------------------------------------------------------------------------------------------------
+
+    def backward(
+        self, segment: int, units: list[Unit], states: States | None, above: States | None, below: States | None
+    ) -> Sums:
+        """Sums over the text for `units`, from a segment's inputs and the gradient at its outputs, with the gradient
+        at its inputs written to `below`."""
+        module = self.chain.module(segment)
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        watched = {unit.parameter: parameters[self.chain.local(segment, unit.parameter)] for unit in units}
+        last = segment == len(self.chain) - 1
+        sums = self.zeros(units, lookups=segment == 0 or not self.chain.paths, products=segment > 0)
+        seen = partial(self.seen, {unit.parameter: unit for unit in units}, sums)
+        handles = []
+        if segment == 0 or not self.chain.paths:  # lookups ask for gradients, also where their unit is not watched
+            embeddings = self.chain.outer.get_input_embeddings()
+            handles.append(
+                embeddings.register_forward_hook(lambda m, a, o: o if o.requires_grad else o.requires_grad_())
+            )
+        try:
+            for i, row in enumerate(self.ids.to(self.device).split(1)):
+                x = torch.zeros(0, device=self.device) if states is None else states[i].unsqueeze(0).to(self.device)
+                x.requires_grad_()
+                trace = Trace(watched, seen)
+                if last:
+                    self.lose(module, x, row, trace, i)
+                else:
+                    assert above is not None
+                    with torch.enable_grad(), trace:
+                        out = self.chain.run(segment, module, x, row, {})
+                    out.backward(above[i].unsqueeze(0).to(out))
+                if below is not None:
+                    assert x.grad is not None
+                    below[i] = x.grad[0]
+        finally:
+            for handle in handles:
+                handle.remove()
+        return sums
+
+    def lose(self, module: nn.Module, x: Tensor, row: Tensor, trace: Trace, index: int) -> None:
+        """Run the last segment and the loss back, some tokens at a time."""
+        draws = torch.rand(row.shape[1], generator=torch.Generator().manual_seed(self.seed * 1_000_003 + index))
+        length, last = row.shape[1], len(self.chain) - 1
+        for at in self.chain.pieces(last, length):
+            with torch.enable_grad(), trace:
+                part = x[:, at] if self.chain.paths else x
+                logits = self.chain.run(last, module, part, row[:, at], {})[0]
+                if not logits.isfinite().all():
+                    raise RoundingFailed(self.culprit())
+                logits = logits[: length - 1 - at.start]  # the last token predicts none of the text
+                labels = draw(logits.detach(), draws[at][: len(logits)].to(self.device))
+                loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+            loss.backward()
+
+    def zeros(self, units: list[Unit], lookups: bool, products: bool) -> Sums:
+        """What a segment's uses are added to. Units that read the same tensor share one moment."""
+        sums: Sums = {}
+        moments: dict[str, Tensor] = {}
+        zeros = partial(torch.zeros, device=self.device)
+        for unit in units:
+            own = sums[unit.name] = {}
+            if lookups and unit.kind in ("embedding", "tied"):
+                own |= {"frequencies": zeros(unit.rows), "lookup_gradients": zeros(unit.columns)}
+            if unit.kind == "embedding" or (unit.kind == "tied" and not products):
+                continue
+            reads = self.graph.readers.get(unit.name, unit.name)
+            if reads not in moments:
+                moments[reads] = zeros(unit.experts, unit.columns, unit.columns)
+                own["leads"] = zeros(0)
+            own |= {
+                "moment": moments[reads],
+                "gradients": zeros(unit.experts, unit.rows),
+                "routed": zeros(unit.experts),
+            }
+        return sums
+
+    def seen(self, units: dict[str, Unit], sums: Sums, use: Use) -> None:
+        own = sums[units[use.parameter].name]
+        if use.lookup:
+            if "frequencies" not in own:
+                return  # a lookup that runs again before the head, for nothing
+            ids = use.input.flatten()
+            own["frequencies"].index_add_(0, ids, torch.ones(len(ids), device=self.device))
+            squares = own["lookup_gradients"]
+        else:
+            x = use.input.detach().float().flatten(0, -2)
+            if "leads" in own:
+                own["moment"][use.expert].addmm_(x.T, x)
+            own["routed"][use.expert] += len(x)
+            squares = own["gradients"][use.expert]
+        if not use.output.requires_grad:
+            raise RoundingFailed(f"{use.parameter}: what it puts out follows from no token, so that it has no gradient")
+        use.output.register_hook(partial(_add_squares, squares))
+
+    def finish(self, unit: Unit, sums: dict[str, Tensor]) -> None:
+        """Means over tokens, and what is kept of the moment, on disk."""
+        tokens = self.ids.numel()
+        for kind, tensor in sums.items():
+            if not tensor.isfinite().all():
+                raise RoundingFailed(f"{unit.name}: its {kind} hold NaN or infinity on the calibration text")
+        found = Statistics()
+        if "frequencies" in sums:
+            found = replace(
+                found, frequencies=sums["frequencies"] / tokens, lookup_gradients=sums["lookup_gradients"] / tokens
+            )
+        if "moment" in sums:
+            moment, routed = sums["moment"] / tokens, sums["routed"]
+            gradients = sums["gradients"] / routed.clamp(min=1).unsqueeze(-1)
+            found = replace(found, inputs=moment.diagonal(dim1=-2, dim2=-1).clone(), gradients=gradients, routed=routed)
+            hessians = found.hessians(moment)
+            costs = torch.stack([pivots(hessian, form) for hessian, form in zip(hessians, moment, strict=True)])
+            found = replace(found, pivots=costs, moment=moment if unit in self.whole else None)
+            if found.lookup_gradients is not None:
+                lookups = torch.diag(found.lookup_gradients)
+                found = replace(found, lookup_pivots=pivots(hessians[0], lookups))
+        self.store.write(unit, found)
 
 
-def _culprit(model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> str:
-    for name, parameter in parameters.items():
-        if not parameter.isfinite().all():
-            return f"{name} holds NaN or infinity: fetch or train the model again"
-    return "the model's outputs hold NaN or infinity on the calibration text, though its weights do not"
-
-
-def _report_unreached(units: Sequence[Unit], routed: Mapping[str, Tensor]) -> None:
-    missed = {u.name: int((routed[u.name] == 0).sum()) for u in units if u.routed}
-    names = [
-        f"{u.name} ({missed[u.name]} of {u.experts})" if u.experts > 1 else u.name for u in units if missed.get(u.name)
-    ]
+def _report_unreached(routed: Mapping[Unit, Tensor | None]) -> None:
+    missed = {u.name: (int((n == 0).sum()), u.experts) for u, n in routed.items() if u.routed and n is not None}
+    names = [f"{name} ({n} of {experts})" if experts > 1 else name for name, (n, experts) in missed.items() if n]
     if names:
         print(
             "no calibration token reaches these experts, so their predicted loss is 0 and their inputs count equally"
@@ -152,65 +320,12 @@ def _report_unreached(units: Sequence[Unit], routed: Mapping[str, Tensor]) -> No
         )
 
 
-def _one_pass(
-    model: PreTrainedModel, units: list[Unit], store: StatisticsStore, blocks: Blocks, seed: int, label: str
-) -> dict[str, dict[str, Tensor]]:
-    device = next(model.parameters()).device
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    by_parameter = {unit.parameter: unit for unit in units}
-    sums: dict[str, dict[str, Tensor]] = {unit.name: {} for unit in units}
-    routed = {unit.name: torch.zeros(unit.experts, device=device) for unit in units}
+def draw(logits: Tensor, draws: Tensor) -> Tensor:
+    """Labels int64 [n] from the softmax of logits [n, vocabulary], by numbers drawn from [0, 1): one token's label
+    follows from its number alone."""
+    sums = logits.double().softmax(-1).cumsum(-1)
+    return (sums <= draws.double().unsqueeze(-1) * sums[:, -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)
 
-    def total(unit: Unit, kind: str, *shape: int) -> Tensor:
-        if kind not in sums[unit.name]:
-            sums[unit.name][kind] = torch.zeros(shape, device=device)
-        return sums[unit.name][kind]
 
-    def add_squares(sum_of: Tensor, gradient: Tensor) -> None:
-        sum_of += gradient.float().square().flatten(0, -2).sum(0)
-
-    def seen(use: Use) -> None:
-        unit = by_parameter[use.parameter]
-        if use.lookup:
-            ones = torch.ones(use.input.numel(), device=device)
-            total(unit, "frequencies", unit.rows).index_add_(0, use.input.flatten(), ones)
-            squares = total(unit, "lookup_gradients", unit.columns)
-        else:
-            if store.readers.get(unit.name, unit.name) == unit.name:
-                x = use.input.detach().float().flatten(0, -2)
-                total(unit, "inputs", unit.experts, unit.columns, unit.columns)[use.expert].addmm_(x.T, x)
-            routed[unit.name][use.expert] += use.input.numel() // unit.columns
-            squares = total(unit, "gradients", unit.experts, unit.rows)[use.expert]
-        use.output.register_hook(partial(add_squares, squares))
-
-    generator = torch.Generator(device=device).manual_seed(seed)
-    trace = Trace({unit.parameter: parameters[unit.parameter] for unit in units}, seen)
-    # Every lookup must ask for gradients, also where its unit belongs to another pass.
-    embeddings = model.get_input_embeddings()
-    handle = embeddings.register_forward_hook(lambda m, a, out: out if out.requires_grad else out.requires_grad_())
-    try:
-        for ids in progress(blocks.ids.split(1), desc=label, unit="block"):
-            with torch.enable_grad(), trace:
-                logits = model(input_ids=ids.to(device), use_cache=False).logits[:, :-1].flatten(0, 1).float()
-                if not logits.isfinite().all():
-                    raise RoundingFailed(_culprit(model, parameters))
-                labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(-1)
-                loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-            loss.backward()
-    finally:
-        handle.remove()
-    tokens = blocks.ids.numel()
-    _report_unreached(units, routed)
-    for unit in units:
-        if unit.kind != "embedding" and float(routed[unit.name].sum()) == 0:  # as experts of a list may be
-            total(unit, "gradients", unit.experts, unit.rows)
-            if store.readers.get(unit.name, unit.name) == unit.name:
-                total(unit, "inputs", unit.experts, unit.columns, unit.columns)
-    for name, tensors in sums.items():
-        for kind, tensor in tensors.items():
-            if kind == "gradients":
-                tensor /= routed[name].clamp(min=1).unsqueeze(-1)
-            else:
-                tensor /= tokens
-        sums[name] = {kind: tensor.cpu() for kind, tensor in tensors.items()}
-    return sums
+def _add_squares(sum_of: Tensor, gradient: Tensor) -> None:
+    sum_of += gradient.float().square().flatten(0, -2).sum(0)

@@ -34,6 +34,7 @@ def measure(
                 continue  # the line that an interruption cut
             results[entry["unit"], QuantScheme(entry["format"], entry["rounding"])] = Evaluation(**entry["evaluation"])
     journal.parent.mkdir(parents=True, exist_ok=True)
+    weight_cache.prepare([pair for pair in wanted if (pair[0].name, pair[1]) not in results])
     with journal.open("a") as file:
         for unit, choice in progress(wanted, desc="measuring", unit="format"):
             if (unit.name, choice) in results:

@@ -4,21 +4,25 @@ May import: formats, sensitivity, bitplan for its version.
 """
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 import bitplan
 from bitplan.formats.errors import ModelUnreadable, PlanMismatch, UsageError
 from bitplan.sensitivity import source as sources
-from bitplan.sensitivity.curvature import StatisticsStore, gather
+from bitplan.sensitivity.chain import Chain
+from bitplan.sensitivity.curvature import gather
 from bitplan.sensitivity.graph import ON_REQUEST, Graph, Unit, build_graph
+from bitplan.sensitivity.moments import moments
 from bitplan.sensitivity.profile import ModelFacts, Provenance, TextFacts, TextPart
 from bitplan.sensitivity.source import Source
+from bitplan.sensitivity.statistics import StatisticsStore
 from bitplan.sensitivity.swapper import WeightSwapper
 from bitplan.sensitivity.texts import text as texts
 from bitplan.sensitivity.texts.text import Blocks, Texts
@@ -49,9 +53,7 @@ class Session:
     def gather(self, units: Sequence[Unit] | None = None) -> None:
         """Make sure of the statistics of all units, or of these. Raises RoundingFailed."""
         units = self.graph.units if units is None else units
-        if any(unit not in self.store for unit in units):
-            model = self.model if self.whole else load_reference(self.source, self.device)
-            gather(model, units, self.texts.calibration, self.store, SEED)
+        gather(self.model, self.graph, units, self.texts.calibration, self.store, self.device, SEED)
 
     @property
     def compared(self) -> Path:
@@ -100,9 +102,13 @@ def open_session(
     kept = [tensor.name for tensor in graph.unquantized if tensor.reason == ON_REQUEST]
     folder = workspace(source.weights_sha256, source.config_sha256, session_texts.calibration.fingerprint, SEED, kept)
     mark_workspace(folder, source.model)
-    store = StatisticsStore(folder / "statistics", graph, device)
+    store = StatisticsStore(folder / "statistics", device)
     swapper = WeightSwapper(model, graph.units)
-    weight_cache = WeightCache(folder, swapper.weight, store)
+
+    def whole_moments(units: list[Unit]) -> Iterator[tuple[Unit, Tensor]]:
+        yield from moments(Chain(model, graph, device), graph, units, session_texts.calibration.ids)
+
+    weight_cache = WeightCache(folder, swapper.weight, store, whole_moments)
     facts = _describe(source, session_texts, dtype, model.num_parameters(), device)
     return Session(source, session_texts, model, graph, swapper, weight_cache, store, facts, device, folder, whole)
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
+from typing import IO
 from uuid import uuid4
 
 import torch
@@ -146,6 +147,49 @@ def scratch(shape: tuple[int, ...]) -> Tensor:
         ) from None
     except BitplanError as error:
         raise BitplanError(f"{error}: set TMPDIR to a folder on a larger disk, or give fewer --tokens") from None
+
+
+class States:
+    """Float32 hidden states or gradients of each text block, written and read a block at a time: in memory, or in a
+    file (a temporary one where no path is given) that takes none of the process's memory."""
+
+    def __init__(self, shape: tuple[int, ...], path: Path | None = None, in_memory: bool = False):
+        self.shape = shape
+        """[blocks, length, width]."""
+        self.path = path
+        self._tensor = torch.empty(shape) if in_memory else None
+        self._file: IO[bytes] | None = None
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 (open as long as the states are)
+        elif not in_memory:
+            self._file = tempfile.TemporaryFile(prefix="bitplan-")  # noqa: SIM115
+
+    def __getitem__(self, block: int) -> Tensor:
+        if self._tensor is not None:
+            return self._tensor[block].clone()
+        assert self._file is not None
+        size = 4 * prod(self.shape[1:])
+        self._file.seek(block * size)
+        return torch.frombuffer(bytearray(self._file.read(size)), dtype=torch.float32).view(self.shape[1:])
+
+    def __setitem__(self, block: int, value: Tensor) -> None:
+        value = value.detach().float().cpu().contiguous()
+        if self._tensor is not None:
+            self._tensor[block] = value
+            return
+        assert self._file is not None
+        try:
+            self._file.seek(block * 4 * prod(self.shape[1:]))
+            self._file.write(value.numpy().tobytes())
+            self._file.flush()
+        except OSError as error:
+            where = self.path.parent if self.path else tempfile.gettempdir()
+            need = 4 * prod(self.shape)
+            raise BitplanError(
+                f"cannot keep hidden states in {where} ({need:,} bytes a decoder block): {error.strerror}; set TMPDIR"
+                " and BITPLAN_CACHE to folders with room, or give fewer --tokens"
+            ) from None
 
 
 def sha256(*parts: bytes | str) -> str:

@@ -5,7 +5,8 @@ plan is applied from the very codes that it was chosen with. May import: formats
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,10 +18,19 @@ from bitplan.formats.errors import BitplanError, CodesMissing, RoundingFailed
 from bitplan.formats.rounding import ROUNDINGS
 from bitplan.formats.scheme import QuantScheme
 from bitplan.formats.table import format_named
-from bitplan.sensitivity.curvature import StatisticsStore
 from bitplan.sensitivity.graph import Unit
-from bitplan.sensitivity.store import cache_folder, load_tensors, locked, save_tensors, sha256, write_text
+from bitplan.sensitivity.statistics import StatisticsStore
+from bitplan.sensitivity.store import (
+    cache_folder,
+    is_whole,
+    load_tensors,
+    locked,
+    save_tensors,
+    sha256,
+    write_text,
+)
 
+MOMENT_BYTES = 1 << 30
 VERSION = "3"
 """Changes when the same inputs would give other codes."""
 MARKER = "workspace.json"
@@ -46,38 +56,80 @@ def codes_path(folder: Path, unit: str, choice: QuantScheme) -> Path:
 
 
 class WeightCache:
-    """`weight(unit)` gives a unit's float32 weight [experts * rows, columns]."""
+    """`weight(unit)` gives a unit's float32 weight [experts * rows, columns]; `moments(units)` runs the text through
+    the model, whose weights must be its own at that time, and yields each unit with its inputs' whole second moment."""
 
-    def __init__(self, folder: Path, weight: Callable[[Unit], Tensor], statistics: StatisticsStore):
+    def __init__(
+        self,
+        folder: Path,
+        weight: Callable[[Unit], Tensor],
+        statistics: StatisticsStore,
+        moments: Callable[[list[Unit]], Iterable[tuple[Unit, Tensor]]],
+    ):
         self.folder = folder
         self.weight = weight
         self.statistics = statistics
-        self._hessians: tuple[str, list] = ("", [])
+        self.moments = moments
+        self._moments: dict[str, Tensor] = {}
+        """The last second moments, as far as MOMENT_BYTES go."""
 
-    def tensors(self, unit: Unit, choice: QuantScheme) -> Tensors:
-        """Stored tensors of a unit in a choice. Raises RoundingFailed, CodesMissing."""
-        rounding, path = ROUNDINGS[choice.rounding], codes_path(self.folder, unit.name, choice)
-        if rounding.needs_text and (kept := load_tensors(path)):
-            return from_file(kept)
+    def prepare(self, wanted: Iterable[tuple[Unit, QuantScheme]]) -> None:
+        """Make those codes that need text and are not on disk, with one pass over the text at most. Raises
+        RoundingFailed, CodesMissing."""
+        missing: dict[Unit, list[QuantScheme]] = defaultdict(list)
+        for unit, scheme in wanted:
+            needs_text = scheme.format != unit.native and ROUNDINGS[scheme.rounding].needs_text
+            if needs_text and not is_whole(codes_path(self.folder, unit.name, scheme)):
+                missing[unit].append(scheme)
+        for unit, schemes in missing.items():
+            if unit not in self.statistics:
+                raise CodesMissing(f"{unit.name}: {schemes[0]} needs calibration text")
+        for unit, moment in self._with_moments(list(missing)):
+            hessians, weight = self.statistics[unit].hessians(moment), self._finite(unit)
+            with locked(self.folder / "locks" / unit.name):
+                for scheme in missing[unit]:
+                    path = codes_path(self.folder, unit.name, scheme)
+                    if is_whole(path):
+                        continue  # another process has made it
+                    alone = ROUNDINGS[scheme.rounding].alone
+                    assert alone is not None, scheme
+                    try:
+                        tensors = alone(weight, format_named(scheme.format), hessians)
+                    except BitplanError as error:
+                        raise type(error)(f"{unit.name}: {error}") from error
+                    save_tensors(path, for_file(tensors))
+
+    def _with_moments(self, units: list[Unit]) -> Iterator[tuple[Unit, Tensor | None]]:
+        """Units with their inputs' second moments (None for lookups), those first of which it is at hand."""
+        yield from ((unit, None) for unit in units if unit.kind == "embedding")
+        yield from ((unit, self._moments[unit.name]) for unit in units if unit.name in self._moments)
+        unseen = [unit for unit in units if unit.kind != "embedding" and unit.name not in self._moments]
+        if not unseen:
+            return
+        for unit, moment in self.moments(unseen):
+            distinct = {tensor.data_ptr(): tensor.nbytes for tensor in (*self._moments.values(), moment)}
+            if sum(distinct.values()) <= MOMENT_BYTES:
+                self._moments[unit.name] = moment
+            yield unit, moment
+
+    def _finite(self, unit: Unit) -> Tensor:
         weight = self.weight(unit)
         if not weight.isfinite().all():
             raise RoundingFailed(f"{unit.name}: its weights hold NaN or infinity, so no format can hold them")
-        assert rounding.alone is not None, choice
+        return weight
+
+    def tensors(self, unit: Unit, choice: QuantScheme) -> Tensors:
+        """Stored tensors of a unit in a choice. Raises RoundingFailed, CodesMissing."""
+        rounding = ROUNDINGS[choice.rounding]
         if not rounding.needs_text:
-            return rounding.alone(weight, format_named(choice.format), [])
-        if unit not in self.statistics:
-            raise CodesMissing(f"{unit.name}: {choice} needs calibration text")
-        if self._hessians[0] != unit.name:
-            self._hessians = (unit.name, self.statistics[unit].hessians())
-        with locked(self.folder / "locks" / unit.name):
-            if kept := load_tensors(path):
-                return from_file(kept)  # another process has made it
-            try:
-                tensors = rounding.alone(weight, format_named(choice.format), self._hessians[1])
-            except BitplanError as error:
-                raise type(error)(f"{unit.name}: {error}") from error
-            save_tensors(path, for_file(tensors))
-        return tensors
+            assert rounding.alone is not None, choice
+            return rounding.alone(self._finite(unit), format_named(choice.format), [])
+        path = codes_path(self.folder, unit.name, choice)
+        if (kept := load_tensors(path)) is None:
+            self.prepare([(unit, choice)])
+            kept = load_tensors(path)
+        assert kept is not None, path
+        return from_file(kept)
 
     def dequantized(self, unit: Unit, choice: QuantScheme) -> Tensor:
         """A unit's weight in a choice, float32 [experts * rows, columns]."""

@@ -21,14 +21,10 @@ from bitplan.planner.load import check_plan_fits
 from bitplan.sensitivity import fingerprint
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.audit import audit
-from bitplan.sensitivity.curvature import StatisticsStore, gather
 from bitplan.sensitivity.fingerprint import sampled_fingerprint
-from bitplan.sensitivity.graph import build_graph
 from bitplan.sensitivity.session import open_session, read_texts
 from bitplan.sensitivity.store import load_tensors, save_tensors, scratch, sha256
-from bitplan.sensitivity.texts.text import Blocks
 from bitplan.sensitivity.weight_cache import mark_workspace
-from tests import tiny
 from tests.test_cli import LITTLE, run, text  # noqa: F401 (fixtures)
 
 
@@ -142,7 +138,7 @@ def test_compare_gives_this_models_figures(changed, run, model, text, own_cache,
 
 @pytest.mark.parametrize("keep", ["*.gate_proj", "*.q_proj"])
 def test_keeping_units_after_an_audit_of_all(keep, checkpoint, own_cache, monkeypatch, tmp_path):
-    """Units that read one input share its second moments, which are stored with the first of them."""
+    """Units that read one input share its second moments while they are gathered."""
     source = sources.find(checkpoint("llama"))
     texts = read_texts(source, tokens=1024, length=64)
 
@@ -155,16 +151,6 @@ def test_keeping_units_after_an_audit_of_all(keep, checkpoint, own_cache, monkey
     monkeypatch.setenv("BITPLAN_CACHE", str(tmp_path / "empty"))
     assert found == scores(keep)
     assert all(loss > 0 for (_, format, _), loss in found.items() if format == "int2-g64")
-
-
-def test_statistics_of_a_few_units_bring_what_they_share(tmp_path):
-    model = tiny.build("llama")
-    graph = build_graph(model)
-    unit = next(unit for unit in graph.units if unit.name in graph.readers)
-    texts = torch.randint(0, 250, (2, 16), generator=torch.Generator().manual_seed(0))
-    store = StatisticsStore(tmp_path, graph)
-    gather(model, [unit], Blocks(texts), store)
-    assert unit in store and store[unit].inputs is not None
 
 
 class TestDisk:

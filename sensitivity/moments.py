@@ -1,0 +1,60 @@
+"""Whole second moments of units' inputs, in one pass forward: what GPTQ needs to round a unit alone.
+
+Only moments of one decoder block are in memory at a time; each is yielded as soon as the text has gone through its
+block. May import: sensitivity.chain/graph/store/trace.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from bitplan.sensitivity.chain import Chain
+from bitplan.sensitivity.graph import Graph, Unit
+from bitplan.sensitivity.progress import progress
+from bitplan.sensitivity.store import IN_MEMORY, States
+from bitplan.sensitivity.trace import Trace, Use
+
+
+@torch.no_grad()
+def moments(
+    chain: Chain, graph: Graph, units: Sequence[Unit], ids: Tensor, memory: int = IN_MEMORY
+) -> Iterator[tuple[Unit, Tensor]]:
+    """(unit, A float32 [experts, columns, columns]) of each of `units`, which have products, over text int64 [blocks,
+    length]; A is a mean over all tokens, as the statistics are. Units that read the same tensor get the same A."""
+    seen_in = [[unit for unit in chain.seen(segment) if unit in units] for segment in range(len(chain))]
+    highest = max((segment for segment in range(len(chain)) if seen_in[segment]), default=-1)
+    states: States | None = None
+    for segment in progress(range(highest + 1), desc="second moments", unit="block"):
+        module = chain.module(segment)
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        sums: dict[str, Tensor] = {}
+        leads: dict[str, str] = {}
+        by_parameter: dict[str, Unit] = {}
+        for unit in seen_in[segment]:
+            reads = graph.readers.get(unit.name, unit.name)
+            if reads not in leads:
+                leads[reads] = unit.name
+                by_parameter[unit.parameter] = unit
+                sums[unit.name] = torch.zeros(unit.experts, unit.columns, unit.columns, device=chain.device)
+
+        def add(use: Use, by_parameter: dict[str, Unit] = by_parameter, sums: dict[str, Tensor] = sums) -> None:
+            if not use.lookup:
+                x = use.input.float().flatten(0, -2)
+                sums[by_parameter[use.parameter].name][use.expert].addmm_(x.T, x)
+
+        trace = Trace({p: parameters[chain.local(segment, p)] for p in by_parameter}, add)
+        made: States | None = None
+        for i, row in enumerate(ids.to(chain.device).split(1)):
+            x = row if states is None else states[i].unsqueeze(0).to(chain.device)
+            for at in chain.pieces(segment, row.shape[1]):
+                with trace:
+                    out = chain.run(segment, module, x[:, at], row[:, at], {})
+            if segment < highest:
+                shape = (len(ids), *out.shape[1:])
+                made = made or States(shape, in_memory=8 * len(ids) * out[0].numel() <= memory)
+                made[i] = out[0]
+        states = made
+        for unit in seen_in[segment]:
+            reads = leads[graph.readers.get(unit.name, unit.name)]
+            yield unit, sums[reads] / ids.numel()
