@@ -31,7 +31,7 @@ def main() -> None:
     began = time.perf_counter()
     profile = audit(session, DEFAULT_FORMATS)
     predicted_seconds = time.perf_counter() - began
-    profile = audit(session, DEFAULT_FORMATS, measured=True)
+    profile = audit(session, DEFAULT_FORMATS, tier="measured")
     measured_seconds = time.perf_counter() - began - predicted_seconds
     rows = [row for row in profile.rows if row.measured_kl is not None]
     names = ("estimated", "codes and whole moments", "output error", "weight error", "fewer bits")

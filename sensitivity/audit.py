@@ -2,8 +2,13 @@
 
 import math
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
 from typing import Any
+
+from scipy.stats import spearmanr
 
 from bitplan.formats.base import Format
 from bitplan.formats.errors import FormatUnavailable
@@ -11,17 +16,26 @@ from bitplan.formats.integers import IntegerFormat
 from bitplan.formats.kv.cache import KV_FORMATS
 from bitplan.formats.scheme import QuantScheme, schemes_for
 from bitplan.formats.table import format_named
+from bitplan.sensitivity.chain import Chain
 from bitplan.sensitivity.curvature import sampled
-from bitplan.sensitivity.estimate import RUN_ROWS, estimate, gptq_ratio, sample
+from bitplan.sensitivity.estimate import RUN_ROWS, estimate, gptq_ratio, relative_error, sample
 from bitplan.sensitivity.graph import Unit
-from bitplan.sensitivity.loss import Reference, finite
-from bitplan.sensitivity.measured import measure
-from bitplan.sensitivity.profile import CacheRow, Profile, ProfileRow, unit_entry, unquantized_entry
+from bitplan.sensitivity.loss import Evaluation, Reference, finite
+from bitplan.sensitivity.measured import Measured, Prefixes, known, measure
+from bitplan.sensitivity.profile import CacheRow, Check, CheckRow, Profile, ProfileRow, unit_entry, unquantized_entry
 from bitplan.sensitivity.progress import progress
 from bitplan.sensitivity.session import Session
-from bitplan.sensitivity.store import locked
+from bitplan.sensitivity.store import locked, sha256
 
 Rows = dict[tuple[str, QuantScheme], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Around:
+    """What all other units are while one is measured: unit → scheme; `label` is what a person called it."""
+
+    label: str
+    schemes: dict[str, QuantScheme]
 
 
 def sizes(session: Session, menu: tuple[str, ...], rounding: str | None = None) -> Profile:
@@ -34,42 +48,121 @@ def sizes(session: Session, menu: tuple[str, ...], rounding: str | None = None) 
     return _profile(session, rows)
 
 
-def audit(session: Session, menu: tuple[str, ...], rounding: str | None = None, measured: bool = False) -> Profile:
-    """Score every unit in every format of the menu, and where asked measure it. Raises RoundingFailed."""
-    session.gather()
+def audit(
+    session: Session,
+    menu: tuple[str, ...],
+    rounding: str | None = None,
+    tier: str = "curvature",
+    around: Around | None = None,
+    check: int = 0,
+) -> Profile:
+    """Score every unit in every format of the menu. `tier`: "curvature" predicts losses from second moments, "measured"
+    also measures each, with all other units unquantized or as `around` has them, and "weights" takes the weights'
+    relative errors for losses, without any text. `check`: units that are measured to check and rescale what is
+    predicted. Raises RoundingFailed."""
+    if tier != "weights":
+        session.gather()
     rows: Rows = {}
     wanted: list[tuple[Unit, QuantScheme]] = []
-    ratios = gptq_ratios(session, [format_named(name) for name in menu])
+    ratios = gptq_ratios(session, [format_named(name) for name in menu]) if tier != "weights" else {}
     for unit in progress(session.graph.units, desc="formats", unit="unit"):
-        drawn = sample(unit, session.swapper.weight(unit), session.store[unit])
+        weight = session.swapper.weight(unit)
+        drawn = sample(unit, weight, session.store[unit]) if tier != "weights" else None
         for scheme in schemes_for(unit.native, menu, rounding):
             loss = 0.0
             if scheme.format != unit.native:
-                loss = estimate(drawn, scheme)
+                loss = relative_error(weight, scheme) if drawn is None else estimate(drawn, scheme)
                 if scheme.rounding == "gptq" and unit.kind != "embedding":
-                    loss *= ratios[scheme.format]
+                    loss *= ratios.get(scheme.format, 1.0)
                 wanted.append((unit, scheme))
             if math.isfinite(loss):
                 rows[unit.name, scheme] = {"bytes": unit.nbytes(scheme.format), "predicted_nll": max(0.0, loss)}
             else:
                 print(f"{unit.name} cannot take {scheme}: a value overflows", file=sys.stderr)
-    if not measured:
-        return _profile(session, rows)
+    wanted = [(unit, scheme) for unit, scheme in wanted if (unit.name, scheme) in rows]
+    if tier == "measured":
+        return _measured(session, rows, wanted, around)
+    profile = _profile(session, rows).model_copy(update={"tier": tier})
+    return checked(session, profile, wanted, check) if check and tier == "curvature" else profile
+
+
+def _measured(session: Session, rows: Rows, wanted: list[tuple[Unit, QuantScheme]], around: Around | None) -> Profile:
+    found, reference, base = measure_units(session, wanted, around)
+    kl, nll = (base.kl, base.delta_nll) if base else (0.0, 0.0)
+    for (name, scheme), evaluation in found.items():
+        if not math.isfinite(evaluation.kl + evaluation.delta_nll):
+            del rows[name, scheme]
+            print(f"{name} cannot take {scheme}: its loss is not finite", file=sys.stderr)
+            continue
+        rows[name, scheme] |= {
+            "measured_nll": evaluation.delta_nll - nll,
+            "measured_nll_se": finite(evaluation.delta_nll_se),
+            "measured_kl": evaluation.kl - kl,
+        }
+    made = _profile(session, rows, float(reference.nll.mean()))
+    return made.model_copy(update={"tier": "measured", "around": around.label if around else None})
+
+
+def measure_units(
+    session: Session, wanted: Sequence[tuple[Unit, QuantScheme]], around: Around | None = None
+) -> tuple[Measured, Reference, Evaluation | None]:
+    """What each pair costs on the search text, the reference, and the evaluation of what they were measured around."""
+    units = session.swapper.units
+    others = [(units[name], scheme) for name, scheme in around.schemes.items()] if around else []
     reference = Reference(session.model, session.texts.search)
-    journal = session.weight_cache.folder / f"measured-{session.texts.search.fingerprint[:16]}.jsonl"
+    label = f"-{sha256(around.label, repr(sorted(around.schemes.items())))[:8]}" if around else ""
+    journal = session.weight_cache.folder / f"measured-{session.texts.search.fingerprint[:16]}{label}.jsonl"
     with locked(journal):
-        found = measure(session.swapper, session.weight_cache, reference, wanted, journal)
-    for (name, choice), evaluation in found.items():
-        if (name, choice) in rows and not math.isfinite(evaluation.kl + evaluation.delta_nll):
-            del rows[name, choice]
-            print(f"{name} cannot take {choice}: its loss is not finite", file=sys.stderr)
-        elif (name, choice) in rows:
-            rows[name, choice] |= {
-                "measured_nll": evaluation.delta_nll,
-                "measured_nll_se": finite(evaluation.delta_nll_se),
-                "measured_kl": evaluation.kl,
-            }
-    return _profile(session, rows, float(reference.nll.mean()))
+        done = known(journal)
+        session.weight_cache.prepare([*others, *(p for p in wanted if (p[0].name, p[1]) not in done)])
+        for unit, scheme in others:
+            session.swapper.exchange(unit, session.weight_cache.dequantized(unit, scheme))
+        try:
+            prefixes = Prefixes(Chain(session.model, session.graph, session.device), reference)
+            found = measure(session.swapper, session.weight_cache, prefixes, wanted, journal)
+            return found, reference, prefixes.evaluate(None, None) if around else None
+        finally:
+            for unit, _ in others:
+                session.swapper.restore(unit)
+
+
+def checked(session: Session, profile: Profile, wanted: Sequence[tuple[Unit, QuantScheme]], units: int) -> Profile:
+    """The profile, with a sample of its rows measured, and its predictions rescaled to what was measured."""
+    predicted = {(row.unit, QuantScheme(row.format, row.rounding)): row.predicted_nll for row in profile.rows}
+    pairs = sampled_pairs([pair for pair in wanted if predicted[pair[0].name, pair[1]] > 0], units)
+    if len(pairs) < 3:
+        return profile
+    found, *_ = measure_units(session, pairs)
+    rows = tuple(
+        CheckRow(
+            unit=name,
+            format=scheme.format,
+            rounding=scheme.rounding,
+            predicted_nll=predicted[name, scheme],
+            measured_nll=evaluation.delta_nll,
+            measured_kl=evaluation.kl,
+        )
+        for (name, scheme), evaluation in found.items()
+        if math.isfinite(evaluation.kl + evaluation.delta_nll)
+    )
+    ratio = median(row.measured_kl / row.predicted_nll for row in rows) if rows else 0.0
+    if ratio <= 0:
+        return profile
+    rank = float(spearmanr([r.predicted_nll for r in rows], [r.measured_kl for r in rows]).statistic)
+    check = Check(rows=rows, spearman=rank if math.isfinite(rank) else None, ratio=ratio)
+    rescaled = tuple(row.model_copy(update={"predicted_nll": ratio * row.predicted_nll}) for row in profile.rows)
+    return profile.model_copy(update={"check": check, "rows": rescaled})
+
+
+def sampled_pairs(wanted: Sequence[tuple[Unit, QuantScheme]], units: int) -> list[tuple[Unit, QuantScheme]]:
+    """As many units at even distances through the model, each in another of its schemes in turn."""
+    by_unit: dict[Unit, list[QuantScheme]] = defaultdict(list)
+    for unit, scheme in wanted:
+        by_unit[unit].append(scheme)
+    names = list(by_unit)
+    count = min(units, len(names))
+    picked = [names[(2 * i + 1) * len(names) // (2 * count)] for i in range(count)]
+    return [(unit, by_unit[unit][i % len(by_unit[unit])]) for i, unit in enumerate(picked)]
 
 
 def gptq_ratios(session: Session, formats: Sequence[Format]) -> dict[str, float]:

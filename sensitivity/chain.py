@@ -131,10 +131,14 @@ class Chain:
         assert isinstance(made, PreTrainedModel)
         return made
 
-    def module(self, segment: int) -> nn.Module:
-        """The segment's module, copied to the device: drop it when done."""
+    def module(self, segment: int, own: bool = False) -> nn.Module:
+        """The segment's module in float32 on the device: a copy, to be dropped when done; `own`: the model's own where
+        it is that already, not to be changed."""
         if 0 < segment <= len(self.paths):
-            return self._copy(self.model.get_submodule(self.paths[segment - 1]), [])
+            block = self.model.get_submodule(self.paths[segment - 1])
+            tensors = [t for t in (*block.parameters(), *block.buffers()) if t.is_floating_point()]
+            here = all(t.dtype == torch.float32 and t.device == torch.device(self.device) for t in tensors)
+            return block if own and here else self._copy(block, [])
         return self.outer
 
     def local(self, segment: int, parameter: str) -> str:
@@ -251,7 +255,7 @@ class Chain:
         for i in {type(self.model.get_submodule(path)): i for i, path in enumerate(self.paths)}.values():
             with torch.no_grad():
                 x = inputs[i].to(self.device, torch.float32)
-                out = self.run(i + 1, self.module(i + 1), x, ids, {})
+                out = self.run(i + 1, self.module(i + 1, own=True), x, ids, {})
             expected = outputs[i].to(self.device, torch.float32)
             scale = float((expected - x).abs().max())
             if not torch.allclose(out, expected, atol=0.05 * scale, rtol=0):

@@ -170,7 +170,7 @@ class _Pass:
         """The inputs of segments 0 (which has none) to `segments`."""
         made: list[States | None] = [None]
         for segment in progress(range(segments), desc="forward", unit="block"):
-            module, x = self.chain.module(segment), made[-1]
+            module, x = self.chain.module(segment, own=True), made[-1]
             out: States | None = None
             for i, row in enumerate(self.ids.to(self.device).split(1)):
                 hidden = row if x is None else x[i].unsqueeze(0).to(self.device)
@@ -198,7 +198,7 @@ class _Pass:
     ) -> Sums:
         """Sums over the text for `units`, from a segment's inputs and the gradient at its outputs, with the gradient
         at its inputs written to `below`."""
-        module = self.chain.module(segment)
+        module = self.chain.module(segment, own=True)
         parameters = dict(module.named_parameters(remove_duplicate=False))
         watched = {unit.parameter: parameters[self.chain.local(segment, unit.parameter)] for unit in units}
         last = segment == len(self.chain) - 1

@@ -132,6 +132,21 @@ def _on_grid(weight: Tensor, format: IntegerFormat, importance: Tensor) -> Tenso
     return (format.decode(format.encode(weight, whole), whole) - weight).square()
 
 
+def relative_error(weight: Tensor, scheme: QuantScheme, rows: int = ROWS) -> float:
+    """The squared error of a weight [rows, columns] in a scheme over its square, on some of its rows. Perplexity grows
+    about linearly in it, by a factor of each layer's own (Malinovskii et al. 2024, the linearity theorem): without any
+    text that factor is unknown, and taken as one nat per token for all."""
+    drawn = weight[:: -(-len(weight) // rows)]
+    format = format_named(scheme.format)
+    if scheme.rounding == "nearest":
+        rounded = format.dequantize(format.quantize(drawn), drawn.shape[-1], torch.float32)
+        errors = (rounded - drawn).square()
+    else:
+        assert isinstance(format, IntegerFormat)
+        errors = _on_grid(drawn, format, torch.ones_like(drawn[0]))
+    return float(errors.double().sum() / drawn.double().square().sum().clamp(min=1e-30))
+
+
 def gptq_ratio(drawn: Sequence[Sample], format: IntegerFormat) -> float:
     """κ: the median over sampled units of what GPTQ loses over what is estimated, 1 where there are none."""
     ratios = []

@@ -4,6 +4,7 @@ Both nats above full precision and KL are means per predicted token; standard er
 are not independent. May import: formats.kv_cache, sensitivity.store/text.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import exp, isfinite
 from typing import Any
@@ -73,10 +74,15 @@ class Reference:
         """Full-precision nats of each token: float32 [blocks, length - 1]."""
 
     def evaluate(self, model: nn.Module, kv_format: str = "native") -> Evaluation:
+        """A model, with its KV cache in a format where one is named."""
+        return self.compare(lambda i: log_probabilities(model, self.blocks.ids[i : i + 1], kv_format))
+
+    def compare(self, log_probabilities_of: Callable[[int], Tensor]) -> Evaluation:
+        """What gives log-probabilities float32 [1, length - 1, vocabulary] for a block's number."""
         nll, kl = [], []
         for i in range(len(self.blocks.ids)):
             ids = self.blocks.ids[i : i + 1]
-            log_q = log_probabilities(model, ids, kv_format)
+            log_q = log_probabilities_of(i)
             log_p = self.log_p[i : i + 1].to(log_q.device)
             nll.append(taken(log_q, ids).cpu()[0])
             kl.append((log_p.exp() * (log_p - log_q)).sum(-1).mean().cpu())

@@ -1,54 +1,102 @@
-"""Measure units one at a time: exchange, run, restore. May import: sensitivity.bank/graph/loss.
+"""Measure units one at a time: exchange a unit's weight, run the search text from its block on, compare.
 
-Each result is a line of a file as soon as it is known, so that an interrupted measurement goes on where it was.
+What comes before a unit's block is the same for all of its formats: the hidden states at each block's input are
+computed once, and a candidate starts from them. Each result is a line of a file as soon as it is known, so that an
+interrupted measurement goes on where it was. May import: formats.scheme, sensitivity.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from bitplan.formats.scheme import QuantScheme
+from bitplan.sensitivity.chain import Chain
 from bitplan.sensitivity.graph import Unit
 from bitplan.sensitivity.loss import Evaluation, Reference
 from bitplan.sensitivity.progress import progress
+from bitplan.sensitivity.store import IN_MEMORY, States
 from bitplan.sensitivity.swapper import WeightSwapper
 from bitplan.sensitivity.weight_cache import WeightCache
 
 Measured = dict[tuple[str, QuantScheme], Evaluation]
 
 
+class Prefixes:
+    """The chain's hidden states at each segment's input on the reference's text, int64 [blocks, length]."""
+
+    def __init__(self, chain: Chain, reference: Reference):
+        self.chain, self.reference = chain, reference
+        self.ids = reference.blocks.ids.to(chain.device)
+        self.states: list[States | None] = [None]
+        for segment in range(len(chain) - 1):
+            module, below, made = chain.module(segment, own=True), self.states[-1], None
+            for i, row in enumerate(self.ids.split(1)):
+                out = self._run(segment, module, below[i].unsqueeze(0) if below else row, row, {})
+                if made is None:
+                    total = 4 * len(self.ids) * out.numel() * len(chain)
+                    made = States((len(self.ids), *out.shape[1:]), in_memory=total <= IN_MEMORY)
+                made[i] = out[0]
+            self.states.append(made)
+        self.at = {unit.parameter: i for i, units in enumerate(chain.units) for unit in units}
+
+    @torch.no_grad()
+    def _run(self, segment: int, module: torch.nn.Module, x: Tensor, row: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        return self.chain.run(segment, module, x.to(self.chain.device), row, weights)
+
+    def evaluate(self, parameter: str | None, weight: Tensor | None) -> Evaluation:
+        """The model with one parameter exchanged for `weight`, of the parameter's own shape; with none, as it is."""
+        chain, last = self.chain, len(self.chain) - 1
+        first = last if parameter is None else self.at[parameter] if chain.paths else last
+        below, rows = self.states[first], self.ids.split(1)
+        hidden = list(rows) if below is None else [below[i].unsqueeze(0) for i in range(len(rows))]
+        exchanged = {} if parameter is None or weight is None else {parameter: weight.to(chain.device, torch.float32)}
+        for segment in range(first, last):
+            module = chain.module(segment, own=True)
+            own = exchanged if segment == first else {}
+            hidden = [self._run(segment, module, x, row, own) for x, row in zip(hidden, rows, strict=True)]
+        module = chain.module(last)
+        own = exchanged if first in (0, last) else {}  # a tied embedding is the head too
+
+        def logits(block: int) -> Tensor:
+            return self._run(last, module, hidden[block], rows[block], own)[:, :-1].log_softmax(-1)
+
+        return self.reference.compare(logits)
+
+
+def known(journal: Path) -> Measured:
+    """What a journal of measurements holds; a line that an interruption cut is left out."""
+    results: Measured = {}
+    for line in journal.read_text().splitlines() if journal.exists() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        results[entry["unit"], QuantScheme(entry["format"], entry["rounding"])] = Evaluation(**entry["evaluation"])
+    return results
+
+
 def measure(
     swapper: WeightSwapper,
     weight_cache: WeightCache,
-    reference: Reference,
-    wanted: list[tuple[Unit, QuantScheme]],
+    prefixes: Prefixes,
+    wanted: Sequence[tuple[Unit, QuantScheme]],
     journal: Path,
 ) -> Measured:
-    """Judge the model with one unit in one choice, for each wanted pair. `journal` holds what is known already."""
-    results: Measured = {}
-    if journal.exists():
-        for line in journal.read_text().splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue  # the line that an interruption cut
-            results[entry["unit"], QuantScheme(entry["format"], entry["rounding"])] = Evaluation(**entry["evaluation"])
+    """Evaluate the model with one unit in one scheme, for each wanted pair, in the order of the data flow. `journal`
+    holds what is known already. Codes must have been prepared, since the model's weights may be exchanged here."""
+    results = known(journal)
     journal.parent.mkdir(parents=True, exist_ok=True)
-    weight_cache.prepare([pair for pair in wanted if (pair[0].name, pair[1]) not in results])
     with journal.open("a") as file:
-        for unit, choice in progress(wanted, desc="measuring", unit="format"):
-            if (unit.name, choice) in results:
+        for unit, scheme in progress(wanted, desc="measuring", unit="format"):
+            if (unit.name, scheme) in results:
                 continue
-            swapper.exchange(unit, weight_cache.dequantized(unit, choice))
-            evaluation = reference.evaluate(swapper.model)
-            swapper.restore(unit)
-            results[unit.name, choice] = evaluation
-            entry = {
-                "unit": unit.name,
-                "format": choice.format,
-                "rounding": choice.rounding,
-                "evaluation": asdict(evaluation),
-            }
-            file.write("\n" + json.dumps(entry))
+            weight = swapper.shaped(unit, weight_cache.dequantized(unit, scheme))
+            results[unit.name, scheme] = evaluation = prefixes.evaluate(unit.parameter, weight)
+            entry = {"unit": unit.name, "format": scheme.format, "rounding": scheme.rounding}
+            file.write("\n" + json.dumps(entry | {"evaluation": asdict(evaluation)}))
             file.flush()
-    return results
+    return {pair: results[pair] for pair in ((unit.name, scheme) for unit, scheme in wanted)}

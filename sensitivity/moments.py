@@ -26,7 +26,7 @@ def moments(
     highest = max((segment for segment in range(len(chain)) if seen_in[segment]), default=-1)
     states: States | None = None
     for segment in progress(range(highest + 1), desc="second moments", unit="block"):
-        module = chain.module(segment)
+        module = chain.module(segment, own=True)
         parameters = dict(module.named_parameters(remove_duplicate=False))
         sums: dict[str, Tensor] = {}
         leads: dict[str, str] = {}

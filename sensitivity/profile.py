@@ -120,9 +120,35 @@ class CacheRow(Strict):
     delta_nll: float
 
 
+class CheckRow(Strict):
+    """One unit alone in one format, on the search text: what was predicted for it, and what was measured."""
+
+    unit: Name
+    format: str
+    rounding: str
+    predicted_nll: float = Field(ge=0)
+    measured_nll: float
+    measured_kl: float
+
+
+class Check(Strict):
+    """A sample of units that was measured to check the predictions; nats per token."""
+
+    rows: tuple[CheckRow, ...]
+    spearman: float | None = Field(ge=-1, le=1)
+    """Rank correlation of predicted loss and measured KL; None where either is constant."""
+    ratio: float = Field(gt=0)
+    """The median of measured KL over predicted loss: the factor by which the profile's predictions were rescaled."""
+
+
 class Profile(Strict):
     schema_version: Literal[2] = 2
     provenance: Provenance
+    tier: Literal["curvature", "measured", "weights"] = "curvature"
+    """Losses from second moments; each measured alone; or, roughly, from the weights' relative errors."""
+    around: str | None = None
+    """The format, or the plan's fingerprint, that all other units were in when each was measured; None: unquantized."""
+    check: Check | None = None
     full_precision_nll: float | None = None
     """On the search text, where it was run."""
     units: tuple[UnitEntry, ...]

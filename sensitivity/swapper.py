@@ -23,13 +23,14 @@ class WeightSwapper:
 
     def exchange(self, unit: Unit, weight: Tensor) -> None:
         """Put a float weight [experts * rows, columns] in the place of the unit's."""
+        self._parameters[unit.name].data = self.shaped(unit, weight)
+
+    def shaped(self, unit: Unit, weight: Tensor) -> Tensor:
+        """A float weight [experts * rows, columns] in the shape, dtype and on the device of the unit's parameter."""
         original = self._originals[unit.name]
-        weight = (
-            weight.to(original).unflatten(0, (unit.experts, unit.rows)) if original.ndim == 3 else weight.to(original)
-        )
-        self._parameters[unit.name].data = (
-            weight.transpose(-1, -2).contiguous() if self._transposed[unit.name] else weight
-        )
+        weight = weight.to(original)
+        weight = weight.unflatten(0, (unit.experts, unit.rows)) if original.ndim == 3 else weight
+        return weight.transpose(-1, -2).contiguous() if self._transposed[unit.name] else weight
 
     def restore(self, unit: Unit) -> None:
         self._parameters[unit.name].data = self._originals[unit.name]

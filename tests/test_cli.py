@@ -122,19 +122,19 @@ def test_another_budget_runs_no_model(run, checkpoint, tmp_path, monkeypatch):
 def test_an_interrupted_measurement_goes_on(run, checkpoint, tmp_path, monkeypatch):
     from bitplan.sensitivity.loss import Reference
 
-    evaluated = Reference.evaluate
+    compared = Reference.compare
     model = checkpoint("opt")
-    arguments = ("audit", model, *LITTLE, "--formats", "int3-g64", "--measure", "--json")
+    arguments = ("audit", model, *LITTLE, "--formats", "int3-g64", "--tier", "measured", "--json")
     calls = 0
 
-    def interrupted(self, exchanged, *kv_format):
+    def interrupted(self, log_probabilities_of):
         nonlocal calls
         calls += 1
         if calls == 6:
             raise KeyboardInterrupt
-        return evaluated(self, exchanged, *kv_format)
+        return compared(self, log_probabilities_of)
 
-    monkeypatch.setattr(Reference, "evaluate", interrupted)
+    monkeypatch.setattr(Reference, "compare", interrupted)
     code, out, err = run(*arguments)
     assert (code, out) == (130, "")
     assert "run the same command again" in err

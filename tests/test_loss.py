@@ -51,7 +51,7 @@ def test_one_block_has_no_standard_error(session_of):
     session = session_of("llama")
     one = Blocks(session.texts.search.ids[:1])
     session.texts = replace(session.texts, search=one)
-    profile = audit(session, ("int4-g64",), measured=True)
+    profile = audit(session, ("int4-g64",), tier="measured")
     rows = [row for row in profile.rows if row.measured_kl is not None]
     assert len(rows) == len(profile.units) and all(row.measured_nll_se is None for row in rows)
     assert {row.kl_se for row in audit_cache(session)} == {None}

@@ -29,7 +29,21 @@ def build_parser() -> argparse.ArgumentParser:
         "audit", "Predict the loss of each unit in each format, in nats per token.", _model, _text, _candidates, _device
     )
     audit.add_argument(
-        "--measure", action="store_true", help="also measure the loss with each unit alone quantized (slow)"
+        "--tier",
+        choices=("curvature", "measured", "weights"),
+        default="curvature",
+        help="curvature: losses predicted from one pass over the text (default); measured: also the loss with each unit"
+        " alone quantized (slow); weights: the weights' relative errors, without a pass (rough)",
+    )
+    audit.add_argument(
+        "--around", metavar="WHAT", help="with --tier measured: all other units in this format, or as in this plan file"
+    )
+    audit.add_argument(
+        "--check",
+        type=int,
+        default=24,
+        metavar="N",
+        help="with --tier curvature: units to measure, to check and rescale what is predicted (default: 24; 0: none)",
     )
     _sheets(audit, "figures and sortable tables", "a line for each unit and format")
     audit.add_argument("--all", action="store_true", help="print every unit in every format, nothing folded")

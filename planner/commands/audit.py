@@ -1,28 +1,59 @@
 """`bitplan audit`. May import: everything."""
 
 from argparse import Namespace
+from pathlib import Path
 
+from bitplan.formats.errors import UsageError
+from bitplan.formats.rounding import rounding_alone
+from bitplan.formats.scheme import QuantScheme, schemes_for
+from bitplan.formats.table import format_named
 from bitplan.planner.commands.common import candidate_formats, emit, log, texts_of
+from bitplan.planner.plan import Plan
 from bitplan.planner.report.audit_text import audit_text
 from bitplan.planner.report.losses import losses_of, profile_csv
 from bitplan.planner.report.page.render import refuse_without_report, render
 from bitplan.sensitivity import source as sources
-from bitplan.sensitivity.audit import audit, audit_cache
-from bitplan.sensitivity.profile import write
+from bitplan.sensitivity.audit import Around, audit, audit_cache
+from bitplan.sensitivity.profile import read, write
 from bitplan.sensitivity.profile_cache import remember
-from bitplan.sensitivity.session import open_session
+from bitplan.sensitivity.session import Session, open_session
 from bitplan.sensitivity.store import refuse_overwrite, write_text
+
+
+def around_of(name: str, session: Session, rounding: str | None = None) -> Around:
+    """What a person means by `--around`: a plan file, or a format. Raises PlanMismatch, UnknownFormat, UsageError."""
+    if Path(name).suffix == ".json":
+        plan = read(Path(name), Plan)
+        sources.check_model(plan.provenance.model, session.source, "plan")
+        schemes = {
+            unit.name: QuantScheme(unit.format, rounding_alone(format_named(unit.format), unit.rounding))
+            for unit in plan.units
+            if not unit.is_native
+        }
+        if unknown := sorted(schemes.keys() - session.swapper.units.keys()):
+            raise UsageError(
+                f"{name} quantizes {unknown[0]}, which --keep leaves unquantized here: take one of them out"
+            )
+        return Around(Path(name).name, schemes)
+    last = {unit: schemes_for(unit.native, (name,), rounding)[-1] for unit in session.graph.units}
+    return Around(name, {unit.name: scheme for unit, scheme in last.items() if scheme.format != unit.native})
 
 
 def run(arguments: Namespace) -> None:
     for path in (arguments.output, arguments.html, arguments.csv):
         refuse_overwrite(path, arguments.force)
     refuse_without_report(arguments.html)
+    if arguments.check < 0:
+        raise UsageError(f"--check {arguments.check}: it must be 0 or more")
+    if arguments.around and arguments.tier != "measured":
+        raise UsageError("--around says what all other units are while one is measured: give --tier measured too")
     menu = candidate_formats(arguments)
     source = sources.find(arguments.model, trust_remote_code=arguments.trust_remote_code)
     session = open_session(source, texts_of(arguments, source), tuple(arguments.keep), arguments.device)
-    profile = audit(session, menu, arguments.rounding, arguments.measure)
-    profile = profile.model_copy(update={"kv_cache": audit_cache(session)})
+    around = around_of(arguments.around, session, arguments.rounding) if arguments.around else None
+    profile = audit(session, menu, arguments.rounding, arguments.tier, around, arguments.check)
+    if arguments.tier != "weights":
+        profile = profile.model_copy(update={"kv_cache": audit_cache(session)})
     if arguments.output:
         write(arguments.output, profile)
         log(f"profile written to {arguments.output}")

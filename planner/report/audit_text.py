@@ -28,6 +28,18 @@ def audit_text(losses: Losses, every_unit: bool = False) -> str:
     elif formats:
         parts += [_formats(losses), _by_kind(losses), _by_layer(losses), _units(losses)]
     lines = [f"{len(profile.unquantized)} tensors unquantized, {profile.unquantized_bytes:,} bytes"]
+    if profile.tier == "weights":
+        lines.append(
+            "rough: the weights' relative errors alone, without text; --tier curvature predicts nats per token"
+        )
+    if profile.around:
+        lines.append(f"measured one at a time, all other units as in {profile.around}")
+    if profile.check:
+        rank = "–" if profile.check.spearman is None else f"{profile.check.spearman:.3f}"
+        lines.append(
+            f"{len(profile.check.rows)} units measured alone: Spearman rank correlation with predictions {rank};"
+            f" predictions rescaled by {profile.check.ratio:.3f}, the median of measured over predicted"
+        )
     for row in profile.kv_cache:
         lines.append(f"KV cache in {row.format}: KL {with_error(f'{row.kl:.5f}', row.kl_se)}")
     if formats and not every_unit:

@@ -142,10 +142,11 @@ def ranking_data(losses: Losses) -> dict[str, list]:
 
 def agreement(losses: Losses) -> tuple[list[PageFigure], list[PageTable]]:
     """Predicted against measured, where units were measured one at a time."""
+    check = losses.profile.check
+    measured = check.rows if check else [row for rows in losses.rows.values() for row in rows.values()]
     found = [
-        (f"{unit} in {format}", row.predicted_nll, row.measured_kl, format)
-        for unit, rows in losses.rows.items()
-        for format, row in rows.items()
+        (f"{row.unit} in {row.format}", row.predicted_nll, row.measured_kl, row.format)
+        for row in measured
         if row.measured_kl is not None
     ]
     if len([1 for _, a, b, _ in found if a > 0 and b > 0]) < 3:
