@@ -16,7 +16,7 @@ from bitplan.formats.integers import IntegerFormat
 from bitplan.formats.kv.cache import KV_FORMATS
 from bitplan.formats.scheme import QuantScheme, schemes_for
 from bitplan.formats.table import format_named
-from bitplan.sensitivity.chain import Chain
+from bitplan.sensitivity import ranks
 from bitplan.sensitivity.curvature import sampled
 from bitplan.sensitivity.estimate import RUN_ROWS, estimate, gptq_ratio, relative_error, sample
 from bitplan.sensitivity.graph import Unit
@@ -106,20 +106,25 @@ def _measured(session: Session, rows: Rows, wanted: list[tuple[Unit, QuantScheme
 def measure_units(
     session: Session, wanted: Sequence[tuple[Unit, QuantScheme]], around: Around | None = None
 ) -> tuple[Measured, Reference, Evaluation | None]:
-    """What each pair costs on the search text, the reference, and the evaluation of what they were measured around."""
+    """What each pair costs on the search text, the reference, and the evaluation of what they were measured around. The
+    ranks share the pairs out."""
     units = session.swapper.units
     others = [(units[name], scheme) for name, scheme in around.schemes.items()] if around else []
     reference = Reference(session.model, session.texts.search)
     label = f"-{sha256(around.label, repr(sorted(around.schemes.items())))[:8]}" if around else ""
-    journal = session.weight_cache.folder / f"measured-{session.texts.search.fingerprint[:16]}{label}.jsonl"
+    name = f"measured-{session.texts.search.fingerprint[:16]}{label}"
+    journal = session.weight_cache.folder / f"{name}{f'-{ranks.rank()}' if ranks.world() > 1 else ''}.jsonl"
+    mine = ranks.share(wanted)
     with locked(journal):
-        done = known(journal)
-        session.weight_cache.prepare([*others, *(p for p in wanted if (p[0].name, p[1]) not in done)])
+        done = known(session.weight_cache.folder.glob(f"{name}*.jsonl"))
+        session.weight_cache.prepare([*others, *(p for p in mine if (p[0].name, p[1]) not in done)])
         for unit, scheme in others:
             session.swapper.exchange(unit, session.weight_cache.dequantized(unit, scheme))
         try:
-            prefixes = Prefixes(Chain(session.model, session.graph, session.device), reference)
-            found = measure(session.swapper, session.weight_cache, prefixes, wanted, journal)
+            prefixes = Prefixes(session.chain(), reference)
+            parts = ranks.gathered(measure(session.swapper, session.weight_cache, prefixes, mine, journal, done))
+            whole = {pair: evaluation for part in parts for pair, evaluation in part.items()}
+            found = {pair: whole[pair] for pair in ((unit.name, scheme) for unit, scheme in wanted)}
             return found, reference, prefixes.evaluate(None, None) if around else None
         finally:
             for unit, _ in others:

@@ -2,7 +2,7 @@
 
 The originals stay where transformers loaded them (for safetensors on a CPU, in the file's pages); a segment is copied
 to the device in float32 while it is at work, so that one block is there at a time.
-May import: formats.errors, sensitivity.graph.
+May import: formats.errors, sensitivity.graph/pages.
 """
 
 import copy
@@ -17,8 +17,9 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from bitplan.sensitivity.graph import Graph, Unit
+from bitplan.sensitivity.pages import page_out
 
-LOGIT_BYTES = 64 << 20
+LOGIT_BYTES = 32 << 20
 """What the logits of the tokens that go through the last segment at once may take."""
 BATCH = 8
 """Token blocks that run through a segment at once."""
@@ -57,8 +58,8 @@ class Chain:
     one tensor on, or whose blocks are given more than depends on the text's length, has no blocks here: `why` says so,
     and everything but its lookups is one last segment."""
 
-    def __init__(self, model: PreTrainedModel, graph: Graph, device: str):
-        self.model, self.device = model, device
+    def __init__(self, model: PreTrainedModel, graph: Graph, device: str, paged: bool = False):
+        self.model, self.device, self.paged = model, device, paged
         self.paths = find_blocks(model)
         self.why: str | None = None
         self.tokenwise = False
@@ -124,6 +125,8 @@ class Chain:
                 if buffer is not None:
                     kind = torch.float32 if buffer.is_floating_point() else buffer.dtype
                     owner._buffers[name] = buffer.to(self.device, kind)
+        if self.paged:
+            page_out(module.parameters())
         return made.eval().requires_grad_(False)
 
     def _outside(self) -> PreTrainedModel:

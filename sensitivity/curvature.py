@@ -11,20 +11,22 @@ A = f_v and the gradients of the lookup's output.
 The pass forward keeps each block's input. The pass back runs one block again with gradients inside of it alone, so
 that one block's weights, activations and second moments are in memory at a time; of a moment only vectors stay
 (sensitivity.statistics). After each block its units' statistics and the gradient at its input are on disk: an
-interrupted pass goes on from there. May import: formats, sensitivity.chain/graph/statistics/store/text/trace.
+interrupted pass goes on from there. Of several ranks, each takes
+a part of the text's blocks. May import: formats, sensitivity.
 """
 
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from bitplan.formats.errors import RoundingFailed
+from bitplan.formats.errors import RoundingFailed, UsageError
+from bitplan.sensitivity import ranks
 from bitplan.sensitivity.chain import Chain
 from bitplan.sensitivity.graph import Graph, Unit
 from bitplan.sensitivity.progress import progress
@@ -53,7 +55,7 @@ def sampled(units: Sequence[Unit]) -> tuple[Unit, ...]:
 
 
 def gather(
-    model: PreTrainedModel,
+    chain: Callable[[], Chain],
     graph: Graph,
     units: Sequence[Unit],
     blocks: Blocks,
@@ -61,16 +63,26 @@ def gather(
     device: str = "cpu",
     seed: int = 0,
     memory: int = IN_MEMORY,
+    moments: int = PASS_BYTES,
 ) -> None:
-    """Fill `store` for those of the units that it lacks, one process at a time. Labels are drawn from the model's own
-    predictions (the true Fisher, which is the curvature of KL), with `seed`. Hidden states of more than `memory` bytes
-    lie in files. Raises RoundingFailed where a statistic is not finite."""
+    """Fill `store` for those of the units that it lacks; `chain()` cuts the model, where something is missing. Labels
+    are drawn from the model's own predictions (the true Fisher, which is the curvature of KL), with `seed`. Hidden
+    states of more than `memory` bytes lie in files; second moments of one block take `moments` bytes at once, or as
+    much as one unit's do. The ranks share the text out; of other processes, one works at a time. Raises RoundingFailed
+    where a statistic is not finite."""
     whole = sampled(graph.units)
-    with locked(store.folder):
-        missing = [u for u in units if u not in store or (u in whole and store[u].moment is None)]
+    with locked(store.folder) if ranks.rank() == 0 else nullcontext():
+        lacking = {u.name for u in units if u not in store or (u in whole and store[u].moment is None)}
+        lacking = ranks.gathered(lacking)[0]
+        missing = [unit for unit in units if unit.name in lacking]
         if missing:
-            _Pass(Chain(model, graph, device), graph, missing, whole, blocks.ids, store, device, seed, memory).run()
-            _report_unreached({unit: store[unit].routed for unit in units})
+            _Pass(chain(), graph, missing, whole, blocks.ids, store, device, seed, memory, moments).run()
+            if ranks.rank() == 0:
+                _report_unreached({unit: store[unit].routed for unit in units})
+    if any(unit not in store for unit in units):
+        raise UsageError(
+            f"what rank 0 wrote is not in {store.folder} on this machine: set BITPLAN_CACHE to a folder that all share"
+        )
 
 
 @dataclass
@@ -84,18 +96,30 @@ class _Pass:
     device: str
     seed: int
     memory: int
+    moments: int
+
+    def __post_init__(self) -> None:
+        self.tokens = self.ids.numel()
+        self.numbers = ranks.share(range(len(self.ids)))
+        """Of this rank's text blocks among all."""
+        self.ids = self.ids[self.numbers]
+        self.back = f"back-{ranks.rank()}-of-{ranks.world()}"
+        """Begins the names of what lies on disk while the pass goes on."""
 
     def run(self) -> None:
-        if self.chain.why:
+        if self.chain.why and ranks.rank() == 0:
             print(f"{self.chain.why}: the statistics are gathered with the whole model in memory", file=sys.stderr)
         last = len(self.chain) - 1
         lowest = min(segment for segment in range(last + 1) if self.watched(segment))
         start, gradient, heads = self.resume(last, lowest)
+        if len(set(ranks.gathered(start))) > 1:  # one of them was stopped elsewhere than the others
+            start, gradient, heads = last, None, defaultdict(dict)
         states = self.forward(start)
         for segment in progress(range(start, lowest - 1, -1), desc="statistics", unit="block"):
             below = self.states(states[segment], segment) if segment > lowest else None
             for units in self.parts(self.watched(segment)) or [[]]:
                 sums = self.backward(segment, units, states[segment], gradient, below)
+                ranks.add(tensor for own in sums.values() for tensor in own.values())
                 for unit in units:
                     if segment == last and unit.kind == "tied" and self.chain.paths:
                         heads[unit.name] = sums[unit.name]  # its lookups are still to come
@@ -104,7 +128,8 @@ class _Pass:
             states[segment] = None
             self.keep(segment, last, below, gradient, heads)
             gradient = below
-        for path in self.store.folder.glob("back-*"):
+        ranks.gathered(None)  # a file system may show rank 0's files late; nobody goes on before they are written
+        for path in self.store.folder.glob(f"{self.back}*"):
             path.unlink()
 
     def watched(self, segment: int) -> list[Unit]:
@@ -112,12 +137,12 @@ class _Pass:
         return [unit for unit in self.chain.seen(segment) if unit in self.missing]
 
     def parts(self, units: list[Unit]) -> list[list[Unit]]:
-        """Units whose second moments fit in PASS_BYTES together."""
+        """Units whose second moments fit in `moments` bytes together."""
         parts: list[list[Unit]] = []
-        size = PASS_BYTES + 1
+        size = self.moments + 1
         for unit in units:
             need = 4 * unit.experts * unit.columns**2 if unit.kind != "embedding" else 0
-            if size + need > PASS_BYTES:
+            if size + need > self.moments:
                 parts.append([])
                 size = 0
             parts[-1].append(unit)
@@ -129,7 +154,7 @@ class _Pass:
     def states(self, like: States | None, segment: int) -> States:
         """Where the gradient at a segment's input goes."""
         assert like is not None
-        return States(like.shape, self.store.folder / f"back-{segment}.raw")
+        return States(like.shape, self.store.folder / f"{self.back}-{segment}.raw")
 
     def keep(self, segment: int, last: int, below: States | None, above: States | None, heads: Sums) -> None:
         """Note on disk that a segment and all after it are done."""
@@ -137,15 +162,15 @@ class _Pass:
             return
         if segment == last:
             flat = {f"{name} {kind}": tensor for name, sums in heads.items() for kind, tensor in sums.items()}
-            save_tensors(self.store.folder / "back-heads.safetensors", flat | {"": torch.zeros(0)})
-        write_text(self.store.folder / "back-done.txt", str(segment))
+            save_tensors(self.store.folder / f"{self.back}-heads.safetensors", flat | {"": torch.zeros(0)})
+        write_text(self.store.folder / f"{self.back}-done.txt", str(segment))
         if above is not None and above.path is not None:
             above.path.unlink(missing_ok=True)
 
     def resume(self, last: int, lowest: int) -> tuple[int, States | None, Sums]:
         """The segment to go on with, the gradient at its output, and what is known of tied heads."""
         heads: Sums = defaultdict(dict)
-        done, flat = self.store.folder / "back-done.txt", self.store.folder / "back-heads.safetensors"
+        done, flat = self.store.folder / f"{self.back}-done.txt", self.store.folder / f"{self.back}-heads.safetensors"
         tensors = load_tensors(flat, self.device)
         if not done.exists() or tensors is None:
             return last, None, heads
@@ -157,7 +182,7 @@ class _Pass:
         if segment <= lowest or any(unit.name not in heads for unit in tied):
             return last, None, defaultdict(dict)
         above = [unit for part in range(segment, last + 1) for unit in self.watched(part) if unit not in tied]
-        path = self.store.folder / f"back-{segment}.raw"
+        path = self.store.folder / f"{self.back}-{segment}.raw"
         if above or not path.exists():
             return last, None, defaultdict(dict)
         count, length = self.ids.shape
@@ -232,7 +257,9 @@ class _Pass:
 
     def lose(self, module: nn.Module, x: Tensor, row: Tensor, trace: Trace, index: int) -> None:
         """Run the last segment and the loss back, some tokens at a time."""
-        draws = torch.rand(row.shape[1], generator=torch.Generator().manual_seed(self.seed * 1_000_003 + index))
+        draws = torch.rand(
+            row.shape[1], generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.numbers[index])
+        )
         length, last = row.shape[1], len(self.chain) - 1
         for at in self.chain.pieces(last, length):
             with torch.enable_grad(), trace:
@@ -287,17 +314,18 @@ class _Pass:
 
     def finish(self, unit: Unit, sums: dict[str, Tensor]) -> None:
         """Means over tokens, and what is kept of the moment, on disk."""
-        tokens = self.ids.numel()
         for kind, tensor in sums.items():
             if not tensor.isfinite().all():
                 raise RoundingFailed(f"{unit.name}: its {kind} hold NaN or infinity on the calibration text")
         found = Statistics()
         if "frequencies" in sums:
             found = replace(
-                found, frequencies=sums["frequencies"] / tokens, lookup_gradients=sums["lookup_gradients"] / tokens
+                found,
+                frequencies=sums["frequencies"] / self.tokens,
+                lookup_gradients=sums["lookup_gradients"] / self.tokens,
             )
         if "moment" in sums:
-            moment, routed = sums["moment"] / tokens, sums["routed"]
+            moment, routed = sums["moment"] / self.tokens, sums["routed"]
             gradients = sums["gradients"] / routed.clamp(min=1).unsqueeze(-1)
             found = replace(found, inputs=moment.diagonal(dim1=-2, dim2=-1).clone(), gradients=gradients, routed=routed)
             hessians = found.hessians(moment)
@@ -306,7 +334,8 @@ class _Pass:
             if found.lookup_gradients is not None:
                 lookups = torch.diag(found.lookup_gradients)
                 found = replace(found, lookup_pivots=pivots(hessians[0], lookups))
-        self.store.write(unit, found)
+        if ranks.rank() == 0:
+            self.store.write(unit, found)
 
 
 def _report_unreached(routed: Mapping[Unit, Tensor | None]) -> None:

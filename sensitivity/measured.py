@@ -6,7 +6,7 @@ interrupted measurement goes on where it was. May import: formats.scheme, sensit
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -67,10 +67,10 @@ class Prefixes:
         return self.reference.compare(logits)
 
 
-def known(journal: Path) -> Measured:
-    """What a journal of measurements holds; a line that an interruption cut is left out."""
+def known(journals: Iterable[Path]) -> Measured:
+    """What journals of measurements hold; a line that an interruption cut is left out."""
     results: Measured = {}
-    for line in journal.read_text().splitlines() if journal.exists() else []:
+    for line in [line for path in journals for line in path.read_text(encoding="utf-8").splitlines()]:
         try:
             entry = json.loads(line)
         except ValueError:
@@ -85,12 +85,13 @@ def measure(
     prefixes: Prefixes,
     wanted: Sequence[tuple[Unit, QuantScheme]],
     journal: Path,
+    done: Measured,
 ) -> Measured:
-    """Evaluate the model with one unit in one scheme, for each wanted pair, in the order of the data flow. `journal`
-    holds what is known already. Codes must have been prepared, since the model's weights may be exchanged here."""
-    results = known(journal)
+    """Evaluate the model with one unit in one scheme, for each wanted pair that is not among those `done`, and append
+    it to `journal`. Codes must have been prepared, since the model's weights may be exchanged here."""
+    results = dict(done)
     journal.parent.mkdir(parents=True, exist_ok=True)
-    with journal.open("a") as file:
+    with journal.open("a", encoding="utf-8") as file:
         for unit, scheme in progress(wanted, desc="measuring", unit="format"):
             if (unit.name, scheme) in results:
                 continue

@@ -10,16 +10,18 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import bitplan
 from bitplan.formats.errors import ModelUnreadable, PlanMismatch, UsageError
+from bitplan.formats.sizes import format_bytes
 from bitplan.sensitivity import source as sources
-from bitplan.sensitivity.chain import Chain
+from bitplan.sensitivity.chain import Chain, find_blocks
 from bitplan.sensitivity.curvature import gather
 from bitplan.sensitivity.graph import ON_REQUEST, Graph, Unit, build_graph
 from bitplan.sensitivity.moments import moments
+from bitplan.sensitivity.pages import page_out_after
 from bitplan.sensitivity.profile import ModelFacts, Provenance, TextFacts, TextPart
 from bitplan.sensitivity.source import Source
 from bitplan.sensitivity.statistics import StatisticsStore
@@ -29,6 +31,10 @@ from bitplan.sensitivity.texts.text import Blocks, Texts
 from bitplan.sensitivity.weight_cache import WeightCache, mark_workspace, workspace
 
 SEED = 0
+PROGRAM = 600 << 20
+"""Bytes that Python, torch and transformers take by themselves, about."""
+PART = 8
+"""Hidden states in memory, and the second moments gathered at once, take this part of a memory limit each."""
 PARTS = ("calibration", "search", "heldout")
 
 
@@ -49,11 +55,18 @@ class Session:
     """Where the cache keeps what is known of this model with this text."""
     whole: bool = True
     """The model is on the device as it runs; otherwise it stays where transformers loads it, on the CPU."""
+    memory: int | None = None
+    """Bytes that this process may take, where a person set them: weights are then read a block at a time."""
+
+    def chain(self) -> Chain:
+        """The model cut into segments, which run alone."""
+        return Chain(self.model, self.graph, self.device, paged=self.memory is not None)
 
     def gather(self, units: Sequence[Unit] | None = None) -> None:
         """Make sure of the statistics of all units, or of these. Raises RoundingFailed."""
         units = self.graph.units if units is None else units
-        gather(self.model, self.graph, units, self.texts.calibration, self.store, self.device, SEED)
+        part = {} if self.memory is None else {"memory": self.memory // PART, "moments": self.memory // PART}
+        gather(self.chain, self.graph, units, self.texts.calibration, self.store, self.device, SEED, **part)
 
     @property
     def compared(self) -> Path:
@@ -78,13 +91,24 @@ def pick_device(device: str) -> str:
 
 
 def open_session(
-    source: Source, session_texts: Texts, keep: tuple[str, ...] = (), device: str = "auto", whole: bool = True
+    source: Source,
+    session_texts: Texts,
+    keep: tuple[str, ...] = (),
+    device: str = "auto",
+    whole: bool = True,
+    memory: int | None = None,
 ) -> Session:
     """Load the model, in float32 on a CPU and in its own type elsewhere; not `whole`: as the checkpoint has it, for
-    work that takes one block at a time to the device. Raises ModelUnreadable, UsageError."""
+    work that takes one block at a time to the device. `memory`: bytes that this process may take; the model is then not
+    whole, and what has been read of its file is given back. Raises ModelUnreadable, UsageError."""
     sources.refuse_quantized(source)
     device = pick_device(device)
+    whole = whole and memory is None
     model = sources.load_model(source, device if whole else "cpu")
+    if memory is not None:
+        blocks_of = [model.get_submodule(path) for path in find_blocks(model)]
+        _refuse_memory(model, blocks_of, memory)
+        page_out_after(blocks_of)
     dtype = str(model.dtype).removeprefix("torch.")
     graph = build_graph(model, keep)
     if not graph.units:
@@ -103,14 +127,31 @@ def open_session(
     folder = workspace(source.weights_sha256, source.config_sha256, session_texts.calibration.fingerprint, SEED, kept)
     mark_workspace(folder, source.model)
     store = StatisticsStore(folder / "statistics", device)
-    swapper = WeightSwapper(model, graph.units)
+    paged = memory is not None
+    swapper = WeightSwapper(model, graph.units, paged)
 
     def whole_moments(units: list[Unit]) -> Iterator[tuple[Unit, Tensor]]:
-        yield from moments(Chain(model, graph, device), graph, units, session_texts.calibration.ids)
+        yield from moments(Chain(model, graph, device, paged), graph, units, session_texts.calibration.ids)
 
     weight_cache = WeightCache(folder, swapper.weight, store, whole_moments)
     facts = _describe(source, session_texts, dtype, model.num_parameters(), device)
-    return Session(source, session_texts, model, graph, swapper, weight_cache, store, facts, device, folder, whole)
+    return Session(
+        source, session_texts, model, graph, swapper, weight_cache, store, facts, device, folder, whole, memory
+    )
+
+
+def _refuse_memory(model: PreTrainedModel, blocks: Sequence[nn.Module], memory: int) -> None:
+    """Raises UsageError where what lies outside of the blocks, the largest block, its largest second moment with its
+    factors, and this program itself take more than `memory` bytes."""
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    outside = sum(p.numel() for p in model.parameters()) - sum(sizes)
+    widest = max((p.shape[-1] for block in blocks for p in block.parameters() if p.ndim > 1), default=0)
+    need = PROGRAM + 4 * outside + 6 * max(sizes, default=0) + 4 * 4 * widest**2
+    if need > memory:
+        raise UsageError(
+            f"--max-memory {format_bytes(memory)}: this model needs about {format_bytes(need)} (its largest block, what"
+            " lies outside of its blocks, and second moments): give that, or leave the limit out"
+        )
 
 
 def load_reference(source: Source, device: str = "auto") -> PreTrainedModel:

@@ -1,16 +1,22 @@
-"""Exchanges units' weights in a full-precision model, and restores them. May import: formats, sensitivity.graph."""
+"""Exchanges units' weights in a full-precision model, and restores them.
+
+May import: formats, sensitivity.graph/pages.
+"""
 
 from torch import Tensor, nn
 
 from bitplan.formats.modules import canonical, is_transposed
 from bitplan.sensitivity.graph import Unit
+from bitplan.sensitivity.pages import page_out
 
 
 class WeightSwapper:
     """A full-precision model whose units' weights can be exchanged and put back."""
 
-    def __init__(self, model: nn.Module, units: tuple[Unit, ...]):
+    def __init__(self, model: nn.Module, units: tuple[Unit, ...], paged: bool = False):
         self.model = model
+        self.paged = paged
+        """A weight's pages are given back once it is copied."""
         self.units = {unit.name: unit for unit in units}
         parameters = dict(model.named_parameters(remove_duplicate=False))
         self._parameters = {unit.name: parameters[unit.parameter] for unit in units}
@@ -19,7 +25,10 @@ class WeightSwapper:
 
     def weight(self, unit: Unit) -> Tensor:
         """The original weight, float32 [experts * rows, columns]."""
-        return canonical(self._originals[unit.name], self._transposed[unit.name]).float()
+        weight = canonical(self._originals[unit.name], self._transposed[unit.name]).float()
+        if self.paged and weight.data_ptr() != self._originals[unit.name].data_ptr():
+            page_out([self._originals[unit.name]])
+        return weight
 
     def exchange(self, unit: Unit, weight: Tensor) -> None:
         """Put a float weight [experts * rows, columns] in the place of the unit's."""

@@ -26,7 +26,7 @@ def gathered(name, tmp_path):
     model = tiny.build(name)
     graph = build_graph(model)
     store = StatisticsStore(tmp_path)
-    gather(model, graph, graph.units, Blocks(IDS), store, seed=5)
+    gather(lambda: Chain(model, graph, "cpu"), graph, graph.units, Blocks(IDS), store, seed=5)
     return model, {unit.name: unit for unit in graph.units}, store
 
 
@@ -231,9 +231,9 @@ class TestThePass:
         _, units, whole = gathered(name, tmp_path)
         model = tiny.build(name)
         graph = build_graph(model, ("*.q_proj",))
-        gather(model, graph, graph.units, Blocks(IDS), whole, seed=5)
+        gather(lambda: Chain(model, graph, "cpu"), graph, graph.units, Blocks(IDS), whole, seed=5)
         alone = StatisticsStore(tmp_path / "alone")
-        gather(model, graph, graph.units, Blocks(IDS), alone, seed=5)
+        gather(lambda: Chain(model, graph, "cpu"), graph, graph.units, Blocks(IDS), alone, seed=5)
         assert all(whole[unit].moment is not None for unit in sampled(graph.units))
         self.same({unit.name: units[unit.name] for unit in graph.units}, alone, whole)
 

@@ -36,6 +36,11 @@ def build_parser() -> argparse.ArgumentParser:
         " alone quantized (slow); weights: the weights' relative errors, without a pass (rough)",
     )
     audit.add_argument(
+        "--max-memory",
+        metavar="SIZE",
+        help="memory of this process, such as 2GiB: weights are read a block at a time; nothing is measured",
+    )
+    audit.add_argument(
         "--around", metavar="WHAT", help="with --tier measured: all other units in this format, or as in this plan file"
     )
     audit.add_argument(

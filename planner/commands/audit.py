@@ -6,17 +6,19 @@ from pathlib import Path
 from bitplan.formats.errors import UsageError
 from bitplan.formats.rounding import rounding_alone
 from bitplan.formats.scheme import QuantScheme, schemes_for
+from bitplan.formats.sizes import parse_size
 from bitplan.formats.table import format_named
 from bitplan.planner.commands.common import candidate_formats, emit, log, texts_of
 from bitplan.planner.plan import Plan
 from bitplan.planner.report.audit_text import audit_text
 from bitplan.planner.report.losses import losses_of, profile_csv
 from bitplan.planner.report.page.render import refuse_without_report, render
+from bitplan.sensitivity import ranks
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.audit import Around, audit, audit_cache
 from bitplan.sensitivity.profile import read, write
 from bitplan.sensitivity.profile_cache import remember
-from bitplan.sensitivity.session import Session, open_session
+from bitplan.sensitivity.session import Session, open_session, pick_device
 from bitplan.sensitivity.store import refuse_overwrite, write_text
 
 
@@ -49,10 +51,24 @@ def run(arguments: Namespace) -> None:
         raise UsageError("--around says what all other units are while one is measured: give --tier measured too")
     menu = candidate_formats(arguments)
     source = sources.find(arguments.model, trust_remote_code=arguments.trust_remote_code)
-    session = open_session(source, texts_of(arguments, source), tuple(arguments.keep), arguments.device)
+    memory = parse_size(arguments.max_memory) if arguments.max_memory else None
+    if memory and arguments.tier == "measured":
+        raise UsageError("--tier measured runs the whole model: leave --max-memory out, or take another --tier")
+    device = ranks.start(pick_device(arguments.device))
+    session = open_session(source, texts_of(arguments, source), tuple(arguments.keep), device, memory=memory)
+    ranks.refuse_disagreement(
+        model=session.source.weights_sha256 + session.source.config_sha256,
+        text=session.texts.calibration.fingerprint + session.texts.search.fingerprint,
+        formats=str(menu),
+        versions=str(session.provenance.versions),
+    )
     around = around_of(arguments.around, session, arguments.rounding) if arguments.around else None
-    profile = audit(session, menu, arguments.rounding, arguments.tier, around, arguments.check)
-    if arguments.tier != "weights":
+    profile = audit(session, menu, arguments.rounding, arguments.tier, around, 0 if memory else arguments.check)
+    if ranks.rank():
+        return
+    if memory:
+        log("--max-memory: nothing is measured, neither a sample of units nor the KV cache's formats")
+    elif arguments.tier != "weights":
         profile = profile.model_copy(update={"kv_cache": audit_cache(session)})
     if arguments.output:
         write(arguments.output, profile)
