@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 
 .PHONY: setup test lint demo wheel-smoke test-lowest plans bench-prediction bench-rounding bench-one-bit bench-layout \
-	bench-exports bench-memory bench-speed bench-compare bench-interval
+	bench-exports bench-audit bench-memory bench-speed bench-compare bench-interval
 
 setup: $(VENV)/.done
 
@@ -78,6 +78,10 @@ bench-speed: setup
 # Rank correlation of predicted losses with those measured for each unit alone (about 4 minutes).
 bench-prediction: setup
 	$(BIN)/python -m benchmarks.prediction
+
+# Seconds and peak memory of an audit by tier and model size (10 minutes). ALSO="--sizes 1500", ALSO="--tiers measured"
+bench-audit: setup
+	$(BIN)/python -m benchmarks.audit $(ALSO)
 
 # Ten rows of `bitplan compare` from an empty cache, on the bundled task; its plot is docs/frontier.svg (5 minutes).
 bench-compare: setup

@@ -56,11 +56,12 @@ def find_blocks(model: nn.Module) -> list[str]:
 class Chain:
     """Segments 0 (before the blocks), 1…n (the blocks), n + 1 (after them). A model whose blocks do not simply hand
     one tensor on, or whose blocks are given more than depends on the text's length, has no blocks here: `why` says so,
-    and everything but its lookups is one last segment."""
+    and everything but its lookups is one last segment. So it is on request too: not `cut`."""
 
-    def __init__(self, model: PreTrainedModel, graph: Graph, device: str, paged: bool = False):
+    def __init__(self, model: PreTrainedModel, graph: Graph, device: str, paged: bool = False, cut: bool = True):
         self.model, self.device, self.paged = model, device, paged
-        self.paths = find_blocks(model)
+        self.cut = cut
+        self.paths = find_blocks(model) if cut else []
         self.why: str | None = None
         self.tokenwise = False
         """What follows the blocks can run on some of the tokens alone."""
@@ -129,7 +130,14 @@ class Chain:
             page_out(module.parameters())
         return made.eval().requires_grad_(False)
 
+    def _here(self, module: nn.Module) -> bool:
+        """Whether a module is float32 on the device already."""
+        tensors = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+        return all(t.dtype == torch.float32 and t.device == torch.device(self.device) for t in tensors)
+
     def _outside(self) -> PreTrainedModel:
+        if not self.cut and self._here(self.model):
+            return self.model
         made = self._copy(self.model, [self.model.get_submodule(path) for path in self.paths])
         assert isinstance(made, PreTrainedModel)
         return made
@@ -139,9 +147,7 @@ class Chain:
         it is that already, not to be changed."""
         if 0 < segment <= len(self.paths):
             block = self.model.get_submodule(self.paths[segment - 1])
-            tensors = [t for t in (*block.parameters(), *block.buffers()) if t.is_floating_point()]
-            here = all(t.dtype == torch.float32 and t.device == torch.device(self.device) for t in tensors)
-            return block if own and here else self._copy(block, [])
+            return block if own and self._here(block) else self._copy(block, [])
         return self.outer
 
     def local(self, segment: int, parameter: str) -> str:

@@ -28,7 +28,7 @@ from bitplan.formats.table import format_named
 from bitplan.sensitivity.graph import Unit
 from bitplan.sensitivity.statistics import Statistics
 
-ROWS = 256
+ROWS = 128
 """Rows of a unit that are rounded to score a format."""
 RUN_ROWS = 64
 """Rows on which GPTQ itself is run."""

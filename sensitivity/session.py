@@ -6,6 +6,7 @@ May import: formats, sensitivity, bitplan for its version.
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from bitplan.sensitivity.pages import page_out_after
 from bitplan.sensitivity.profile import ModelFacts, Provenance, TextFacts, TextPart
 from bitplan.sensitivity.source import Source
 from bitplan.sensitivity.statistics import StatisticsStore
+from bitplan.sensitivity.store import IN_MEMORY
 from bitplan.sensitivity.swapper import WeightSwapper
 from bitplan.sensitivity.texts import text as texts
 from bitplan.sensitivity.texts.text import Blocks, Texts
@@ -58,15 +60,19 @@ class Session:
     memory: int | None = None
     """Bytes that this process may take, where a person set them: weights are then read a block at a time."""
 
-    def chain(self) -> Chain:
-        """The model cut into segments, which run alone."""
-        return Chain(self.model, self.graph, self.device, paged=self.memory is not None)
+    def chain(self, cut: bool = True) -> Chain:
+        """The model cut into segments, which run alone; or as one."""
+        return Chain(self.model, self.graph, self.device, paged=self.memory is not None, cut=cut)
 
     def gather(self, units: Sequence[Unit] | None = None) -> None:
         """Make sure of the statistics of all units, or of these. Raises RoundingFailed."""
         units = self.graph.units if units is None else units
         part = {} if self.memory is None else {"memory": self.memory // PART, "moments": self.memory // PART}
-        gather(self.chain, self.graph, units, self.texts.calibration, self.store, self.device, SEED, **part)
+        leads = {self.graph.readers.get(unit.name, unit.name): unit for unit in self.graph.units}
+        moments = sum(4 * unit.experts * unit.columns**2 for unit in leads.values())
+        # A model in memory whose moments are small is not cut: that saves running every block a second time.
+        chain = partial(self.chain, cut=not self.whole or moments > IN_MEMORY)
+        gather(chain, self.graph, units, self.texts.calibration, self.store, self.device, SEED, **part)
 
     @property
     def compared(self) -> Path:

@@ -1,0 +1,117 @@
+"""What an audit takes, by tier, over the size of a model of random weights. `make bench-audit`.
+
+Each row is a process of its own: seconds without loading the model, and peak resident memory. "forward + backward" is
+one plain pass over the same text with transformers alone, in float32, as the audit computes: the ratio is to it.
+`--sizes` takes millions of parameters (60, 250, 1500), `--tiers` the rows. May import: everything.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.machine import described
+
+SIZES = {60: (512, 1408, 14, 8192), 250: (1024, 2816, 20, 8192), 1500: (2048, 5632, 32, 32000)}
+"""Millions of parameters → hidden size, intermediate size, layers, vocabulary."""
+TIERS = ("forward + backward", "curvature", "curvature, 2 GiB", "curvature, two ranks", "weights", "measured")
+FORMATS = "int8,int6-g64,int5-g64,int4-g32,int4-g64,int4-g128,int3-g32,int3-g64,int3-g128,int2-g32,int2-g64,nf4"
+
+
+def make(folder: Path, millions: int) -> None:
+    """A Llama of random bf16 weights, with a byte tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from tests.tiny import tokenizer
+
+    hidden, intermediate, layers, vocabulary = SIZES[millions]
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 256,
+        vocab_size=vocabulary,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+
+
+def work(model: Path, tier: str, tokens: int) -> None:
+    """One row, in this process: prints seconds on stdout."""
+    import torch
+
+    from bitplan.sensitivity import ranks
+    from bitplan.sensitivity import source as sources
+    from bitplan.sensitivity.audit import audit
+    from bitplan.sensitivity.session import open_session, read_texts
+
+    source = sources.find(model)
+    texts = read_texts(source, tokens=tokens, length=512)
+    device = ranks.start("cpu")
+    if tier == "forward + backward":
+        whole = sources.load_model(source).float()
+        whole.get_input_embeddings().register_forward_hook(lambda m, a, out: out.requires_grad_())
+        began = time.perf_counter()
+        for ids in texts.calibration.ids.split(1):
+            logits = whole(input_ids=ids, use_cache=False).logits[0, :-1].float()
+            torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
+    else:
+        session = open_session(source, texts, device=device, memory=2 << 30 if "GiB" in tier else None)
+        began = time.perf_counter()
+        audit(session, tuple(FORMATS.split(",")), tier=tier.partition(",")[0])
+    if ranks.rank() == 0:
+        print(json.dumps(time.perf_counter() - began))
+
+
+def measured(model: Path, tier: str, tokens: int) -> tuple[float, float]:
+    """Seconds, and peak resident MiB of the largest process."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if "ranks" in tier else []
+    command = [sys.executable, *launch, "-m", "benchmarks.audit", "--work", tier, "--model", str(model)]
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "BITPLAN_CACHE": cache, "OMP_NUM_THREADS": "1" if launch else "2"}
+        child = subprocess.Popen(
+            [*command, "--tokens", str(tokens)], stdout=subprocess.PIPE, env=environment, text=True
+        )
+        assert child.stdout is not None
+        out = child.stdout.read()
+        _, status, usage = os.wait4(child.pid, 0)
+    if status:
+        raise SystemExit(f"{tier} on {model.name} failed")
+    return json.loads(out.strip().splitlines()[-1]), usage.ru_maxrss / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--sizes", type=int, nargs="+", default=[60, 250], choices=list(SIZES))
+    parser.add_argument("--tiers", nargs="+", default=list(TIERS[:-1]), choices=TIERS)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--work", choices=TIERS, help=argparse.SUPPRESS)
+    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.work:
+        work(arguments.model, arguments.work, arguments.tokens)
+        return
+    print(f"{described()}; {arguments.tokens} calibration tokens, {FORMATS.count(',') + 1} formats")
+    print(f"{'million parameters':>18}  {'tier':22} {'seconds':>9} {'ratio':>6} {'peak MiB':>9}")
+    for millions in arguments.sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            make(Path(folder), millions)
+            plain = None
+            for tier in arguments.tiers:
+                seconds, peak = measured(Path(folder), tier, arguments.tokens)
+                plain = plain or (seconds if tier == "forward + backward" else None)
+                ratio = f"{seconds / plain:.2f}" if plain else "–"
+                print(f"{millions:>18}  {tier:22} {seconds:>9.1f} {ratio:>6} {peak:>9.0f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
