@@ -225,7 +225,9 @@ class _Pass:
         at its inputs written to `below`."""
         module = self.chain.module(segment, own=True)
         parameters = dict(module.named_parameters(remove_duplicate=False))
-        watched = {unit.parameter: parameters[self.chain.local(segment, unit.parameter)] for unit in units}
+        watched: dict[str, Tensor] = {
+            unit.parameter: parameters[self.chain.local(segment, unit.parameter)] for unit in units
+        }
         last = segment == len(self.chain) - 1
         sums = self.zeros(units, lookups=segment == 0 or not self.chain.paths, products=segment > 0)
         seen = partial(self.seen, {unit.parameter: unit for unit in units}, sums)
