@@ -16,8 +16,9 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
 	touch $@
 
+# Files go to the workers whole, the longest first (tests/conftest.py).
 test: setup
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff format --check .
@@ -34,7 +35,7 @@ wheel-smoke: setup
 
 # The tests on the lowest transformers, optuna and pydantic that pyproject.toml names.
 test-lowest: $(LOWEST)/.done
-	$(LOWEST)/bin/python -m pytest -n auto --dist loadfile
+	$(LOWEST)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 $(LOWEST)/.done: pyproject.toml constraints.txt constraints-lowest.txt
 	$(PYTHON) -m venv $(LOWEST)

@@ -1,4 +1,5 @@
 import os
+from dataclasses import replace
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,6 +12,7 @@ from hypothesis import settings
 
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.session import Session, open_session, read_texts
+from bitplan.sensitivity.texts.text import Texts
 from tests import tiny
 
 torch.set_num_threads(1)
@@ -41,16 +43,23 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="session")
 def session_of(checkpoint):
-    """session_of(name, dtype) → an opened session on little text."""
+    """session_of(name, dtype) → an opened session on little text, which is the same for all: they share a tokenizer."""
+    made: list[Texts] = []
 
     def get(name: str, dtype: torch.dtype = torch.float32) -> Session:
         source = sources.find(checkpoint(name, dtype))
-        return open_session(source, read_texts(source, tokens=1024, length=64), device="cpu")
+        if not made:
+            made.append(read_texts(source, tokens=1024, length=64))
+        return open_session(source, replace(made[0]), device="cpu")
 
     return get
 
 
+LONGEST = ("test_readme.py", "test_cli.py", "test_sequence.py", "test_pretrained.py", "test_kernels.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -10,6 +10,13 @@ from pathlib import Path
 import pytest
 
 from bitplan.planner.cli import main
+from bitplan.planner.demo import CALIBRATION, HELDOUT, MODEL
+from bitplan.planner.load import load, resident_bytes
+from bitplan.planner.plan import Plan
+from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.loss import Reference
+from bitplan.sensitivity.profile import read
+from bitplan.sensitivity.session import load_reference, read_texts
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -35,6 +42,18 @@ def test_commands(page, place, monkeypatch, capsys):
         code, (out, err) = main(words), capsys.readouterr()
         assert code == 0, f"{line}\n{err}"
         assert out, line
+
+
+def test_a_bundled_plan_is_what_it_says():
+    """Its codes are those that the README's `apply` has made in this cache."""
+    plan, source = read(ROOT / "plans" / "demo-4-bpw.json", Plan), sources.find(MODEL)
+    heldout = read_texts(source, files=[CALIBRATION], heldout=[HELDOUT]).heldout
+    assert heldout.fingerprint == plan.provenance.text.heldout.sha256
+    model = load(plan, MODEL, device="cpu", text=[CALIBRATION])
+    assert resident_bytes(model) == plan.bytes
+    # Another processor adds in another order: codes on an edge may fall otherwise.
+    kl = Reference(load_reference(source, "cpu"), heldout).evaluate(model).kl
+    assert kl == pytest.approx(plan.measured.kl, rel=0.05)
 
 
 @pytest.mark.parametrize("page", [name for name, lines in SNIPPETS.items() if lines])

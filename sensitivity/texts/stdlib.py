@@ -4,8 +4,10 @@ Whole modules are held out, so nothing that trains, calibrates or chooses ever s
 May import: the standard library only.
 """
 
+import os
 import random
 import sysconfig
+from functools import cache
 from pathlib import Path
 
 HELD_OUT = (
@@ -28,15 +30,20 @@ TESTS = ("test", "tests", "idle_test", "dist-packages")
 CALIBRATION_SEED = 1234
 
 
+@cache
 def sources() -> dict[str, Path]:
     """Every hand-written module of the running Python, by its path under the library's folder, sorted."""
     root = Path(sysconfig.get_path("stdlib"))
-    found = {}
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root).as_posix()
-        if not name.startswith(GENERATED) and not set(path.relative_to(root).parts) & set(TESTS):
-            found[name] = path
-    return found
+    found = []
+    for folder, inner, files in os.walk(root):
+        at = Path(folder)
+        # What is left out is not walked either: site-packages may hold a hundred times as many files.
+        inner[:] = [
+            n for n in inner if n not in TESTS and not (at / n).relative_to(root).as_posix().startswith(GENERATED)
+        ]
+        found += [at / name for name in files if name.endswith(".py")]
+    names = {path.relative_to(root).as_posix(): path for path in sorted(found)}
+    return {name: path for name, path in names.items() if not name.startswith(GENERATED)}
 
 
 def training_documents() -> list[str]:
@@ -52,8 +59,11 @@ def held_out_documents() -> list[str]:
 
 def calibration_text(characters: int = 600_000) -> str:
     """Training modules in a fixed shuffled order, cut at `characters`: the text where none is given."""
-    documents = training_documents()
-    random.Random(CALIBRATION_SEED).shuffle(documents)
+    paths = [path for name, path in sources().items() if name not in HELD_OUT]
+    random.Random(CALIBRATION_SEED).shuffle(paths)
+    documents: list[str] = []
+    while paths and sum(len(document) + 1 for document in documents) <= characters:
+        documents.append(read(paths.pop(0)))
     return "\n".join(documents)[:characters]
 
 
