@@ -23,12 +23,12 @@ from bitplan.planner.load import load_planned
 from bitplan.planner.report.tables import table
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.progress import progress
+from bitplan.sensitivity.reading import read_text
 from bitplan.sensitivity.session import open_session, read_texts
 from bitplan.sensitivity.tasks.paired import paired
 from bitplan.sensitivity.tasks.question import Question
 from bitplan.sensitivity.tasks.score import score
 from bitplan.sensitivity.tasks.task import Task, make_task
-from bitplan.sensitivity.texts.text import read_file
 
 ITEMS, REPETITIONS, PAIRS = 200, 1000, (50, 200)
 FORMATS = ("int8", "int4-g64", "int2-g64")
@@ -57,7 +57,7 @@ def values(model: str, text: Path) -> dict[tuple[str, str], tuple[Tensor, Tensor
     tokenizer, length = sources.load_tokenizer(source), sources.block_length(source, 1 << 20)
     session = open_session(source, read_texts(source, files=[text], tokens=2048), device="cpu")
     tasks: dict[str, Task] = {
-        measure: make_task(measure, asked, tokenizer, length) for measure, asked in questions(read_file(text)).items()
+        measure: make_task(measure, asked, tokenizer, length) for measure, asked in questions(read_text(text)).items()
     }
     base = {measure: score(session.model, task).values for measure, task in tasks.items()}
     plans = [(name, uniform_plan(session, name, "nearest")) for name in FORMATS]

@@ -1,4 +1,4 @@
-"""The exceptions that bitplan raises for failures a user can correct. Imported everywhere; imports nothing.
+"""The exceptions that bitplan raises for failures a user can correct. May import: the standard library.
 
 BitplanError              exit code 1
 ├── UsageError            exit code 2: an invalid argument or option
@@ -13,11 +13,21 @@ BitplanError              exit code 1
 └── RoundingFailed        NaN weights, or a Hessian that is singular at any damping
 """
 
+import re
+
+SCREENFUL = 2000
+"""Characters of a line that is printed; a longer one is cut."""
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What moves a terminal's cursor, changes its colours or the order of letters, or cannot be encoded."""
+
 
 class BitplanError(Exception):
     """Base class. The message is one sentence: what was requested, what is possible, what to change."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class UsageError(BitplanError):
@@ -63,3 +73,10 @@ class RoundingFailed(BitplanError):
 def first_line(error: Exception) -> str:
     """The first line of another library's error message, or the name of its type if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def printable(text: str) -> str:
+    """Text that may hold what a stranger wrote, as a terminal can show it: control characters are written as escapes,
+    and a line longer than a screenful is cut."""
+    lines = UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], text).split("\n")
+    return "\n".join(line if len(line) <= SCREENFUL else f"{line[:SCREENFUL]}…" for line in lines)

@@ -10,7 +10,7 @@ import sys
 import warnings
 from importlib import import_module
 
-from bitplan.formats.errors import BitplanError
+from bitplan.formats.errors import BitplanError, printable
 from bitplan.planner.commands.arguments import build_parser
 
 
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:  # one line; the traceback is shown on request
         if os.environ.get("BITPLAN_DEBUG"):
             raise
-        print(f"bitplan: {_unexpected(error)}", file=sys.stderr)
+        print(f"bitplan: {printable(_unexpected(error))}", file=sys.stderr)
         return 1
 
 

@@ -1,20 +1,32 @@
 """The plan file: allocation, prediction, measurement, provenance. May import: formats, sensitivity.profile."""
 
-from collections import Counter
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import FailFast, Field, model_validator
 
 from bitplan.formats.kv.cache import KV_FORMATS
 from bitplan.formats.rounding import ROUNDINGS
 from bitplan.formats.scheme import QuantScheme
 from bitplan.formats.table import DTYPES, FORMATS
-from bitplan.sensitivity.profile import Bytes, ModelFacts, Name, Provenance, Strict, UnitEntry, UnquantizedEntry
+from bitplan.sensitivity.profile import (
+    Bytes,
+    ModelFacts,
+    Name,
+    Nats,
+    Provenance,
+    Sha256,
+    Size,
+    Strict,
+    Text,
+    UnitEntry,
+    UnquantizedEntry,
+    refuse_untrue_tensors,
+)
 
 
 class PlannedUnit(UnitEntry):
-    format: str
-    rounding: str
+    format: Text
+    rounding: Text
     bytes: Bytes
 
     @property
@@ -30,7 +42,7 @@ class PlannedUnit(UnitEntry):
 class Budget(Strict):
     """The budget as requested, and its bytes for weights; for a device, also the terms subtracted from its memory."""
 
-    requested: str
+    requested: Text
     weights: Bytes
     device: Bytes | None = None
     kv_cache: Bytes | None = None
@@ -42,10 +54,10 @@ class Workload(Strict):
     """How the model is used: `batch` sequences of `context` tokens, prompts read `prefill_chunk` tokens at a time, keys
     and values cached in `kv_format`. Without a context the memory beside the weights is not budgeted."""
 
-    kv_format: str = "native"
-    context: int | None = Field(default=None, ge=1)
-    batch: int = Field(default=1, ge=1)
-    prefill_chunk: int | None = Field(default=None, ge=1)
+    kv_format: Text = "native"
+    context: Size | None = None
+    batch: Size = 1
+    prefill_chunk: Size | None = None
 
 
 NATIVE_WORKLOAD = Workload()
@@ -55,44 +67,44 @@ class KVCacheLoss(Strict):
     """The KV cache's format with full-precision weights, on the held-out text. Nats per token; one block of text has
     no standard error."""
 
-    kl: float
-    kl_se: float | None
+    kl: Nats
+    kl_se: Nats | None
 
 
 class Predicted(Strict):
     """Nats per token above full precision, by the profile; no allocation within the budget has less than `bound`."""
 
-    nll: float
-    bound: float
+    nll: Nats
+    bound: Nats
 
 
 class TaskMeasured(Strict):
     """A model on the held-out items of a task, beside full precision on the same items."""
 
-    items: int
-    baseline: float
+    items: Size
+    baseline: Nats
     """Full precision's accuracy, or its nats per token where the task is text."""
-    quantized: float
-    difference: float
-    low: float
-    high: float
+    quantized: Nats
+    difference: Nats
+    low: Nats
+    high: Nats
     """A 95 % interval of the paired difference."""
-    loss: float
+    loss: Nats
     """Mean nats an item above full precision, which the search makes least (`sensitivity.score.losses`)."""
-    loss_se: float
+    loss_se: Nats
 
 
 class Measured(Strict):
     """The materialised model on the held-out text, beside the full-precision model. Nats per token; one block
     of text has no standard errors."""
 
-    tokens: int
-    nll: float
+    tokens: Size
+    nll: Nats
     ppl: float
-    delta_nll: float
-    delta_nll_se: float | None
-    kl: float
-    kl_se: float | None
+    delta_nll: Nats
+    delta_nll_se: Nats | None
+    kl: Nats
+    kl_se: Nats | None
     task: TaskMeasured | None = None
 
     @property
@@ -104,31 +116,31 @@ class Measured(Strict):
 class Uniform(Strict):
     """The best plan of one format that fits the same bytes."""
 
-    format: str
-    rounding: str
+    format: Text
+    rounding: Text
     bytes: Bytes
-    predicted_nll: float
+    predicted_nll: Nats
     measured: Measured | None = None
 
 
 class TaskFacts(Strict):
     """The task that a plan was searched for: which items, and how many chose and were reported."""
 
-    name: str
+    name: Text
     kind: Literal["choice", "exact", "text"]
-    sha256: str
-    search_items: int
-    heldout_items: int
+    sha256: Sha256
+    search_items: Size
+    heldout_items: Size
 
 
 class Search(Strict):
     """Losses are KL on the search text in nats per token, or with a task its mean loss on the search half."""
 
-    trials: int
-    best_trial: int
-    loss: float
+    trials: Size
+    best_trial: Annotated[int, Field(ge=0, lt=1 << 40)]
+    loss: Nats
     """Of the best trial."""
-    first_loss: float | None
+    first_loss: Nats | None
     """Of the unbent knapsack's solution; null where it was not finite."""
     task: TaskFacts | None = None
 
@@ -138,9 +150,9 @@ class PlanOverride(Strict):
     it."""
 
     option: Literal["keep", "set", "at-least"]
-    glob: str
-    format: str | None = None
-    units: tuple[Name, ...]
+    glob: Text
+    format: Text | None = None
+    units: Annotated[tuple[Name, ...], FailFast()]
 
     def __str__(self) -> str:
         return f"--{self.option} '{self.glob}{f'={self.format}' if self.format else ''}'"
@@ -150,12 +162,12 @@ class Plan(Strict):
     schema_version: Literal[4] = 4
     budget: Budget
     bytes: Bytes
-    bits_per_weight: float
+    bits_per_weight: float = Field(ge=0, le=1e6)
     shipped: Literal["search", "uniform"]
     """Whose allocation this is: the uniform one's where that did better on the held-out text."""
-    units: tuple[PlannedUnit, ...] = Field(min_length=1)
-    unquantized: tuple[UnquantizedEntry, ...]
-    overrides: tuple[PlanOverride, ...] = ()
+    units: Annotated[tuple[PlannedUnit, ...], FailFast()] = Field(min_length=1)
+    unquantized: Annotated[tuple[UnquantizedEntry, ...], FailFast()]
+    overrides: Annotated[tuple[PlanOverride, ...], FailFast()] = ()
     distilled: bool = False
     """Whether scales and unquantized vectors are distilled from the full-precision model after rounding."""
     workload: Workload = NATIVE_WORKLOAD
@@ -185,17 +197,15 @@ class Plan(Strict):
 
     @model_validator(mode="after")
     def _adds_up(self) -> Self:
-        repeated = [name for name, count in Counter(unit.name for unit in self.units).items() if count > 1]
-        if repeated:
-            raise ValueError(f"unit {repeated[0]} is planned more than once")
+        refuse_untrue_tensors(self.units, self.unquantized)
         if self.workload.kv_format not in KV_FORMATS:
-            raise ValueError(f"the KV cache has an unknown format {self.workload.kv_format!r}")
+            raise ValueError(f"the KV cache has an unknown format {self.workload.kv_format[:40]!r}")
         formats: dict[Name, str] = {}
         for unit in self.units:
             if unit.format not in FORMATS:
-                raise ValueError(f"unit {unit.name}: unknown format {unit.format!r}")
+                raise ValueError(f"unit {unit.name}: unknown format {unit.format[:40]!r}")
             if unit.rounding not in ROUNDINGS or not ROUNDINGS[unit.rounding].fits(FORMATS[unit.format]):
-                raise ValueError(f"unit {unit.name}: {unit.format} has no rounding {unit.rounding!r}")
+                raise ValueError(f"unit {unit.name}: {unit.format} has no rounding {unit.rounding[:40]!r}")
             if formats.setdefault(unit.group, unit.format) != unit.format:
                 raise ValueError(
                     f"unit {unit.name}: {unit.format}, but its group {unit.group} has {formats[unit.group]}"

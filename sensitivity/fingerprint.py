@@ -1,43 +1,89 @@
 """What a model is, as hashes: every byte of its weights, its config, and the code that its repository brings.
 
 Hashing weights takes a second for each one or two gigabytes, so the cache remembers each file's hashes by path, size,
-times and inode. May import: formats.errors, sensitivity.progress/store.
+times and inode. May import: formats.errors, sensitivity.config/progress/reading/store.
 """
 
 import hashlib
 import json
-import struct
+import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from bitplan.formats.errors import BitplanError, ModelUnreadable
+from bitplan.sensitivity.config import read_config
 from bitplan.sensitivity.progress import progress
+from bitplan.sensitivity.reading import CONFIG_LIMIT, open_regular, parse_json, read_bytes
 from bitplan.sensitivity.store import cache_folder, sha256, write_text
 
 CHUNK = 1 << 24
 SETTLED = 2.0
 """Seconds since a file's last change after which its hashes are remembered: file systems round times, so that a change
 soon after another can leave the time as it is."""
+MOST_DIMENSIONS = 16
+BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64"), 64),
+}
+"""Bits of a number of each type of safetensors."""
 NO_CONTENT = ("transformers_version", "_name_or_path")
 """Keys of config.json that say who wrote it."""
 
 
 def read_header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Where a safetensors file's data begins, and name → dtype, shape, data_offsets. Raises ModelUnreadable."""
-    with open(path, "rb") as file:
-        try:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        except (struct.error, ValueError, MemoryError, OverflowError):
-            raise ModelUnreadable(f"{path} is not a whole safetensors file: fetch or save it again") from None
+    """Where a safetensors file's data begins, and name → dtype, shape, data_offsets. Raises ModelUnreadable where the
+    header is no whole one: tensors lie one after the other and fill the file."""
+    with open_regular(path, ModelUnreadable) as file:
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > min(CONFIG_LIMIT, size - 8):
+            raise ModelUnreadable(f"{path} is not a whole safetensors file: fetch or save it again")
+        header = parse_json(file.read(length), f"the header of {path}", ModelUnreadable)
+    if not isinstance(header, dict):
+        raise ModelUnreadable(f"{path} is not a whole safetensors file (its header is no object): fetch it again")
     header.pop("__metadata__", None)
-    expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if path.stat().st_size != expected:
-        raise ModelUnreadable(f"{path} is cut short: {path.stat().st_size:,} of {expected:,} bytes; fetch it again")
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: _offsets(path, *item)):
+        start_at, stop = _offsets(path, name, entry)
+        if start_at != end:
+            raise ModelUnreadable(
+                f"{path} is not a whole safetensors file: {name[:200]} overlaps another or leaves a gap"
+            )
+        end = stop
+        bits = BITS.get(entry["dtype"])
+        if bits is not None and (stop - start_at) * 8 != prod(entry["shape"]) * bits:
+            raise ModelUnreadable(
+                f"{path} is not a whole safetensors file: {name[:200]} has {stop - start_at:,} bytes, which is not what"
+                f" its shape takes"
+            )
+    if size != 8 + length + end:
+        raise ModelUnreadable(f"{path} is cut short: {size:,} of {8 + length + end:,} bytes; fetch it again")
     return 8 + length, header
+
+
+def _offsets(path: Path, name: str, entry: Any) -> tuple[int, int]:
+    """Where a tensor begins and ends. Raises ModelUnreadable for an entry that is not as the format has it."""
+    try:
+        start, stop = entry["data_offsets"]
+        right = isinstance(entry["dtype"], str) and type(start) is type(stop) is int and 0 <= start <= stop
+        shape = entry["shape"]
+        right &= isinstance(shape, list) and len(shape) <= MOST_DIMENSIONS
+        right &= all(type(size) is int and size >= 0 for size in shape)
+    except (KeyError, TypeError, ValueError):
+        right = False
+    if not right:
+        raise ModelUnreadable(
+            f"{path} is not a whole safetensors file: the dtype, shape or data_offsets of {name[:200]} are missing or"
+            f" wrong"
+        )
+    return start, stop
 
 
 def weights_fingerprint(files: Sequence[Path]) -> str:
@@ -94,19 +140,11 @@ def config_fingerprint(folder: Path, trust_remote_code: bool = False) -> str:
 
     Raises ModelUnreadable where there is no config.json, or it is no JSON object.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        content = {key: value for key, value in config.items() if key not in NO_CONTENT}
-    except FileNotFoundError:
-        raise ModelUnreadable(
-            f"{folder} has no config.json: name the folder of a Hugging Face model or a hub id"
-        ) from None
-    except (ValueError, AttributeError):
-        raise ModelUnreadable(f"{folder}: config.json is no valid JSON: fetch or save it again") from None
+    content = {key: value for key, value in read_config(folder).items() if key not in NO_CONTENT}
     code: list[bytes | str] = []
-    if trust_remote_code and "auto_map" in config:
+    if trust_remote_code and "auto_map" in content:
         for path in sorted(folder.rglob("*.py")):
-            code += [str(path.relative_to(folder)), path.read_bytes()]
+            code += [str(path.relative_to(folder)), read_bytes(path, CONFIG_LIMIT, ModelUnreadable)]
     return sha256(json.dumps(content, sort_keys=True), *code)
 
 

@@ -1,26 +1,32 @@
 """The profile file: what each format costs each unit, and where that was measured.
 
-May import: formats, sensitivity.graph/store.
+May import: formats, sensitivity.graph/reading/store.
 """
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator, model_validator
 
-from bitplan.formats.errors import FileInvalid, first_line
+from bitplan.formats.errors import FileInvalid
 from bitplan.formats.kv.cache import KV_FORMATS
 from bitplan.formats.rounding import ROUNDINGS
 from bitplan.formats.table import DTYPES, FORMATS, stored_bytes
 from bitplan.sensitivity.graph import Unit, Unquantized
+from bitplan.sensitivity.reading import PLAN_LIMIT, parse_json, read_bytes
 from bitplan.sensitivity.store import write_text
 
-Bytes = Annotated[int, Field(ge=0, strict=True)]
+Bytes = Annotated[int, Field(ge=0, lt=1 << 63, strict=True)]
+Size = Annotated[int, Field(ge=1, lt=1 << 40)]
+Nats = Annotated[float, Field(ge=-1e100, le=1e100)]
+"""A loss whose sums over units stay finite."""
+Loss = Annotated[float, Field(ge=0, le=1e100)]
+Text = Annotated[str, Field(max_length=1 << 16)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.\w+)*$", max_length=512)]
 """An exact dotted module or parameter name, which is also safe as a file name."""
@@ -32,13 +38,13 @@ class Strict(BaseModel):
 
 class TextPart(Strict):
     sha256: Sha256
-    blocks: int = Field(ge=1)
-    length: int = Field(ge=2)
+    blocks: Size
+    length: Size
 
 
 class TextFacts(Strict):
-    source: str
-    tokens: int = Field(ge=1)
+    source: Text
+    tokens: Size
     """Calibration tokens that were asked for: with the files, what is needed to cut the same parts again."""
     calibration: TextPart
     search: TextPart
@@ -46,30 +52,37 @@ class TextFacts(Strict):
 
 
 class ModelFacts(Strict):
-    id: str
-    revision: str | None
+    id: Text
+    revision: Text | None
     config_sha256: Sha256
     weights_sha256: Sha256
-    dtype: str
-    parameters: int = Field(ge=1)
+    dtype: Text
+    parameters: Size
+
+    @field_validator("dtype")
+    @classmethod
+    def _is_float(cls, dtype: str) -> str:
+        if dtype not in DTYPES:
+            raise ValueError(f"{dtype[:40]!r} is none of {', '.join(DTYPES)}")
+        return dtype
 
 
 class Provenance(Strict):
     model: ModelFacts
     text: TextFacts
-    seed: int
-    device: str
-    versions: dict[str, str]
+    seed: int = Field(ge=0, lt=1 << 63)
+    device: Text
+    versions: dict[Text, Text] = Field(min_length=1)
 
 
 class UnitEntry(Strict):
     name: Name
     kind: Literal["linear", "conv1d", "embedding", "experts", "tied"]
     parameter: Name
-    experts: int = Field(ge=1)
-    rows: int = Field(ge=1)
-    columns: int = Field(ge=1)
-    dtype: str
+    experts: Size
+    rows: Size
+    columns: Size
+    dtype: Text
     tied: tuple[Name, ...] = ()
     group: Name
 
@@ -80,24 +93,24 @@ class UnitEntry(Strict):
 
 class UnquantizedEntry(Strict):
     name: Name
-    shape: tuple[int, ...]
-    dtype: str
+    shape: tuple[Annotated[int, Field(ge=0, lt=1 << 40)], ...] = Field(max_length=16)
+    dtype: Text
     bytes: Bytes
-    reason: str
+    reason: Text
 
 
 class ProfileRow(Strict):
     unit: Name
-    format: str
-    rounding: str
+    format: Text
+    rounding: Text
     bytes: Bytes
-    predicted_nll: float = Field(ge=0)
+    predicted_nll: Loss
     """Nats per token above full precision, from the second moments."""
-    measured_nll: float | None = None
+    measured_nll: Nats | None = None
     """Nats per token above full precision with this unit alone exchanged, on the search text."""
-    measured_nll_se: float | None = Field(default=None, ge=0)
+    measured_nll_se: Loss | None = None
     """None too where the search text is one block."""
-    measured_kl: float | None = None
+    measured_kl: Nats | None = None
 
     @property
     def delta_nll(self) -> float:
@@ -114,30 +127,30 @@ class CacheRow(Strict):
     """A KV cache in a format, with full-precision weights, on the search text. Nats per token; one block of text has
     no standard error."""
 
-    format: str
-    kl: float
-    kl_se: float | None
-    delta_nll: float
+    format: Text
+    kl: Nats
+    kl_se: Nats | None
+    delta_nll: Nats
 
 
 class CheckRow(Strict):
     """One unit alone in one format, on the search text: what was predicted for it, and what was measured."""
 
     unit: Name
-    format: str
-    rounding: str
-    predicted_nll: float = Field(ge=0)
-    measured_nll: float
-    measured_kl: float
+    format: Text
+    rounding: Text
+    predicted_nll: Loss
+    measured_nll: Nats
+    measured_kl: Nats
 
 
 class Check(Strict):
     """A sample of units that was measured to check the predictions; nats per token."""
 
-    rows: tuple[CheckRow, ...]
+    rows: Annotated[tuple[CheckRow, ...], FailFast()]
     spearman: float | None = Field(ge=-1, le=1)
     """Rank correlation of predicted loss and measured KL; None where either is constant."""
-    ratio: float = Field(gt=0)
+    ratio: float = Field(gt=0, le=1e100)
     """The median of measured KL over predicted loss: the factor by which the profile's predictions were rescaled."""
 
 
@@ -146,15 +159,15 @@ class Profile(Strict):
     provenance: Provenance
     tier: Literal["curvature", "measured", "weights"] = "curvature"
     """Losses from second moments; each measured alone; or, roughly, from the weights' relative errors."""
-    around: str | None = None
+    around: Text | None = None
     """The format, or the plan's fingerprint, that all other units were in when each was measured; None: unquantized."""
     check: Check | None = None
-    full_precision_nll: float | None = None
+    full_precision_nll: Nats | None = None
     """On the search text, where it was run."""
-    units: tuple[UnitEntry, ...]
-    unquantized: tuple[UnquantizedEntry, ...]
-    rows: tuple[ProfileRow, ...]
-    kv_cache: tuple[CacheRow, ...] = ()
+    units: Annotated[tuple[UnitEntry, ...], FailFast()]
+    unquantized: Annotated[tuple[UnquantizedEntry, ...], FailFast()]
+    rows: Annotated[tuple[ProfileRow, ...], FailFast()]
+    kv_cache: Annotated[tuple[CacheRow, ...], FailFast()] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -168,17 +181,10 @@ class Profile(Strict):
     @model_validator(mode="after")
     def _agrees(self) -> Self:
         """Units, rows and unquantized tensors agree with each other and with the table of formats."""
-        _refuse_repeated("tensor", [unit.name for unit in self.units] + [entry.name for entry in self.unquantized])
+        refuse_untrue_tensors(self.units, self.unquantized)
         _refuse_repeated("row", [f"{row.unit} in {row.format}/{row.rounding}" for row in self.rows])
         _refuse_repeated("KV cache format", [row.format for row in self.kv_cache])
-        for entry in self.unquantized:
-            dtype = getattr(torch, entry.dtype, None)
-            if isinstance(dtype, torch.dtype) and entry.bytes != (true := prod(entry.shape) * dtype.itemsize):
-                raise ValueError(f"{entry.name}: {entry.bytes} bytes, but its shape takes {true}")
         units = {unit.name: unit for unit in self.units}
-        for unit in self.units:
-            if unit.dtype not in DTYPES:
-                raise ValueError(f"unit {unit.name}: unknown dtype {unit.dtype!r}")
         schemes: dict[str, set[tuple[str, str]]] = defaultdict(set)
         for row in self.rows:
             if row.unit not in units:
@@ -193,7 +199,7 @@ class Profile(Strict):
             if not groups[unit.group]:
                 raise ValueError(f"unit {unit.name} has no format that its group {unit.group} shares")
         if unknown := [row.format for row in self.kv_cache if row.format not in KV_FORMATS]:
-            raise ValueError(f"the KV cache has an unknown format {unknown[0]!r}")
+            raise ValueError(f"the KV cache has an unknown format {unknown[0][:40]!r}")
         return self
 
     @property
@@ -209,12 +215,28 @@ def _refuse_repeated(kind: str, names: Iterable[Hashable]) -> None:
         seen.add(name)
 
 
+def refuse_untrue_tensors(units: Sequence[UnitEntry], unquantized: Sequence[UnquantizedEntry]) -> None:
+    """Raises ValueError where a tensor is there twice, or its parts do not go together."""
+    _refuse_repeated("tensor", [unit.name for unit in units] + [entry.name for entry in unquantized])
+    for unit in units:
+        if unit.dtype not in DTYPES:
+            raise ValueError(f"unit {unit.name}: unknown dtype {unit.dtype[:40]!r}")
+        if unit.parameter not in (unit.name, f"{unit.name}.{unit.parameter.rpartition('.')[2]}"):
+            raise ValueError(f"unit {unit.name}: {unit.parameter} is no parameter of its module")
+    for entry in unquantized:
+        dtype = getattr(torch, entry.dtype, None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{entry.name}: unknown dtype {entry.dtype[:40]!r}")
+        if entry.bytes != (true := prod(entry.shape) * dtype.itemsize):
+            raise ValueError(f"{entry.name}: {entry.bytes} bytes, but its shape takes {true}")
+
+
 def _refuse_untrue(row: ProfileRow, unit: UnitEntry) -> None:
     """Raises ValueError where a row's format, rounding, bytes or measured figures do not go together."""
     if row.format not in FORMATS:
-        raise ValueError(f"unit {unit.name}: unknown format {row.format!r}")
+        raise ValueError(f"unit {unit.name}: unknown format {row.format[:40]!r}")
     if row.rounding not in ROUNDINGS or not ROUNDINGS[row.rounding].fits(FORMATS[row.format]):
-        raise ValueError(f"unit {unit.name}: {row.format} has no rounding {row.rounding!r}")
+        raise ValueError(f"unit {unit.name}: {row.format} has no rounding {row.rounding[:40]!r}")
     if row.bytes != (true := unit.nbytes(row.format)):
         raise ValueError(f"unit {unit.name}: {row.bytes} bytes, but {row.format} takes {true}")
     if (row.measured_nll is None) != (row.measured_kl is None) or (row.measured_nll is None and row.measured_nll_se):
@@ -235,16 +257,21 @@ Model = TypeVar("Model", bound=BaseModel)
 
 def read(path: Path, kind: type[Model]) -> Model:
     """Read a plan or profile file. Raises FileInvalid, which names the first thing that is wrong."""
+    wrong = f"{path} is no valid {kind.__name__.lower()} file"
+    data = parse_json(read_bytes(path, PLAN_LIMIT), f"{wrong}: it", strict=True)
+    return validated(data, kind, wrong)
+
+
+def validated(data: Any, kind: type[Model], wrong: str) -> Model:
+    """A plan or profile from parsed JSON. Raises FileInvalid: `wrong`, the field, and what is the matter with it."""
     try:
-        return kind.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise FileInvalid(f"cannot read {path}: {error.strerror or first_line(error)}") from None
+        return kind.model_validate(data)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(map(str, first["loc"]))[:200]
+        reason = first["msg"].removeprefix("Value error, ")
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        place = f" at {where}" if where else ""
-        raise FileInvalid(f"{path} is no valid {kind.__name__.lower()} file{place}: {first['msg']}{more}") from None
+        raise FileInvalid(f"{wrong}{f' at {where}' if where else ''}: {reason[:1000]}{more}") from None
 
 
 def write(path: Path, content: BaseModel) -> None:

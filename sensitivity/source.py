@@ -1,12 +1,13 @@
 """A model folder or hub id, its fingerprints, and its loading in full precision.
 
-May import: formats.errors, sensitivity.fingerprint/profile/store.
+May import: formats.errors/sizes, sensitivity.config/fingerprint/profile/reading/store.
 """
 
-import json
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from bitplan.formats.errors import BitplanError, ModelUnreadable, PlanMismatch, first_line
+from bitplan.formats.sizes import format_bytes
+from bitplan.sensitivity.config import read_config, refuse_implausible
 from bitplan.sensitivity.fingerprint import config_fingerprint, read_header, sampled_fingerprint, weights_fingerprint
 from bitplan.sensitivity.profile import ModelFacts
+from bitplan.sensitivity.reading import CONFIG_LIMIT, TEXT_LIMIT, read_bytes, read_json
 from bitplan.sensitivity.store import sha256
 
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
@@ -42,7 +46,7 @@ class Source:
 
     @property
     def config(self) -> dict[str, Any]:
-        return json.loads((self.folder / "config.json").read_text())
+        return read_config(self.folder)
 
 
 def find(model: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Source:
@@ -51,21 +55,19 @@ def find(model: str | Path, revision: str | None = None, trust_remote_code: bool
     if not folder.is_dir():
         folder = download(str(model), revision)
         commit = folder.name
+    refuse_irregular(folder)
     files = weight_files(folder)
     if not (folder / "config.json").exists():
         raise ModelUnreadable(f"{model} has no config.json: name the folder of a Hugging Face model or a hub id")
-    try:
-        json.loads((folder / "config.json").read_text())
-    except ValueError:
-        raise ModelUnreadable(f"{model}: config.json is no valid JSON: fetch or save it again") from None
+    config = read_config(folder)
     if not files:
         raise ModelUnreadable(
             f"{model} has no *.safetensors weights: save it again with save_pretrained (pickled weights are not read)"
         )
     if absent := [path.name for path in files if not path.exists()]:
         raise ModelUnreadable(f"{model} lacks {', '.join(absent)}, which its index names: fetch it again")
-    for path in files:
-        read_header(path)
+    shapes = [entry["shape"] for path in files for entry in read_header(path)[1].values()]
+    refuse_implausible(config, folder, len(shapes), sum(map(prod, shapes)))
     return Source(
         str(model), folder, commit, tuple(files), config_fingerprint(folder, trust_remote_code), trust_remote_code
     )
@@ -85,7 +87,7 @@ def current_facts(facts: ModelFacts, source: Source) -> ModelFacts:
     now = {}
     if facts.weights_sha256 != source.weights_sha256 and facts.weights_sha256 == sampled_fingerprint(source.files):
         now["weights_sha256"] = source.weights_sha256
-    if facts.config_sha256 == sha256((source.folder / "config.json").read_bytes()):
+    if facts.config_sha256 == sha256(read_bytes(source.folder / "config.json", CONFIG_LIMIT, ModelUnreadable)):
         now["config_sha256"] = source.config_sha256
     return facts.model_copy(update=now)
 
@@ -114,11 +116,28 @@ def weight_files(folder: Path) -> list[Path]:
     index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if whole.exists():
         return [whole]
-    try:
-        shards = set(json.loads(index.read_text())["weight_map"].values())
-    except (OSError, ValueError, KeyError):
+    if not index.exists():
         return sorted(folder.glob("*.safetensors"))
-    return sorted(folder / shard for shard in shards)
+    content = read_json(index, error=ModelUnreadable)
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+        raise ModelUnreadable(f"{index}: weight_map must name the file of each tensor: fetch it again")
+    if outside := [shard for shard in places.values() if Path(shard).name != shard]:
+        raise ModelUnreadable(f"{index}: weight_map names {outside[0][:200]!r}, which is no file of this folder")
+    return sorted(folder / shard for shard in set(places.values()))
+
+
+def refuse_irregular(folder: Path) -> None:
+    """Raises ModelUnreadable where transformers would read a pipe or device of the folder, or a huge file as text."""
+    for path in sorted(folder.iterdir()):
+        try:
+            facts = path.stat()
+        except OSError:
+            continue  # a link to nothing: where it is needed, its absence is said
+        if not path.is_dir() and not stat.S_ISREG(facts.st_mode):
+            raise ModelUnreadable(f"{path} is a pipe or device, and a model's files are regular ones")
+        if facts.st_size > TEXT_LIMIT and path.suffix in (".json", ".txt", ".jinja", ".py"):
+            raise ModelUnreadable(f"{path} has {format_bytes(facts.st_size)}, which no such file of a model has")
 
 
 def download(model: str, revision: str | None = None, wanted: Sequence[str] = WANTED) -> Path:

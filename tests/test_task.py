@@ -44,7 +44,7 @@ def task_of(tmp_path):
 BAD = [
     ((), ":1: the task file is empty"),
     (("", "  "), ":1: the task file is empty"),
-    ((CHOICE, '{"prompt": '), ":2: not a line of JSON"),
+    ((CHOICE, '{"prompt": '), ":2 is no valid JSON"),
     ((CHOICE, "", "[1, 2]"), ":3: a task's line is a JSON object, not [1, 2]"),
     (({"choices": ["a", "b"], "answer": 0},), ":1: no field 'prompt'"),
     ((CHOICE, {"prompt": "a", "choices": ["a", "b"]}), ":2: no field 'answer'"),
@@ -63,7 +63,7 @@ BAD = [
     ((CHOICE, {"text": "abc"}), ":2: an item of the kind 'text' in a file that began with 'choice'"),
     (('{"text": "\\ud800"}',), ":1: 'text' holds half a character"),
     (({"prompt": "a", "answer": "b" * 200},), ":1: an answer of 200 tokens leaves no room"),
-    (("[" * 100_000,), ":1: not a line of JSON"),
+    (("[" * 100_000,), ":1 is no valid JSON"),
 ]
 
 

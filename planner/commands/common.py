@@ -5,7 +5,7 @@ import sys
 from argparse import Namespace
 from typing import Any
 
-from bitplan.formats.errors import FormatUnavailable, UsageError
+from bitplan.formats.errors import FormatUnavailable, UsageError, printable
 from bitplan.formats.rounding import refuse_misfit
 from bitplan.formats.table import DEFAULT_FORMATS, FORMATS
 from bitplan.planner.assemble import parse_formats
@@ -17,11 +17,11 @@ from bitplan.sensitivity.texts.text import Texts
 
 
 def emit(arguments: Namespace, data: Any, text: str) -> None:
-    print(json.dumps(data, allow_nan=False) if arguments.json else text)
+    print(json.dumps(data, allow_nan=False) if arguments.json else printable(text))
 
 
 def log(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(printable(text), file=sys.stderr)
 
 
 def texts_of(arguments: Namespace, source: Source) -> Texts:

@@ -23,7 +23,7 @@ from bitplan.planner.hf.register import METHOD
 from bitplan.planner.hf.streaming import RoundOnLoad, refuse_disk, rounded
 from bitplan.planner.plan import Plan, PlannedUnit
 from bitplan.sensitivity import source as sources
-from bitplan.sensitivity.profile import read
+from bitplan.sensitivity.profile import read, validated
 from bitplan.sensitivity.store import is_whole, load_tensors
 from bitplan.sensitivity.weight_cache import from_file
 
@@ -43,7 +43,9 @@ class PlanConfig(QuantizationConfigMixin):
         self.quant_method = METHOD  # type: ignore[assignment]
         if isinstance(plan, str | Path):
             plan = read(Path(plan), Plan)
-        self.plan = plan if isinstance(plan, Plan) else Plan.model_validate(plan)
+        self.plan = (
+            plan if isinstance(plan, Plan) else validated(plan, Plan, "the quantization_config holds no valid plan")
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": METHOD, "plan": self.plan.model_dump(mode="json")}

@@ -4,7 +4,6 @@ The model is looked at on torch's meta device, so its config is all that is read
 May import: formats, sensitivity, planner.plan, the modules beside it.
 """
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -186,16 +185,9 @@ def find_shape(model: str, trust_remote_code: bool = False) -> Source:
         folder = sources.download(model, wanted=("config.json", "*.py"))
         commit = folder.name
     config = folder / "config.json"
-    if any(folder.glob("*.safetensors")) or not _is_json(config):
+    if any(folder.glob("*.safetensors")) or not config.exists():
         return replace(sources.find(folder, None, trust_remote_code), model=model, revision=commit)
     return Source(model, folder, commit, (), config_fingerprint(folder, trust_remote_code), trust_remote_code)
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        return isinstance(json.loads(path.read_text()), dict)
-    except (OSError, ValueError):
-        return False
 
 
 def checkpoint_dtype(source: Source) -> str:

@@ -2,19 +2,22 @@
 
 A file is of one kind: {"prompt", "choices", "answer"} (choice), {"prompt", "answer"} (exact) or {"text"} (text).
 `answer` of a choice is the number of the choice, from 0, or its text. Other fields and blank lines are ignored.
-May import: formats.errors, sensitivity.texts.
+May import: formats.errors, sensitivity.reading.
 """
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from bitplan.formats.errors import UsageError
-from bitplan.sensitivity.texts.text import read_file
+from bitplan.sensitivity.reading import parse_json, read_text
 
 Kind = Literal["choice", "exact", "text"]
 PREVIEW = 40
+MOST_CHOICES = 1000
+"""Each is a sequence of its own that the model runs."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Question:
 def read_questions(path: Path) -> list[Question]:
     """Raises UsageError that names the file and the line."""
     found: list[Question] = []
-    for number, line in enumerate(read_file(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         question = _question(f"{path}:{number}", line)
@@ -47,11 +50,7 @@ def read_questions(path: Path) -> list[Question]:
 
 
 def _question(where: str, line: str) -> Question:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        at = f"column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
-        raise UsageError(f"{where}: not a line of JSON ({at})") from None
+    entry = parse_json(line, where, UsageError)
     if not isinstance(entry, dict):
         raise UsageError(f"{where}: a task's line is a JSON object, not {_short(entry)}")
     if "text" in entry and "prompt" not in entry:
@@ -65,8 +64,10 @@ def _question(where: str, line: str) -> Question:
     choices, answer = entry["choices"], entry["answer"]
     if not isinstance(choices, list) or len(choices) < 2:
         raise UsageError(f"{where}: 'choices' must be a list of two or more texts, not {_short(choices)}")
+    if len(choices) > MOST_CHOICES:
+        raise UsageError(f"{where}: {len(choices):,} choices, and {MOST_CHOICES:,} are the most that an item may have")
     texts = [_text(where, dict(enumerate(choices)), i) for i in range(len(choices))]
-    if twice := sorted({text for text in texts if texts.count(text) > 1}):
+    if twice := sorted(text for text, count in Counter(texts).items() if count > 1):
         raise UsageError(f"{where}: the choice {_short(twice[0])} is there twice")
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(texts):
         right = answer
@@ -81,7 +82,10 @@ def _question(where: str, line: str) -> Question:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        return "what is nested deeply"
     return text if len(text) <= PREVIEW else f"{text[:PREVIEW]}…"
 
 

@@ -1,7 +1,7 @@
 """Text files, a dataset or the standard library's sources → three disjoint sets of token blocks.
 
 Calibration text rounds and gathers statistics, search text chooses, held-out text is reported.
-May import: formats.errors, sensitivity.stdlib, sensitivity.store.
+May import: formats.errors, sensitivity.reading/store, the modules beside it.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bitplan.formats.errors import TextTooShort, UsageError, first_line
+from bitplan.sensitivity.reading import read_text
 from bitplan.sensitivity.store import cache_folder, load_tensors, save_tensors, sha256
 from bitplan.sensitivity.texts import stdlib
 from bitplan.sensitivity.texts.overlap import Passage, refuse_shared
@@ -63,19 +64,6 @@ class Texts:
     """Calibration tokens that were asked for."""
 
 
-def read_file(path: Path) -> str:
-    """A UTF-8 text file. Raises UsageError."""
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot read text file {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{path} is not UTF-8 text: give a plain text file") from None
-    if "\0" in text:
-        raise UsageError(f"{path} holds zero bytes, so it is not text: give a plain text file")
-    return text
-
-
 def read_dataset(name: str, characters: int) -> str:
     """Up to `characters` of the text column of a dataset's train split; NAME or NAME:CONFIG. Raises UsageError."""
     import datasets
@@ -120,12 +108,12 @@ def prepare(
     wanted = {"calibration": tokens, "search": tokens // 4, "heldout": tokens // 2}
     parts: dict[str, list[list[int]]] = {name: [] for name in SHARES}
     if files or dataset:
-        documents = [read_file(path) for path in files] if files else [read_dataset(str(dataset), tokens * 20)]
+        documents = [read_text(path) for path in files] if files else [read_dataset(str(dataset), tokens * 20)]
         source = ", ".join(path.name for path in files) if files else str(dataset)
     else:
         documents, source = [stdlib.calibration_text(tokens * 10)], DEFAULT_SOURCE
     if heldout:
-        fixed = [read_file(path) for path in heldout]
+        fixed = [read_text(path) for path in heldout]
         names = [str(path) for path in files] if files else [source]
         refuse_shared(
             [Passage(name, document, i) for i, (name, document) in enumerate(zip(names, documents, strict=True))],
