@@ -5,12 +5,11 @@ May import: formats, sensitivity, planner.plan, planner.codes, planner.memory, p
 
 from pathlib import Path
 
-import torch
-from torch import nn
 from transformers import PreTrainedModel
 
-from bitplan.formats.errors import ModelUnreadable, PlanMismatch
+from bitplan.formats.errors import ModelUnreadable
 from bitplan.planner.codes import missing_codes
+from bitplan.planner.hf.checks import resident_bytes
 from bitplan.planner.hf.quantizer import PlanConfig, refuse_unavailable
 from bitplan.planner.memory.budget import refuse_full
 from bitplan.planner.plan import Plan
@@ -20,11 +19,7 @@ from bitplan.sensitivity.profile import read
 from bitplan.sensitivity.session import open_session, pick_device, recall_texts
 from bitplan.sensitivity.source import Source
 
-
-def resident_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and saved buffers, shared ones once; buffers computed at load are not counted."""
-    tensors = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, torch.Tensor)}
-    return sum(tensor.nbytes for tensor in tensors.values())
+__all__ = ["check_plan_fits", "find_for", "load", "load_planned", "make_codes", "resident_bytes"]
 
 
 def check_plan_fits(plan: Plan, source: Source) -> Plan:
@@ -78,11 +73,7 @@ def make_codes(plan: Plan, source: Source, files: list[Path] | None = None, devi
 
 def load_planned(plan: Plan, source: Source, device: str = "auto") -> PreTrainedModel:
     """Load a checked plan's model. Raises CodesMissing; BitplanError where the device has too little memory;
-    PlanMismatch where the loaded bytes are not the planned."""
+    PlanMismatch where the loaded tensors are not the planned."""
     device = pick_device(device)
     refuse_full(plan, source, device)
-    model = sources.load_model(source, device, quantization_config=PlanConfig(plan))
-    resident = resident_bytes(model)
-    if resident != plan.bytes:
-        raise PlanMismatch(f"the loaded model has {resident:,} bytes, but the plan {plan.bytes:,}")
-    return model
+    return sources.load_model(source, device, quantization_config=PlanConfig(plan))

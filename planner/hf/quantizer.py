@@ -14,14 +14,15 @@ from transformers.integrations.accelerate import get_device
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from bitplan.formats.errors import BitplanError, CodesMissing, FormatUnavailable, PlanMismatch
+from bitplan.formats.errors import BitplanError, CodesMissing, FileInvalid, FormatUnavailable, PlanMismatch
 from bitplan.formats.kv.cache import use_kv_format
 from bitplan.formats.modules import canonical, is_transposed, pack_parameter
 from bitplan.formats.table import format_named
 from bitplan.planner.codes import codes_folder, refuse_missing, unit_path, unquantized_path
+from bitplan.planner.hf.checks import check_checkpoint, check_loaded, check_names, holders
 from bitplan.planner.hf.register import METHOD
 from bitplan.planner.hf.streaming import RoundOnLoad, refuse_disk, rounded
-from bitplan.planner.plan import Plan, PlannedUnit
+from bitplan.planner.plan import Plan
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.profile import read, validated
 from bitplan.sensitivity.store import is_whole, load_tensors
@@ -65,6 +66,11 @@ class PlanConfig(QuantizationConfigMixin):
 class SavedPlanConfig(PlanConfig):
     """The plan inside a saved checkpoint. A separate class, so that transformers refuses a PlanConfig for it."""
 
+    def __init__(self, plan: Any = None, **kwargs: Any):
+        if not isinstance(plan, Plan | dict):  # a stranger's config names no file of this machine
+            raise FileInvalid(f"the quantization_config holds no valid plan, but {repr(plan)[:40]}")
+        super().__init__(plan, **kwargs)
+
 
 def refuse_unavailable(plan: Plan) -> None:
     """Raise FormatUnavailable if this machine cannot run one of the plan's formats."""
@@ -72,12 +78,6 @@ def refuse_unavailable(plan: Plan) -> None:
         if reason := format_named(name).unavailable():
             count = sum(unit.format == name for unit in plan.units)
             raise FormatUnavailable(f"{name}, which {count} units of the plan have, cannot run here: {reason}")
-
-
-def holders(unit: PlannedUnit) -> list[str]:
-    """Names of the parameters that share a unit's weight: its own, and those tied to it."""
-    name = unit.parameter.rpartition(".")[2]
-    return [unit.parameter, *(f"{path}.{name}" for path in unit.tied)]
 
 
 class PlanQuantizer(HfQuantizer):
@@ -117,11 +117,14 @@ class PlanQuantizer(HfQuantizer):
             name = unit.parameter.rpartition(".")[2]
             try:
                 modules = [model.get_submodule(path) for path in paths]
-            except AttributeError:
+                parameters = [module._parameters[name] for module in modules]
+            except (AttributeError, KeyError):
                 raise PlanMismatch(f"the plan names {unit.name}, which {type(model).__name__} has not") from None
-            shape = sorted(modules[0]._parameters[name].shape)  # type: ignore[type-var]
-            if shape != sorted((unit.experts, unit.rows, unit.columns)[-len(shape) :]):
-                raise PlanMismatch(f"{unit.name} has the shape {shape}, the plan's is {[unit.rows, unit.columns]}")
+            for shape in (sorted(parameter.shape) if parameter is not None else [] for parameter in parameters):
+                if len(shape) < 2 or shape != sorted((unit.experts, unit.rows, unit.columns)[-len(shape) :]):
+                    raise PlanMismatch(
+                        f"{unit.name} has the shape {shape}, and the plan's is {[unit.rows, unit.columns]}"
+                    )
             if unit.is_native:
                 continue
             format = format_named(unit.format)
@@ -132,6 +135,9 @@ class PlanQuantizer(HfQuantizer):
             for path in unit.tied:
                 for suffix in format.specs(1, 1):
                     model.all_tied_weights_keys[f"{path}.{name}{suffix}"] = unit.parameter + suffix
+        check_names(self.plan, model)
+        if self.pre_quantized and checkpoint_files:
+            check_checkpoint(self.plan, [Path(file) for file in checkpoint_files])
 
     def _check_checkpoint(self, files: list[str] | None) -> None:
         weights = [Path(file) for file in files or [] if str(file).endswith(".safetensors")]
@@ -206,6 +212,7 @@ class PlanQuantizer(HfQuantizer):
                 )
         if not any(parameter.is_floating_point() for parameter in model.parameters()):
             _answer_dtype(model, getattr(torch, self.plan.provenance.model.dtype))
+        check_loaded(self.plan, model)
         # Saved under the model's own names: reversing a checkpoint's conversions would split packed tensors.
         model._weight_conversions = []
         use_kv_format(model, self.plan.workload.kv_format)
