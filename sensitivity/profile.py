@@ -22,7 +22,7 @@ from bitplan.sensitivity.reading import PLAN_LIMIT, parse_json, read_bytes
 from bitplan.sensitivity.store import write_text
 
 Bytes = Annotated[int, Field(ge=0, lt=1 << 63, strict=True)]
-Size = Annotated[int, Field(ge=1, lt=1 << 40)]
+Size = Annotated[int, Field(ge=1, lt=1 << 40, strict=True)]
 Nats = Annotated[float, Field(ge=-1e100, le=1e100)]
 """A loss whose sums over units stay finite."""
 Loss = Annotated[float, Field(ge=0, le=1e100)]

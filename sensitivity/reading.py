@@ -39,9 +39,10 @@ def open_regular(path: Path, error: Refused = FileInvalid) -> Iterator[BinaryIO]
         number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except (OSError, ValueError) as reason:  # ValueError: a zero byte in the name
         raise error(f"cannot read {path}: {getattr(reason, 'strerror', None) or first_line(reason)}") from None
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise error(f"cannot read {path}: it is a folder, pipe or device, and a regular file is needed")
     with os.fdopen(number, "rb") as file:
-        if not stat.S_ISREG(os.fstat(number).st_mode):
-            raise error(f"cannot read {path}: it is a folder, pipe or device, and a regular file is needed")
         yield file
 
 
@@ -70,7 +71,7 @@ def parse_json(content: bytes | str, where: object, error: Refused = FileInvalid
     """
     try:
         return json.loads(
-            content,
+            content.decode("utf-8") if isinstance(content, bytes) else content,
             parse_constant=partial(_constant, strict),
             parse_int=_int64,
             parse_float=partial(_float64, strict),
