@@ -80,7 +80,7 @@ def make_plan(
         round_missing(plan, session)
         model = load_planned(plan, session.source, device)
         loaded = objective.kl(model)
-        if finish.rounding not in ("nearest", "awq") and not loaded < 1.5 * expected + 0.02:
+        if finish.rounding not in ("nearest", "awq") and math.isfinite(loaded) and not loaded < 1.5 * expected + 0.02:
             raise BitplanError(
                 f"the loaded model is {loaded:.4f} nats from full precision, its weights alone make {expected:.4f}:"
                 f" {type(model).__name__} uses weights in a way that packed ones do not support; exclude some with"

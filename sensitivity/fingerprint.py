@@ -18,7 +18,7 @@ from bitplan.formats.errors import BitplanError, ModelUnreadable
 from bitplan.sensitivity.config import read_config
 from bitplan.sensitivity.progress import progress
 from bitplan.sensitivity.reading import CONFIG_LIMIT, open_regular, parse_json, read_bytes
-from bitplan.sensitivity.store import cache_folder, sha256, write_text
+from bitplan.sensitivity.store import cache_folder, read_row, sha256, write_row
 
 CHUNK = 1 << 24
 SETTLED = 2.0
@@ -101,14 +101,13 @@ def _remembered(path: Path) -> dict[str, str]:
     # The change time cannot be set back, as the modification time can. An old file under a new name is another file.
     facts = [str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
     memory = cache_folder() / "fingerprints" / f"{sha256(str(path))[:24]}.json"
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        known = json.loads(memory.read_text())
-        if known["file"] == facts:
-            return known["tensors"]
+    known = read_row(memory)
+    if known is not None and known["file"] == facts:
+        return known["tensors"]
     tensors = _hashed(path)
     if time.time() - max(stat.st_mtime, stat.st_ctime) > SETTLED:
         with suppress(BitplanError):  # a cache that cannot be written costs time here, and complains where it matters
-            write_text(memory, json.dumps({"file": facts, "tensors": tensors}))
+            write_row(memory, {"file": facts, "tensors": tensors})
     return tensors
 
 

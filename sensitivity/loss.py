@@ -1,7 +1,7 @@
 """Paired loss against the full-precision model, on identical tokens.
 
 Both nats above full precision and KL are means per predicted token; standard errors are over blocks, whose tokens
-are not independent. May import: formats.kv_cache, sensitivity.store/text.
+are not independent. May import: formats.errors/kv, sensitivity.store/texts.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitplan.formats.errors import OutputsNotFinite
 from bitplan.formats.kv.cache import new_cache
 from bitplan.sensitivity.store import scratch
 from bitplan.sensitivity.texts.text import Blocks
@@ -57,6 +58,15 @@ def standard_error(block_means: Tensor) -> float:
 def finite(error: float) -> float | None:
     """A standard error as files have it: None where one block gives none."""
     return error if isfinite(error) else None
+
+
+def refuse_not_finite(evaluation: Evaluation, model: Any) -> Evaluation:
+    """The evaluation. Raises OutputsNotFinite where it holds NaN or infinity, as of a model that overflows."""
+    if isfinite(evaluation.nll) and isfinite(evaluation.kl):
+        return evaluation
+    dtype = str(model.dtype).removeprefix("torch.")
+    hint = "name a checkpoint in bfloat16 or float32" if dtype == "float16" else "give its units more bits"
+    raise OutputsNotFinite(f"the outputs of {type(model).__name__} are not finite in {dtype}: {hint}")
 
 
 class Reference:

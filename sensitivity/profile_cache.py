@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bitplan.formats.errors import FileInvalid
 from bitplan.sensitivity.profile import Profile, Provenance, read, write
-from bitplan.sensitivity.store import sha256
+from bitplan.sensitivity.store import drop_damaged, sha256
 from bitplan.sensitivity.weight_cache import workspace
 
 
@@ -18,9 +18,14 @@ def _folder(facts: Provenance) -> Path:
     return folder / "profiles"
 
 
+def _name(profile: Profile) -> str:
+    """A checksum of what the profile holds."""
+    return sha256(profile.model_dump_json())[:24]
+
+
 def remember(profile: Profile) -> None:
     """Put a profile into the cache, under what it holds."""
-    path = _folder(profile.provenance) / f"{sha256(profile.model_dump_json())[:24]}.json"
+    path = _folder(profile.provenance) / f"{_name(profile)}.json"
     if not path.exists():
         write(path, profile)
 
@@ -33,6 +38,8 @@ def remembered(facts: Provenance, formats: dict[str, str]) -> Profile | None:
     for path in reversed(paths):
         with suppress(FileInvalid):
             profile = read(path, Profile)
-            if formats.items() <= {(row.unit, row.format) for row in profile.rows}:
+            if _name(profile) != path.stem:
+                drop_damaged(path)
+            elif formats.items() <= {(row.unit, row.format) for row in profile.rows}:
                 return profile
     return None

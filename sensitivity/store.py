@@ -1,10 +1,11 @@
-"""Files written whole or not at all, and the cache that lets long work resume.
+"""Files written whole or not at all, and the cache that lets long work resume: each of its entries has a checksum.
 
 The cache lies in $BITPLAN_CACHE, or else in bitplan/ under $XDG_CACHE_HOME or ~/.cache. Deleting it costs only time.
 May import: formats.errors/sizes.
 """
 
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from uuid import uuid4
 
 import torch
@@ -22,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bitplan.formats.errors import BitplanError, UsageError, first_line
+from bitplan.formats.errors import BitplanError, UsageError, first_line, printable
 from bitplan.formats.sizes import format_bytes
 
 IN_MEMORY = 1 << 30
@@ -70,7 +71,8 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         refuse_full_disk(path.parent, sum(tensor.nbytes for tensor in tensors.values()))
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
+        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(whole, part, {CHECKSUM: checksum(whole)})
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
@@ -114,18 +116,95 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor] | None:
     which `bitplan cache` tells what has not been used for long."""
     if not is_whole(path):
         return None
+    try:
+        tensors = load_file(path, device=device)
+    except (OSError, SafetensorError):  # it was deleted just now
+        return None
     with suppress(OSError):  # of another user
         os.utime(path)
-    return load_file(path, device=device)
+        _WHOLE.add(_identity(path))
+    return tensors
+
+
+_WHOLE: set[tuple[str, int, int, int]] = set()
+"""Files whose checksum this process has found right."""
+
+
+def _identity(path: Path) -> tuple[str, int, int, int]:
+    facts = path.stat()
+    return str(path), facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a safetensors file is there and as long as its header says."""
+    """Whether a file that `save_tensors` wrote is there and has its checksum; one that has not is deleted, and said. It
+    is read for that once in a process, as long as it stays as it is."""
     try:
-        with safe_open(path, "pt"):
-            return True
-    except (OSError, SafetensorError):
+        identity = _identity(path)
+        if identity not in _WHOLE:
+            with safe_open(path, "pt") as file:
+                written = (file.metadata() or {}).get(CHECKSUM)
+            if written != checksum(load_file(path)):
+                drop_damaged(path)
+                return False
+            _WHOLE.add(identity)
+        return True
+    except FileNotFoundError:
         return False
+    except (OSError, SafetensorError):
+        drop_damaged(path)
+        return False
+
+
+CHECKSUM = "sha256"
+
+
+def checksum(tensors: dict[str, Tensor]) -> str:
+    """sha256 over names, types, shapes and bytes of tensors on the CPU."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def drop_damaged(path: Path) -> None:
+    """Delete an entry of the cache that is not what was written, so that it is made again, and say so."""
+    print(printable(f"{path} is damaged, or an older bitplan wrote it: it is made again"), file=sys.stderr)
+    with suppress(OSError):
+        path.unlink()
+
+
+def write_row(path: Path, row: Any) -> None:
+    """Write a JSON value with its checksum, for `read_row`. Raises BitplanError."""
+    write_text(path, checked_json(row))
+
+
+def checked_json(row: Any) -> str:
+    """One line of JSON: the value, and the checksum of its text."""
+    text = json.dumps(row)
+    return f'{{"{CHECKSUM}": "{sha256(text)}", "row": {text}}}'
+
+
+def unchecked_json(line: str) -> Any | None:
+    """The value of a line that `checked_json` gave, or None where it is not as it was written."""
+    try:
+        entry = json.loads(line)
+        return entry["row"] if sha256(json.dumps(entry["row"])) == entry[CHECKSUM] else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def read_row(path: Path) -> Any | None:
+    """The value of a file that `write_row` wrote, or None where there is none, or its checksum is not right: then the
+    file is deleted, and said."""
+    try:
+        row = unchecked_json(path.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return None
+    if row is None:
+        drop_damaged(path)
+    return row
 
 
 def scratch(shape: tuple[int, ...]) -> Tensor:

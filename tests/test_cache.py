@@ -161,7 +161,7 @@ class TestDisk:
         assert not list(own_cache.iterdir())
 
     def test_a_write_that_fails_leaves_nothing(self, own_cache, monkeypatch):
-        def failing(tensors, path):
+        def failing(tensors, path, metadata):
             path.write_bytes(b"a part")
             raise SafetensorError("I/O error: No space left on device (os error 28)")
 

@@ -354,7 +354,7 @@ class TestBadInput:
         binary, short = tmp_path / "binary", tmp_path / "short"
         binary.write_bytes(bytes(range(256)))
         short.write_text("too short")
-        refused(2, "cannot read text file", "audit", checkpoint("llama"), "--text", tmp_path / "none")
+        refused(2, "cannot read", "audit", checkpoint("llama"), "--text", tmp_path / "none")
         refused(2, "is not UTF-8 text", "audit", checkpoint("llama"), "--text", binary)
         refused(1, "text too short", "audit", checkpoint("llama"), *LITTLE, "--text", short)
 

@@ -16,7 +16,7 @@ from bitplan.planner.plan import Plan
 from bitplan.planner.report.model_card import refuse_folder, save
 from bitplan.planner.report.tables import with_error
 from bitplan.sensitivity import source as sources
-from bitplan.sensitivity.loss import Reference, finite
+from bitplan.sensitivity.loss import Reference, finite, refuse_not_finite
 from bitplan.sensitivity.profile import read
 from bitplan.sensitivity.session import load_reference
 
@@ -54,7 +54,7 @@ def run(arguments: Namespace) -> None:
         data["research"] = plan.research
         text.append(f"research stage: {', '.join(plan.research)}")
     if reference is not None:
-        evaluation = reference.evaluate(model, plan.workload.kv_format)
+        evaluation = refuse_not_finite(reference.evaluate(model, plan.workload.kv_format), model)
         data |= {"nll": evaluation.nll, "ppl": evaluation.ppl, "kl": evaluation.kl, "kl_se": finite(evaluation.kl_se)}
         data |= {
             "delta_nll": evaluation.delta_nll,

@@ -4,7 +4,6 @@ Finished rows are cached. May import: formats, sensitivity, planner.plan, planne
 planner.quantize, planner.evaluate.throughput.
 """
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,10 +22,10 @@ from bitplan.planner.load import load_planned, resident_bytes
 from bitplan.planner.plan import Plan
 from bitplan.planner.quantize.distillation import round_missing
 from bitplan.sensitivity import source as sources
-from bitplan.sensitivity.loss import Evaluation, Reference, finite
+from bitplan.sensitivity.loss import Evaluation, Reference, finite, refuse_not_finite
 from bitplan.sensitivity.session import Session, pick_device
 from bitplan.sensitivity.source import Source
-from bitplan.sensitivity.store import sha256, write_text
+from bitplan.sensitivity.store import read_row, sha256, write_row
 from bitplan.sensitivity.tasks.paired import Paired, paired
 from bitplan.sensitivity.tasks.score import Scores, score
 from bitplan.sensitivity.tasks.task import Task
@@ -124,13 +123,14 @@ def compare(
             yield ComparisonRow(name, note=why_not(error))
     wanted += plans.items()
     rows = [(name, row, _journal(session, row, tasks, device)) for name, row in wanted]
-    if all(journal.exists() for _, _, journal in rows):
+    known = {journal: found for name, _, journal in rows if (found := _recalled(name, journal))}
+    if all(journal in known for _, _, journal in rows):
         session.give_up_model()
-        yield from (_recalled(name, journal) for name, _, journal in rows)
+        yield from (replace(known[journal], name=name) for name, _, journal in rows)
         return
     refused = dict(refused or {})
     for name, row, journal in rows:
-        if isinstance(row, Plan) and row not in plans.values() and not journal.exists():
+        if isinstance(row, Plan) and row not in plans.values() and journal not in known:
             try:
                 round_missing(row, session)
             except FAILURES as error:
@@ -139,16 +139,16 @@ def compare(
     scores = [score(session.model, task) for task in tasks]
     session.give_up_model()
     for name, row, journal in rows:
-        if journal.exists():
-            yield _recalled(name, journal)
+        if journal in known:
+            yield replace(known[journal], name=name)
         elif name in refused:
             yield ComparisonRow(name, note=refused[name])
         else:
             line = _measured(name, row, session, device, reference, tasks, scores)
             if line.note is None:
-                write_text(journal, json.dumps(asdict(line)))
+                write_row(journal, asdict(line))
                 if tasks:  # also without tasks, for comparisons that have none
-                    write_text(_journal(session, row, (), device), json.dumps(asdict(replace(line, tasks=()))))
+                    write_row(_journal(session, row, (), device), asdict(replace(line, tasks=())))
             yield line
 
 
@@ -167,7 +167,7 @@ def _measured(
     try:
         model = load_float(source, row, device) if isinstance(row, str) else load_planned(row, source, device)
         seconds, size = time.perf_counter() - began, resident_bytes(model)
-        evaluation = reference.evaluate(model, kv_format)
+        evaluation = refuse_not_finite(reference.evaluate(model, kv_format), model)
         lines = []
         for task, base in zip(tasks, scores, strict=True):
             found = score(model, task, kv_format)
@@ -200,12 +200,13 @@ def _journal(session: Session, row: Plan | str, tasks: Sequence[Task], device: s
 
 def recalled(session: Session, name: str, row: Plan | str, device: str) -> ComparisonRow | None:
     """A row that was measured on the session's text, or None."""
-    journal = _journal(session, row, (), device)
-    return _recalled(name, journal) if journal.exists() else None
+    return _recalled(name, _journal(session, row, (), device))
 
 
-def _recalled(name: str, journal: Path) -> ComparisonRow:
-    facts = json.loads(journal.read_text())
+def _recalled(name: str, journal: Path) -> ComparisonRow | None:
+    facts = read_row(journal)
+    if facts is None:
+        return None
     facts["evaluation"] = Evaluation(**facts["evaluation"])
     facts["throughput"] = Throughput(**facts["throughput"])
     facts["tasks"] = tuple(TaskResult(t["task"], t["measure"], Paired(**t["result"])) for t in facts["tasks"])

@@ -6,7 +6,7 @@ May import: sensitivity, planner.plan.
 from transformers import PreTrainedModel
 
 from bitplan.planner.plan import Measured, TaskFacts, TaskMeasured
-from bitplan.sensitivity.loss import Evaluation, Reference, finite, standard_error
+from bitplan.sensitivity.loss import Evaluation, Reference, finite, refuse_not_finite, standard_error
 from bitplan.sensitivity.session import Session
 from bitplan.sensitivity.tasks.paired import paired
 from bitplan.sensitivity.tasks.score import Scores, likelihoods, losses, score
@@ -53,8 +53,8 @@ class Objective:
         return float(losses(task, self._bases[0].likelihoods, likelihoods(model, task)).mean())
 
     def heldout(self, model: PreTrainedModel, kv_format: str = "native") -> Measured:
-        """The reported figures: on the held-out text, and on the task's other half."""
-        found = measured(self._heldout.evaluate(model, kv_format))
+        """The reported figures: on the held-out text, and on the task's other half. Raises OutputsNotFinite."""
+        found = measured(refuse_not_finite(self._heldout.evaluate(model, kv_format), model))
         if self._halves is None or self._bases is None:
             return found
         task, base = self._halves[1], self._bases[1]
