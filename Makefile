@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 
-.PHONY: setup test lint demo wheel-smoke test-lowest plans bench-prediction bench-rounding bench-one-bit bench-layout \
+.PHONY: setup test fuzz lint demo wheel-smoke test-lowest plans bench-prediction bench-rounding bench-one-bit bench-layout \
 	bench-exports bench-audit bench-memory bench-speed bench-compare bench-interval
 
 setup: $(VENV)/.done
@@ -19,6 +19,11 @@ $(VENV)/.done: pyproject.toml constraints.txt
 # Files go to the workers whole, the longest first (tests/conftest.py).
 test: setup
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+# The readers of files from outside, on random changes: SECONDS for each (all: 6 minutes).
+SECONDS ?= 60
+fuzz: setup
+	SECONDS=$(SECONDS) $(BIN)/python -m pytest tests/attacks/test_fuzz.py
 
 lint: setup
 	$(BIN)/ruff format --check .

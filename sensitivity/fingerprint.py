@@ -26,10 +26,11 @@ SETTLED = 2.0
 soon after another can leave the time as it is."""
 MOST_DIMENSIONS = 16
 BITS = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
     **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
     **dict.fromkeys(("I32", "U32", "F32"), 32),
-    **dict.fromkeys(("I64", "U64", "F64"), 64),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
 }
 """Bits of a number of each type of safetensors."""
 NO_CONTENT = ("transformers_version", "_name_or_path")
@@ -48,7 +49,9 @@ def read_header(path: Path) -> tuple[int, dict[str, Any]]:
         header = parse_json(file.read(length), f"the header of {path}", ModelUnreadable)
     if not isinstance(header, dict):
         raise ModelUnreadable(f"{path} is not a whole safetensors file (its header is no object): fetch it again")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
+    if not isinstance(metadata or {}, dict) or not all(isinstance(value, str) for value in (metadata or {}).values()):
+        raise ModelUnreadable(f"{path} is not a whole safetensors file: its __metadata__ are no texts")
     end = 0
     for name, entry in sorted(header.items(), key=lambda item: _offsets(path, *item)):
         start_at, stop = _offsets(path, name, entry)
@@ -57,8 +60,7 @@ def read_header(path: Path) -> tuple[int, dict[str, Any]]:
                 f"{path} is not a whole safetensors file: {name[:200]} overlaps another or leaves a gap"
             )
         end = stop
-        bits = BITS.get(entry["dtype"])
-        if bits is not None and (stop - start_at) * 8 != prod(entry["shape"]) * bits:
+        if (stop - start_at) * 8 != prod(entry["shape"]) * BITS[entry["dtype"]]:
             raise ModelUnreadable(
                 f"{path} is not a whole safetensors file: {name[:200]} has {stop - start_at:,} bytes, which is not what"
                 f" its shape takes"
@@ -72,7 +74,7 @@ def _offsets(path: Path, name: str, entry: Any) -> tuple[int, int]:
     """Where a tensor begins and ends. Raises ModelUnreadable for an entry that is not as the format has it."""
     try:
         start, stop = entry["data_offsets"]
-        right = isinstance(entry["dtype"], str) and type(start) is type(stop) is int and 0 <= start <= stop
+        right = entry["dtype"] in BITS and type(start) is type(stop) is int and 0 <= start <= stop
         shape = entry["shape"]
         right &= isinstance(shape, list) and len(shape) <= MOST_DIMENSIONS
         right &= all(type(size) is int and size >= 0 for size in shape)

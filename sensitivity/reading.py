@@ -70,17 +70,23 @@ def parse_json(content: bytes | str, where: object, error: Refused = FileInvalid
     object of more than MOST_KEYS. `where` names the file, or its line, in messages. Raises `error`.
     """
     try:
-        return json.loads(
-            content.decode("utf-8") if isinstance(content, bytes) else content,
+        text = content.decode("utf-8") if isinstance(content, bytes) else content
+        value = json.loads(
+            text,
             parse_constant=partial(_constant, strict),
             parse_int=_int64,
             parse_float=partial(_float64, strict),
             object_pairs_hook=_object if strict else None,
         )
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except json.JSONDecodeError as reason:
         at = f"line {reason.lineno} column {reason.colno}: {reason.msg}"
     except UnicodeDecodeError:
         at = "it is not UTF-8"
+    except UnicodeEncodeError:
+        at = "it holds half a character, a lone surrogate"
     except RecursionError:
         at = "it is nested too deeply"
     except ValueError as reason:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from bitplan.formats.errors import BitplanError, ModelUnreadable, PlanMismatch, first_line
@@ -178,7 +179,7 @@ def load_model(source: Source, device: str = "cpu", **kwargs: Any) -> PreTrained
         )
     except (BitplanError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = first_line(error)
         raise ModelUnreadable(f"transformers cannot load {source.model} as a causal LM: {reason}") from error
     model, info = loaded

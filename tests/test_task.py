@@ -61,7 +61,7 @@ BAD = [
     (({**CHOICE, "choices": ["1", 2]},), ":1: choice 1 must be text"),
     (({**CHOICE, "choices": ["1", "1"]},), ':1: the choice "1" is there twice'),
     ((CHOICE, {"text": "abc"}), ":2: an item of the kind 'text' in a file that began with 'choice'"),
-    (('{"text": "\\ud800"}',), ":1: 'text' holds half a character"),
+    (('{"text": "\\ud800"}',), ":1 is no valid JSON (it holds half a character"),
     (({"prompt": "a", "answer": "b" * 200},), ":1: an answer of 200 tokens leaves no room"),
     (("[" * 100_000,), ":1 is no valid JSON"),
 ]

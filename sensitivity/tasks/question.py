@@ -94,8 +94,4 @@ def _text(where: str, entry: dict, key: str | int, empty: bool = False) -> str:
     label = f"choice {key}" if isinstance(key, int) else repr(key)
     if not isinstance(value, str) or not (empty or value.strip()):
         raise UsageError(f"{where}: {label} must be text that is not empty, not {_short(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise UsageError(f"{where}: {label} holds half a character (a lone surrogate)") from None
     return value

@@ -302,6 +302,10 @@ HEADERS: dict[str, bytes] = {
     "65 bits": header({"a": tensor(shape=[1 << 65])}),
     "number for dtype": header({"a": tensor(dtype=7)}),
     "more data": header({"a": tensor()}, data=32),
+    "unknown dtype": header({"a": tensor(dtype="F3")}),
+    "metadata": header({"__metadata__": {"a": 1}, "a": tensor()}),
+    "metadata list": header({"__metadata__": ["a"], "a": tensor()}),
+    "half a letter": header(b'{"\\ud800": ' + json.dumps(tensor()).encode() + b"}"),
     "escapes": header({ESCAPE: tensor(shape=[5])}),
     "long name": header({"x" * 100_000: tensor(shape=[5])}),
 }
