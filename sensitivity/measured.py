@@ -5,7 +5,6 @@ computed once, and a candidate starts from them. Each result is a line of a file
 interrupted measurement goes on where it was. May import: formats.scheme, sensitivity.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,7 @@ from bitplan.sensitivity.chain import Chain
 from bitplan.sensitivity.graph import Unit
 from bitplan.sensitivity.loss import Evaluation, Reference
 from bitplan.sensitivity.progress import progress
-from bitplan.sensitivity.store import IN_MEMORY, States
+from bitplan.sensitivity.store import IN_MEMORY, States, checked_json, unchecked_json
 from bitplan.sensitivity.swapper import WeightSwapper
 from bitplan.sensitivity.weight_cache import WeightCache
 
@@ -68,12 +67,10 @@ class Prefixes:
 
 
 def known(journals: Iterable[Path]) -> Measured:
-    """What journals of measurements hold; a line that an interruption cut is left out."""
+    """What journals of measurements hold; a line that an interruption cut, or that is damaged, is left out."""
     results: Measured = {}
-    for line in [line for path in journals for line in path.read_text(encoding="utf-8").splitlines()]:
-        try:
-            entry = json.loads(line)
-        except ValueError:
+    for line in [line for path in journals for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]:
+        if (entry := unchecked_json(line)) is None:
             continue
         results[entry["unit"], QuantScheme(entry["format"], entry["rounding"])] = Evaluation(**entry["evaluation"])
     return results
@@ -98,6 +95,6 @@ def measure(
             weight = swapper.shaped(unit, weight_cache.dequantized(unit, scheme))
             results[unit.name, scheme] = evaluation = prefixes.evaluate(unit.parameter, weight)
             entry = {"unit": unit.name, "format": scheme.format, "rounding": scheme.rounding}
-            file.write("\n" + json.dumps(entry | {"evaluation": asdict(evaluation)}))
+            file.write("\n" + checked_json(entry | {"evaluation": asdict(evaluation)}))
             file.flush()
     return {pair: results[pair] for pair in ((unit.name, scheme) for unit, scheme in wanted)}

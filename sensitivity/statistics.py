@@ -1,6 +1,6 @@
 """What is kept of a unit's second moments: vectors of its rows and columns, from which any format is scored.
 
-May import: formats.rounding, sensitivity.graph/store.
+May import: formats.errors/rounding, sensitivity.graph/store.
 """
 
 from dataclasses import dataclass, fields
@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bitplan.formats.errors import CodesMissing
 from bitplan.formats.rounding import Hessian
 from bitplan.sensitivity.graph import Unit
-from bitplan.sensitivity.store import load_tensors, save_tensors
+from bitplan.sensitivity.store import is_whole, load_tensors, save_tensors
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,12 @@ class StatisticsStore:
         return self.folder / f"{unit.name}.safetensors"
 
     def __contains__(self, unit: Unit) -> bool:
-        return self.path(unit).exists()
+        return is_whole(self.path(unit))
 
     def __getitem__(self, unit: Unit) -> Statistics:
         tensors = load_tensors(self.path(unit), self.device)
-        assert tensors is not None, unit.name
+        if tensors is None:
+            raise CodesMissing(f"{unit.name}: its statistics have gone from the cache: run the same command again")
         return Statistics(**tensors)
 
     def write(self, unit: Unit, statistics: Statistics) -> None:

@@ -128,7 +128,8 @@ class WeightCache:
         if (kept := load_tensors(path)) is None:
             self.prepare([(unit, choice)])
             kept = load_tensors(path)
-        assert kept is not None, path
+        if kept is None:
+            raise CodesMissing(f"{unit.name}: its codes have gone from the cache: run the same command again")
         return from_file(kept)
 
     def dequantized(self, unit: Unit, choice: QuantScheme) -> Tensor:
