@@ -30,7 +30,7 @@ class TestVerdict:
         answer, notes = verdict("cost", {"int4-g128/awq": gptq, "int4-g128/gptq": awq})
         assert answer is None and "the rule holds" in notes[0]
         answer, notes = verdict("cost", {"int4-g128/awq": awq, "int4-g128/gptq": awq})
-        assert answer is None and "no sure difference" in notes[0]
+        assert answer is None and "no significant difference" in notes[0]
         assert "has not been measured" in verdict("cost", {"int4-g128/gptq": gptq})[1][0]
 
     def test_an_int4_that_loses_much_and_a_better_nf4(self):

@@ -1,8 +1,8 @@
-"""Which format for which purpose: the field's rule, and what the rows that `compare` has measured say to it.
+"""Which format for which purpose: the field's rule, checked against the rows that `compare` has measured.
 
 The rules: BF16 for training, INT8 for inference, INT4 by AWQ where cost counts, mixed precision for sensitive layers, 1
-bit as research. Where measured rows contradict a rule, the answer goes with them and says so; what fits a device is
-planner.memory.fit's. May import: formats, sensitivity, planner.assemble, planner.evaluate.compare.
+bit as research. Where measured rows contradict a rule, the answer follows the rows and says so. What fits a device is
+computed by planner.memory.fit. May import: formats, sensitivity, planner.assemble, planner.evaluate.compare.
 """
 
 from collections import defaultdict
@@ -44,24 +44,24 @@ EVIDENCE = {
     "cost": ("int8", "int4-g128/awq", "int4-g128/gptq", "nf4"),
     "fit": ("int8", "int4-g128/gptq", "int3-g64/gptq", "int2-g64/gptq", "binary-g64"),
 }
-"""Formats, with their rounding where it is said, whose rows bear on the answer."""
+"""Formats, some with a rounding, whose rows are evidence for or against the answer."""
 SMALL, LARGE = 0.01, 0.05
 """Nats per token above full precision: below the first a loss is very small (1 % of perplexity), above the second it is
 no longer small."""
 SURE = 1.96
-"""Standard errors that a difference must have to be told as one."""
+"""Standard errors above which a difference counts as real."""
 
 
 @dataclass(frozen=True)
 class Activation:
-    """The largest magnitude that any module puts out on some text."""
+    """The largest output, in magnitude, of any module on some text."""
 
     module: str
     largest: float
 
     @property
     def of_fp16(self) -> float:
-        """As a part of FP16's limit."""
+        """As a fraction of FP16's largest value."""
         return self.largest / torch.finfo(torch.float16).max
 
 
@@ -73,11 +73,11 @@ class Advice:
     why: str
     """The field's rule."""
     notes: tuple[str, ...]
-    """What this model's own figures say to the rule, a sentence each."""
+    """How this model's own figures compare with the rule, one sentence each."""
     rows: tuple[ComparisonRow, ...]
-    """What `compare` has measured on this text."""
+    """Rows that `compare` has measured on this text."""
     missing: tuple[str, ...]
-    """What it has not."""
+    """Rows that it has not measured."""
     activation: Activation | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -95,29 +95,29 @@ class Advice:
     def to_measure(self, model: str, options: str) -> list[str]:
         """The commands that measure what is missing."""
         formats: dict[str, list[str]] = defaultdict(list)
-        for asked in self.missing:
-            format, _, rounding = asked.partition("/")
+        for requested in self.missing:
+            format, _, rounding = requested.partition("/")
             own = rounding in ("", FORMATS[format].default_rounding)
             formats["" if own else f" --rounding {rounding}"].append(format)
         return [f"bitplan compare {model} --formats {','.join(names)}{how}{options}" for how, names in formats.items()]
 
 
 def recommend(source: Source, purpose: str, texts: Texts | None, device: str = "auto") -> Advice:
-    """The answer for one of PURPOSES. Without `texts` no row is looked for. The model is loaded where the cache holds
-    rows of it on this text, and for training, which looks at its activations. Raises ModelUnreadable, UsageError."""
+    """The answer for one of PURPOSES. Without `texts`, no rows are used. The model is loaded if the cache holds rows of it
+    on this text, and for training, whose answer reports its activations. Raises ModelUnreadable, UsageError."""
     session = None
     if texts is not None and (purpose == "training" or has_rows(source, texts)):
         session = open_session(source, texts, device=device)
     found: dict[str, ComparisonRow] = {}
-    for asked in EVIDENCE[purpose]:
-        line = _recalled(session, asked, device) if session else None
+    for scheme in EVIDENCE[purpose]:
+        line = _recalled(session, scheme, device) if session else None
         if line is not None:
-            found[asked] = line
+            found[scheme] = line
     activation = largest_activation(session) if session and purpose == "training" else None
     format, why = PURPOSES[purpose]
     other, notes = verdict(purpose, found)
     notes = ([_range(activation)] if activation else []) + notes
-    missing = tuple(asked for asked in EVIDENCE[purpose] if asked not in found)
+    missing = tuple(scheme for scheme in EVIDENCE[purpose] if scheme not in found)
     return Advice(purpose, other or format, why, tuple(notes), tuple(found.values()), missing, activation)
 
 
@@ -127,8 +127,8 @@ def has_rows(source: Source, texts: Texts) -> bool:
     return any((folder / "compared").glob("*.json"))
 
 
-def _recalled(session: Session, asked: str, device: str) -> ComparisonRow | None:
-    format, _, rounding = asked.partition("/")
+def _recalled(session: Session, scheme: str, device: str) -> ComparisonRow | None:
+    format, _, rounding = scheme.partition("/")
     if is_float(format):
         return recalled(session, format, format, device)
     try:
@@ -138,13 +138,13 @@ def _recalled(session: Session, asked: str, device: str) -> ComparisonRow | None
     return recalled(session, plan.budget.requested, plan, device)
 
 
-# What the rows say to the rule
+# How the rows compare with the rule
 
 Verdict = tuple[str | None, list[str]]
 
 
 def verdict(purpose: str, found: dict[str, ComparisonRow]) -> Verdict:
-    """What measured rows, by their names in EVIDENCE, say: the answer where it is not the rule's, and sentences."""
+    """From measured rows, by their names in EVIDENCE: the answer if it is not the rule's, and sentences."""
     return {"training": _training, "inference": _inference, "cost": _cost, "fit": _fit}[purpose](found)
 
 
@@ -169,18 +169,18 @@ def _perplexity(line: ComparisonRow) -> str:
 
 def _training(found: dict[str, ComparisonRow]) -> Verdict:
     if {"bf16", "fp16"} <= found.keys() and _surely_less(found["fp16"], found["bf16"]):
-        told = _beside(found["fp16"], found["bf16"])
+        difference = _beside(found["fp16"], found["bf16"])
         return None, [
-            f"to run this model as it is FP16 is nearer to full precision than BF16 ({told}), which the rule does not"
-            f" say: it has three bits more of mantissa; for training BF16 stands, since gradients need the range"
+            f"for inference, FP16 is closer to full precision than BF16 on this model ({difference}), since it has three"
+            f" more bits of mantissa; for training the rule stands, since gradients need BF16's range"
         ]
     return None, []
 
 
 def _range(activation: Activation) -> str:
-    end = "FP16 overflows on it" if activation.of_fp16 >= 1 else "FP16 would hold it; gradients may be out of its range"
+    end = "FP16 overflows" if activation.of_fp16 >= 1 else "FP16 can represent it, but gradients may exceed its range"
     return (
-        f"the largest activation on the held-out text is {activation.largest:,.1f}, put out by {activation.module}:"
+        f"the largest activation on the held-out text is {activation.largest:,.1f}, the output of {activation.module}:"
         f" {activation.of_fp16:.2%} of FP16's limit; {end}"
     )
 
@@ -199,7 +199,7 @@ def _inference(found: dict[str, ComparisonRow]) -> Verdict:
     if int4 := found.get("int4-g128/gptq"):
         loss = _evaluation(int4)
         if loss.delta_nll + SURE * loss.delta_nll_se < SMALL:
-            notes.append(f"the rule asks for more than is needed here: int4-g128 costs {_perplexity(int4)} only")
+            notes.append(f"fewer bits than the rule's suffice here: int4-g128 costs only {_perplexity(int4)}")
     slower = _slower(found.get("int8"), found.get("bf16"))
     return answer, notes + slower
 
@@ -227,7 +227,7 @@ def _cost(found: dict[str, ComparisonRow]) -> Verdict:
         elif _surely_less(awq, gptq):
             notes.append(f"the rule holds on this model: AWQ loses less than GPTQ, {_beside(awq, gptq)}")
         else:
-            notes.append(f"no sure difference between AWQ and GPTQ on this model: {_beside(awq, gptq)}")
+            notes.append(f"no significant difference between AWQ and GPTQ on this model: {_beside(awq, gptq)}")
     else:
         notes.append(
             "whether AWQ is better than GPTQ on this model has not been measured; on the three small models of this"
@@ -236,7 +236,7 @@ def _cost(found: dict[str, ComparisonRow]) -> Verdict:
     best = best or gptq
     if best and nf4 and _surely_less(nf4, best):
         notes.append(
-            f"against the rule, NF4 loses less than {best.name} here ({_beside(nf4, best)}), of {nf4.resident_bytes:,}"
+            f"against the rule, NF4 loses less than {best.name} here ({_beside(nf4, best)}), with {nf4.resident_bytes:,}"
             f" bytes against {best.resident_bytes:,}"
         )
     if best and _evaluation(best).delta_nll - SURE * _evaluation(best).delta_nll_se > LARGE:

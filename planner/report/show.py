@@ -37,7 +37,7 @@ def plan_text(plan: Plan) -> str:
             (name, f"×{len(sizes)}" if len(sizes) > 1 else "", dtype, f"{sum(sizes):,}", reason)
             for (name, dtype, reason), sizes in kept.items()
         ]
-        lines += ["", table(("kept", "", "type", "bytes", "because"), rows, left=3)]
+        lines += ["", table(("unquantized", "", "type", "bytes", "because"), rows, left=3)]
     padded = sorted({f"{NUMBER.sub('*', u.name)}: {text}" for u in plan.units if (text := _padding(u))})
     if padded:
         lines += ["", "padded:", *(f"  {line}" for line in padded)]
