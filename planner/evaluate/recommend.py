@@ -103,8 +103,8 @@ class Advice:
 
 
 def recommend(source: Source, purpose: str, texts: Texts | None, device: str = "auto") -> Advice:
-    """The answer for one of PURPOSES. Without `texts`, no rows are used. The model is loaded if the cache holds rows of it
-    on this text, and for training, whose answer reports its activations. Raises ModelUnreadable, UsageError."""
+    """The answer for one of PURPOSES. Without `texts`, no rows are used. The model is loaded if the cache holds rows
+    of it on this text, and for training, whose answer reports its activations. Raises ModelUnreadable, UsageError."""
     session = None
     if texts is not None and (purpose == "training" or has_rows(source, texts)):
         session = open_session(source, texts, device=device)
@@ -171,8 +171,8 @@ def _training(found: dict[str, ComparisonRow]) -> Verdict:
     if {"bf16", "fp16"} <= found.keys() and _surely_less(found["fp16"], found["bf16"]):
         difference = _beside(found["fp16"], found["bf16"])
         return None, [
-            f"for inference, FP16 is closer to full precision than BF16 on this model ({difference}), since it has three"
-            f" more bits of mantissa; for training the rule stands, since gradients need BF16's range"
+            f"for inference, FP16 is closer to full precision than BF16 on this model ({difference}), since it has"
+            f" three more bits of mantissa; for training the rule stands, since gradients need BF16's range"
         ]
     return None, []
 
@@ -236,8 +236,8 @@ def _cost(found: dict[str, ComparisonRow]) -> Verdict:
     best = best or gptq
     if best and nf4 and _surely_less(nf4, best):
         notes.append(
-            f"against the rule, NF4 loses less than {best.name} here ({_beside(nf4, best)}), with {nf4.resident_bytes:,}"
-            f" bytes against {best.resident_bytes:,}"
+            f"against the rule, NF4 loses less than {best.name} here ({_beside(nf4, best)}), with"
+            f" {nf4.resident_bytes:,} bytes against {best.resident_bytes:,}"
         )
     if best and _evaluation(best).delta_nll - SURE * _evaluation(best).delta_nll_se > LARGE:
         notes.append(
