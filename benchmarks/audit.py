@@ -79,7 +79,7 @@ def measured(model: Path, tier: str, tokens: int) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "BITPLAN_CACHE": cache, "OMP_NUM_THREADS": "1" if launch else "2"}
         child = subprocess.Popen(
-            [*command, "--tokens", str(tokens)], stdout=subprocess.PIPE, env=environment, text=True
+            [*command, "--tokens", str(tokens)], stdout=subprocess.PIPE, env=environment, encoding="utf-8"
         )
         assert child.stdout is not None
         out = child.stdout.read()

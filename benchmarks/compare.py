@@ -62,8 +62,8 @@ def main() -> int:
         began = time.perf_counter()
         subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"BITPLAN_CACHE": folder}, stdout=sys.stderr)
         seconds = time.perf_counter() - began
-        rows = list(csv.DictReader(sheet.open()))
-    PICTURE.write_text(picture(rows))
+        rows = list(csv.DictReader(sheet.open(encoding="utf-8")))
+    PICTURE.write_text(picture(rows), encoding="utf-8")
     cells = [[format(float(row[name]), how) if how else row[name] for name, how in SHOWN.items()] for row in rows]
     print(table([name.replace("_", " ") for name in SHOWN], cells))
     print(f"{len(rows)} rows in {seconds:.0f} s, goal {GOAL} s; {described()}")

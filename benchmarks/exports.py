@@ -109,7 +109,7 @@ def ask(case: Case, exported: Path, ids: Path, out: Path) -> tuple[dict[str, str
     command: list[str | Path] = [PEERS / f".venv-{case.environment}" / "bin" / "python", PEERS / case.script]
     command += ["--model", MODEL, "--export", exported, "--ids", ids, "--out", out]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, check=False)
     if done.returncode:
         raise SystemExit(f"{case.target} could not read its export:\n{done.stderr[-3000:]}")
     with safe_open(out, "pt") as file:

@@ -71,7 +71,7 @@ def read(reader: Reader, folder: Path, ids: Path, out: Path) -> tuple[Tensor, st
     """The logits by a reader, and its version."""
     command: list[str | Path] = [reader.python, reader.script, "--model", folder, "--ids", ids, "--out", out]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, check=False)
     if done.returncode:
         raise SystemExit(f"{reader.name} could not read {folder.name}:\n{done.stderr[-3000:]}")
     with safe_open(out, "pt") as file:

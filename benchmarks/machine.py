@@ -13,7 +13,11 @@ def described(device: str = "cpu") -> str:
     name = platform.processor() or platform.machine()
     facts = Path("/proc/cpuinfo")
     if facts.exists():
-        found = [line.partition(":")[2].strip() for line in facts.read_text().splitlines() if "model name" in line]
+        found = [
+            line.partition(":")[2].strip()
+            for line in facts.read_text(encoding="utf-8").splitlines()
+            if "model name" in line
+        ]
         name = found[0] if found else name
     if device.startswith("cuda"):
         name = torch.cuda.get_device_name(device)

@@ -92,7 +92,7 @@ def make_plan(source: sources.Source, formats: list[str], kv_format: str) -> Pla
 
 def anonymous() -> int:
     """Bytes of this process's memory that no file stands behind."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
     return 0
@@ -193,7 +193,7 @@ def main() -> None:
                 command = [sys.executable, "-m", "benchmarks.memory", "--job", what, str(file), str(folder)]
                 command += [f"{place}/saved", "--device", arguments.device]
                 command += ["--contexts", *map(str, arguments.contexts)]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
                 if done.returncode:
                     sys.exit(f"{name}: {done.stderr}")
                 found |= json.loads(done.stdout.splitlines()[-1])

@@ -99,7 +99,7 @@ def peer(case: Case, method: str, bits: int, tokens: int) -> dict[str, Any]:
         command += ["--model", case.source.folder, "--calibration", folder / "ids.safetensors", "--bits", bits]
         command += ["--group", GROUP, "--out", folder / "out"]
         command += ["--recipe", "best"] if method.endswith("-best") else []
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+        done = subprocess.run(list(map(str, command)), capture_output=True, encoding="utf-8", check=False)
         if done.returncode:
             return {"failed": True, "note": done.stderr.strip().splitlines()[-1]}
         result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -122,7 +122,7 @@ def cell(case: Case, method: str, bits: int, tokens: int, whole: bool, redo: boo
     """A result, from its file where there is one."""
     path = RESULTS / f"{case.name}.{method}{'.whole' if whole else ''}.{bits}.json"
     if path.exists() and not redo:
-        return json.loads(path.read_text())  # type: ignore[no-any-return]
+        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
     print(f"{case.name}, {bits} bits, {method}{', everything planned' if whole else ''} …", file=sys.stderr, flush=True)
     if method in PEERS:
         result = peer(case, method, bits, tokens)
@@ -135,11 +135,11 @@ def cell(case: Case, method: str, bits: int, tokens: int, whole: bool, redo: boo
         command = [sys.executable, "-m", "benchmarks.rounding", "--one", method, str(bits), "--tokens", str(tokens)]
         command += ["--case", *case.files, *(["--whole"] if whole else [])]
         environment = os.environ | {"BITPLAN_CACHE": str(cache)}
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", env=environment, check=True)
         result = json.loads(done.stdout)
         result["seconds"] += before
     RESULTS.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result))
+    path.write_text(json.dumps(result), encoding="utf-8")
     return result
 
 

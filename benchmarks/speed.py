@@ -116,7 +116,12 @@ def peer(tool: str, name: str, dtype: str, compiled: bool, workload: Workload) -
         environment |= {"OMP_NUM_THREADS": str(workload.threads), "HF_HUB_OFFLINE": "1"}
         try:
             done = subprocess.run(
-                list(map(str, command)), capture_output=True, text=True, env=environment, timeout=PATIENCE, check=False
+                list(map(str, command)),
+                capture_output=True,
+                encoding="utf-8",
+                env=environment,
+                timeout=PATIENCE,
+                check=False,
             )
         except subprocess.TimeoutExpired:
             return {"failed": f"took more than {PATIENCE} s"}
@@ -130,7 +135,7 @@ def kept(name: str, workload: Workload, redo: list[str], work: Any) -> dict[str,
     """A result, from its file where there is one; what failed is tried again."""
     path = workload.folder / f"{name.replace(' ', '_')}.json"
     if path.exists() and name not in redo and "all" not in redo:
-        found: dict[str, Any] = json.loads(path.read_text())
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if "failed" not in found:
             return found
     print(f"{name} …", file=sys.stderr, flush=True)
@@ -138,7 +143,7 @@ def kept(name: str, workload: Workload, redo: list[str], work: Any) -> dict[str,
     result = work() | {"at": began, "machine": described(workload.device)}
     result["took"] = time.time() - began
     workload.folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result))
+    path.write_text(json.dumps(result), encoding="utf-8")
     torch.compiler.reset()  # it holds compiled models
     gc.collect()
     if workload.device != "cpu":

@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from importlib import import_module
+from io import TextIOWrapper
 
 from bitplan.formats.errors import BitplanError, printable
 from bitplan.planner.commands.arguments import build_parser
@@ -16,6 +17,7 @@ from bitplan.planner.commands.arguments import build_parser
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns the exit code."""
+    _write_utf8()
     arguments = build_parser().parse_args(argv)
     _quiet_libraries()
     try:
@@ -49,6 +51,13 @@ def _unexpected(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}{hint}"
     name, reason = type(error).__name__, first_line(error)
     return f"{name if reason == name else f'{name}: {reason}'} (set BITPLAN_DEBUG=1 for the whole trace)"
+
+
+def _write_utf8() -> None:
+    """Files and pipes get UTF-8 on every system; a terminal keeps its encoding, and shows ? for what that lacks."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
 
 
 def _quiet_libraries() -> None:

@@ -177,7 +177,7 @@ class _Pass:
         for key, tensor in tensors.items():
             name, _, kind = key.partition(" ")
             heads[name][kind] = tensor
-        segment = int(done.read_text())
+        segment = int(done.read_text(encoding="utf-8"))
         tied = [unit for unit in self.watched(last) if unit.kind == "tied"]
         if segment <= lowest or any(unit.name not in heads for unit in tied):
             return last, None, defaultdict(dict)

@@ -43,7 +43,7 @@ def write_text(path: Path, text: str) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(
-            "w", dir=target.parent, prefix=target.name, suffix=".part", delete=False
+            "w", encoding="utf-8", dir=target.parent, prefix=target.name, suffix=".part", delete=False
         ) as file:
             part = Path(file.name)
             file.write(text)

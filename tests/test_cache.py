@@ -47,8 +47,8 @@ def change(folder, name: str, rows: slice) -> None:
 
 
 def change_config(folder, **values: object) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | values))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | values), encoding="utf-8")
 
 
 class TestFingerprint:
@@ -91,9 +91,9 @@ class TestFingerprint:
         change_config(model, transformers_version="0", _name_or_path="elsewhere")
         assert found(False) == plain
         change_config(model, auto_map={"AutoModelForCausalLM": "own.Model"})
-        (model / "own.py").write_text("a = 1")
+        (model / "own.py").write_text("a = 1", encoding="utf-8")
         without, first = found(False), found(True)
-        (model / "own.py").write_text("a = 2")
+        (model / "own.py").write_text("a = 2", encoding="utf-8")
         assert len({plain, without, first, found(True)}) == 4 and found(False) == without
 
 
@@ -201,7 +201,7 @@ def test_one_process_at_a_time_makes_an_entry(tmp_path):
     path = tmp_path / "folder" / "entry"
     workers = [subprocess.Popen([sys.executable, "-c", code, str(path)]) for _ in range(3)]
     assert [worker.wait() for worker in workers] == [0, 0, 0]
-    assert path.read_text() == "3"
+    assert path.read_text(encoding="utf-8") == "3"
 
 
 class TestCommand:
@@ -216,7 +216,7 @@ class TestCommand:
                 os.utime(path, (time.time() - age,) * 2)
         save_tensors(own_cache / "text" / "t.safetensors", {"ids": torch.ones(4)})
         (own_cache / "thesis").mkdir()
-        (own_cache / "thesis" / "chapter").write_text("years of work")
+        (own_cache / "thesis" / "chapter").write_text("years of work", encoding="utf-8")
         return own_cache
 
     def rows(self, run, *arguments) -> dict:  # noqa: F811

@@ -22,7 +22,7 @@ FORMATS_OPTION = ["--formats", "int8,int4-g64,int3-g32,int2-g64"]
 @pytest.fixture
 def text(tmp_path):
     file = tmp_path / "text.txt"
-    file.write_text(" ".join(f"the {i} cats sat on {i * 7} mats." for i in range(800)))
+    file.write_text(" ".join(f"the {i} cats sat on {i * 7} mats." for i in range(800)), encoding="utf-8")
     return file
 
 
@@ -92,8 +92,8 @@ def test_a_profile_is_planned_from_its_own_text_on_another_machine(run, checkpoi
     """With another cache: the same text gives the same plan, other text is refused."""
     model, profile, first, second = checkpoint("llama-tied"), *(tmp_path / name for name in ("p", "a.json", "b.json"))
     heldout, other = tmp_path / "heldout.txt", tmp_path / "other.txt"
-    heldout.write_text("entirely other words here, " * 300)
-    other.write_text("not the text of the profile " * 900)
+    heldout.write_text("entirely other words here, " * 300, encoding="utf-8")
+    other.write_text("not the text of the profile " * 900, encoding="utf-8")
     texts = ("--text", text, "--heldout", heldout)
     assert run("audit", model, *texts, *LITTLE, *FORMATS_OPTION, "-o", profile)[0] == 0
     plan = ("plan", model, "--profile", profile, "--bpw", "4.6", "--trials", "3", "--device", "cpu")
@@ -321,7 +321,7 @@ class TestBadInput:
         empty = tmp_path / "empty"
         empty.mkdir()
         refused(1, "has no config.json", "audit", empty)
-        (empty / "config.json").write_text("{}")
+        (empty / "config.json").write_text("{}", encoding="utf-8")
         refused(1, "has no *.safetensors weights", "audit", empty)
         (empty / "model.safetensors").write_bytes(b"not tensors at all")
         refused(1, "not a whole safetensors file", "audit", empty)
@@ -329,9 +329,11 @@ class TestBadInput:
         (empty / "model.safetensors").write_bytes(whole[:-100])
         refused(1, "is cut short", "audit", empty)
         (empty / "model.safetensors").write_bytes(whole)
-        (empty / "config.json").write_text("{")
+        (empty / "config.json").write_text("{", encoding="utf-8")
         refused(1, "config.json is no valid JSON", "audit", empty)
-        (empty / "config.json").write_text((checkpoint("llama") / "config.json").read_text())
+        (empty / "config.json").write_text(
+            (checkpoint("llama") / "config.json").read_text(encoding="utf-8"), encoding="utf-8"
+        )
         refused(1, "has no tokenizer", "audit", empty)
         refused(1, "neither a folder here nor a hub id", "audit", tmp_path / "no" / "such" / "folder")
         refused(1, "is no folder here and could not be had from the hub", "audit", "some/model")
@@ -353,7 +355,7 @@ class TestBadInput:
     def test_texts(self, refused, checkpoint, tmp_path):
         binary, short = tmp_path / "binary", tmp_path / "short"
         binary.write_bytes(bytes(range(256)))
-        short.write_text("too short")
+        short.write_text("too short", encoding="utf-8")
         refused(2, "cannot read", "audit", checkpoint("llama"), "--text", tmp_path / "none")
         refused(2, "is not UTF-8 text", "audit", checkpoint("llama"), "--text", binary)
         refused(1, "text too short", "audit", checkpoint("llama"), *LITTLE, "--text", short)
@@ -367,7 +369,7 @@ class TestBadInput:
         refused(1, "the plan was made for", "apply", plan, "--model", checkpoint("gpt2"))
         refused(2, "exists: give --force", "plan", checkpoint("llama"), "--bpw", "6", "-o", plan)
         refused(2, "exists: give --force", "audit", checkpoint("llama"), "-o", plan)
-        other.write_text(plan.read_text()[:500])
+        other.write_text(plan.read_text(encoding="utf-8")[:500], encoding="utf-8")
         refused(1, "is no valid plan file", "show", other)
         refused(1, "is no valid plan file", "apply", other)
         refused(1, "cannot read", "show", tmp_path / "none.json")
@@ -377,7 +379,7 @@ class TestBadInput:
     def test_a_folder_of_something_else_is_never_replaced(self, refused, run, checkpoint, tmp_path):
         plan, folder = tmp_path / "plan.json", tmp_path / "precious"
         folder.mkdir()
-        (folder / "thesis.txt").write_text("years of work")
+        (folder / "thesis.txt").write_text("years of work", encoding="utf-8")
         assert (
             run("plan", checkpoint("llama"), *LITTLE, *FORMATS_OPTION, "--bpw", "6", "--trials", "1", "-o", plan)[0]
             == 0

@@ -21,8 +21,10 @@ def tasks(tmp_path):
     lines = [
         {"prompt": f"the {i} cats sat on", "choices": [" mats", " it", " xyz"], "answer": i % 3} for i in range(12)
     ]
-    choice.write_text("\n".join(map(json.dumps, lines)))
-    prose.write_text("\n".join(json.dumps({"text": f"the {i} cats sat on {i * 7} mats."}) for i in range(25)))
+    choice.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    prose.write_text(
+        "\n".join(json.dumps({"text": f"the {i} cats sat on {i * 7} mats."}) for i in range(25)), encoding="utf-8"
+    )
     return choice, prose
 
 
@@ -53,9 +55,9 @@ def test_tasks_pages_and_finished_rows(run, checkpoint, text, tasks, tmp_path, m
             assert task["difference"] == pytest.approx(task["mean_other"] - task["mean_base"])
     fp32, int2 = rows[0]["tasks"][1], rows[2]["tasks"][1]
     assert fp32["difference"] == 0 and int2["difference"] != 0
-    with open(sheet) as file:
+    with open(sheet, encoding="utf-8") as file:
         assert [row["name"] for row in csv.DictReader(file)] == [row["name"] for row in rows]
-    told = page.read_text()
+    told = page.read_text(encoding="utf-8")
     assert "<svg" in told and all(row["name"] in told for row in rows)
     assert run(*arguments, "--html", page)[0] == 2  # it exists
 
@@ -91,7 +93,7 @@ def test_the_manager_measures_both_sides(checkpoint, text, tasks):  # noqa: F811
 
 def test_bad_tasks(run, checkpoint, text, tmp_path):  # noqa: F811
     bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "a"}\n')
+    bad.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "a"}\n', encoding="utf-8")
     arguments = ("compare", checkpoint("llama"), "--text", text, *LITTLE, "--formats", "fp32", "--task")
     code, out, err = run(*arguments, bad)
     assert (code, out) == (2, "") and "bad.jsonl:2" in err
@@ -116,9 +118,9 @@ class TestRowsThatFail:
             assert [name for name, row in rows.items() if row["note"]] == [failing]
             assert why in rows[failing]["note"] and rows[failing]["resident_bytes"] is None
             assert all(row["kl"] is not None for name, row in rows.items() if name != failing)
-            with open(sheet) as file:
+            with open(sheet, encoding="utf-8") as file:
                 assert {row["name"]: row["note"] for row in csv.DictReader(file)}[failing] == rows[failing]["note"]
-            assert html.escape(f"{failing}: {rows[failing]['note']}") in page.read_text()
+            assert html.escape(f"{failing}: {rows[failing]['note']}") in page.read_text(encoding="utf-8")
             table = run(*arguments)[1].splitlines()
             assert f"{failing}: {rows[failing]['note']}" in table
             assert sum(line.split("  ")[0] == failing and "–" in line for line in table) == 1

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-GUIDE = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
+GUIDE = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
 for snippet in re.findall(r"```python\n(.*?)```", GUIDE, re.S):
     exec(snippet)
 

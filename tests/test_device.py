@@ -142,12 +142,12 @@ def group(tmp_path, monkeypatch):
 
     def write(version: str, path: str, limit: str) -> None:
         lines, place, most, used, pages = LIMITS[version]
-        (tmp_path / "membership").write_text(lines)
+        (tmp_path / "membership").write_text(lines, encoding="utf-8")
         folder = tmp_path / place.format(path=path)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / most).write_text(f"{limit}\n")
-        (folder / used).write_text(f"{100 * MB}\n")
-        (folder / "memory.stat").write_text(f"anon {70 * MB}\n{pages} {30 * MB}\n")
+        (folder / most).write_text(f"{limit}\n", encoding="utf-8")
+        (folder / used).write_text(f"{100 * MB}\n", encoding="utf-8")
+        (folder / "memory.stat").write_text(f"anon {70 * MB}\n{pages} {30 * MB}\n", encoding="utf-8")
 
     def found() -> list[int]:
         return sorted(cgroup_free(tmp_path, tmp_path / "membership"))

@@ -103,6 +103,6 @@ def test_the_command(run, checkpoint, tmp_path, monkeypatch):  # noqa: F811
     assert code == 0 and "give --profile FILE" in out and "the cache has no profile" in err
     assert json.loads(run("explain", plan, "--json", "--profile", profile)[1]) == found
     other = tmp_path / "other.json"
-    other.write_text(made_profile(1).model_dump_json())
+    other.write_text(made_profile(1).model_dump_json(), encoding="utf-8")
     code, out, err = run("explain", plan, "--profile", other)
     assert (code, out) == (1, "") and "the plan for other weights" in err

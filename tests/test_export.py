@@ -196,7 +196,7 @@ def test_the_bytes_told_for_gptq_are_those_of_the_checkpoint(session, tmp_path):
     exported = export(plan, "gptqmodel", source=session.source)
     size = save_gptq(load_planned(plan, session.source, "cpu"), plan, session.source, tmp_path / "out", force=False)
     assert exported.bytes == size
-    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     assert config == json.loads(exported.text)
 
 

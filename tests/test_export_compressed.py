@@ -82,7 +82,7 @@ def test_the_checkpoint_holds_the_plans_values_and_the_bytes_told(session, tmp_p
         else:
             assert f"{unit.name}.weight" not in found
     assert "lm_head.weight" not in found and "model.embed_tokens.weight" in found
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
     assert config["quantization_config"] == json.loads(exported.text)
     assert config["quantization_config"]["format"] == "mixed-precision"
     assert config["model_type"] == "llama"
@@ -95,7 +95,7 @@ def test_one_layout_is_no_mix_and_a_folder_in_the_way_stays(session, tmp_path):
     config = json.loads(exported.text)
     assert config["format"] == "pack-quantized" and len(config["config_groups"]) == 1
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "other").write_text("")
+    (tmp_path / "out" / "other").write_text("", encoding="utf-8")
     with pytest.raises(BitplanError, match="cannot write"):
         write_export(exported, tmp_path / "out", device="cpu")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["other"]

@@ -62,7 +62,7 @@ def decoded(tensors: dict[str, torch.Tensor], bits: int) -> torch.Tensor:
 
 
 def read_back(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return load_file(folder / "model.safetensors"), config["quantization_config"]
 
 
@@ -177,13 +177,15 @@ def test_the_folder_is_a_checkpoint_with_papers(checkpoint, tmp_path):
     plan = uniform_plan(session, "int4-g32", "nearest")
     model = load_planned(plan, session.source, "cpu")
     save_gptq(model, plan, session.source, tmp_path / "out", force=False)
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["quantization_config"] == json.loads((tmp_path / "out" / "quantize_config.json").read_text())
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert config["quantization_config"] == json.loads(
+        (tmp_path / "out" / "quantize_config.json").read_text(encoding="utf-8")
+    )
     # auto-gptq fills a head that it does not find with zeros.
     found, _ = read_back(tmp_path / "out")
     assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in (tmp_path / "out").iterdir())
-    assert Plan.model_validate_json((tmp_path / "out" / "plan.json").read_text()) == plan
+    assert Plan.model_validate_json((tmp_path / "out" / "plan.json").read_text(encoding="utf-8")) == plan
     assert {"README.md", "tokenizer.json", "generation_config.json"} <= {p.name for p in (tmp_path / "out").iterdir()}
     assert not list(tmp_path.glob(".out*"))
     save_gptq(model, plan, session.source, tmp_path / "out", force=True)
@@ -192,15 +194,15 @@ def test_the_folder_is_a_checkpoint_with_papers(checkpoint, tmp_path):
 def test_older_readers_find_the_rotation(checkpoint, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(checkpoint("llama"), folder)
-    content = json.loads((folder / "config.json").read_text())
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     content["rope_parameters"] = {"rope_theta": 5000.0, "rope_type": "linear", "factor": 2.0}
-    (folder / "config.json").write_text(json.dumps(content))
+    (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
     config = config_for(sources.find(folder), {})
     assert config["rope_theta"] == 5000.0
     assert config["rope_scaling"] == {"type": "linear", "factor": 2.0}
     assert config["torch_dtype"] == content["dtype"]
     before = AutoConfig.from_pretrained(folder).rope_parameters
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     after = AutoConfig.from_pretrained(folder).rope_parameters
     assert {name: after[name] for name in before} == before
 
@@ -257,11 +259,11 @@ def test_a_folder_that_cannot_be_written_leaves_nothing(checkpoint, tmp_path):
     session = opened(checkpoint, "llama-tied", torch.float32, HEADS["llama-tied"])
     plan = uniform_plan(session, "int4-g32", "nearest")
     model = load_planned(plan, session.source, "cpu")
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(BitplanError, match="cannot write"):
         save_gptq(model, plan, session.source, tmp_path / "file" / "out", force=False)
     (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "other").write_text("")
+    (tmp_path / "taken" / "other").write_text("", encoding="utf-8")
     with pytest.raises(BitplanError, match="cannot write"):
         save_gptq(model, plan, session.source, tmp_path / "taken", force=False)
     assert {path.name for path in tmp_path.iterdir()} == {"file", "taken"}

@@ -1,6 +1,8 @@
-"""Imports go one way: formats → sensitivity → search → planner → testing, and each file says what it is for."""
+"""Imports go one way: formats → sensitivity → search → planner → testing; each file says what it is for, and names the
+encoding of every text that it reads or writes."""
 
 import ast
+import re
 from pathlib import Path
 
 import networkx as nx
@@ -22,7 +24,7 @@ class TestFiles:
     def test_imports_no_room_to_its_right(self, path):
         place = ROOMS.index(path.relative_to(PACKAGE).parts[0])
         imported = set()
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 imported |= {room_of(alias.name) for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
@@ -32,11 +34,60 @@ class TestFiles:
         assert not imported & set(ROOMS[place + 1 :])
 
     def test_says_what_it_is_for_and_what_it_may_import(self, path):
-        source = path.read_text()
+        source = path.read_text(encoding="utf-8")
         if source.strip():
             told = ast.get_docstring(ast.parse(source))
             assert told
             assert path.name in ("__init__.py", "errors.py") or "May import:" in told
+
+
+def without_encoding(source: str) -> list[int]:
+    """The lines that read or write text in the encoding of the machine (on Windows rarely UTF-8)."""
+    found = []
+    for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+        named = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        given = [ast.unparse(word) for word in call.args]
+        modes = [mode for word in (*given, named.get("mode", "")) for mode in re.findall(r"'([abrtwx+]+)'", word)]
+        match ast.unparse(call.func).split("."):
+            case [_, *_, "read_text"]:
+                text = not given
+            case [_, *_, "write_text"]:
+                text = len(given) == 1
+            case ["open"] | [_, *_, "open"]:
+                text = not any("b" in mode for mode in modes) and ast.unparse(call.func) != "os.open"
+            case [*_, "NamedTemporaryFile" | "TemporaryFile" | "SpooledTemporaryFile"]:
+                text = any("b" not in mode for mode in modes)
+            case _:
+                text = "True" in (named.get("text"), named.get("universal_newlines"))
+        if text and "encoding" not in named:
+            found.append(call.lineno)
+    return found
+
+
+class TestEncodings:
+    def test_named_everywhere(self):
+        folders = [ROOT / name for name in (*ROOMS[:-1], "src/bitplan/testing", "tests", "benchmarks")]
+        paths = (path for folder in folders for path in folder.rglob("*.py"))
+        assert not {path: lines for path in paths if (lines := without_encoding(path.read_text(encoding="utf-8")))}
+
+    @pytest.mark.parametrize(
+        ("source", "missing"),
+        [
+            ("path.read_text()", True),
+            ("path.read_text('utf-8')", False),
+            ("(folder / 'a').write_text(text)", True),
+            ("path.write_text(text, encoding='utf-8')", False),
+            ("open(path, 'a')", True),
+            ("path.open()", True),
+            ("open(path, 'rb')", False),
+            ("os.open(path, flags)", False),
+            ("tempfile.NamedTemporaryFile()", False),
+            ("tempfile.NamedTemporaryFile('w')", True),
+            ("subprocess.run(command, text=True)", True),
+        ],
+    )
+    def test_what_is_looked_for(self, source, missing):
+        assert bool(without_encoding(source)) == missing
 
 
 ORDER = (
@@ -63,7 +114,7 @@ def modules() -> dict[str, Path]:
 def imports(path: Path, known: dict[str, Path]) -> set[str]:
     """The modules of the project that a file imports, at its top or inside of functions."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"

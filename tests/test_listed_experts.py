@@ -24,7 +24,7 @@ def test_audit_plan_apply_and_reload(run, model, text, tmp_path):  # noqa: F811
     code, _, err = run("audit", model, *options, "-o", profile)
     assert code == 0, err
     assert "no calibration token reaches these experts" in err and "layers.0.mlp.experts.7.up_proj" in err
-    read = Profile.model_validate_json(profile.read_text())
+    read = Profile.model_validate_json(profile.read_text(encoding="utf-8"))
     experts = {unit.name for unit in read.units if ".experts." in unit.name}
     assert len(experts) == 2 * 8 * 3
     scores = {row.unit: row.predicted_nll for row in read.rows if row.format == "int4-g32"}
@@ -33,7 +33,7 @@ def test_audit_plan_apply_and_reload(run, model, text, tmp_path):  # noqa: F811
 
     code, _, err = run("plan", model, *options, "--rounding", "gptq", "--bpw", "5.5", "--trials", "0", "-o", plan)
     assert code == 0, err
-    made = Plan.model_validate_json(plan.read_text())
+    made = Plan.model_validate_json(plan.read_text(encoding="utf-8"))
     assert {unit.rounding for unit in made.units if unit.name in experts and unit.format == "int4-g32"} <= {"gptq"}
     code, _, err = run("apply", plan, "--text", text, *LITTLE, "--save", tmp_path / "saved")
     assert code == 0, err

@@ -9,7 +9,7 @@ from bitplan.planner.load import resident_bytes
 @pytest.fixture
 def manager(checkpoint, tmp_path):
     text = tmp_path / "text.txt"
-    text.write_text(" ".join(f"number {i} and {i * i}" for i in range(1500)))
+    text.write_text(" ".join(f"number {i} and {i * i}" for i in range(1500)), encoding="utf-8")
     return QuantizationManager(checkpoint("llama-tied"), text=[text], device="cpu")
 
 

@@ -24,7 +24,7 @@ PROSE = [{"text": f"the {i} cats sat on {i * 7} mats."} for i in range(24)]
 
 def written(folder, lines):
     path = folder / "mine.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)))
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     return path
 
 

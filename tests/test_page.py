@@ -77,8 +77,8 @@ def test_the_csv_has_every_unit_and_format(run, checkpoint, tmp_path, monkeypatc
     asked = ("audit", checkpoint("llama"), *LITTLE, "--formats", "int8,int4-g64", "--rounding", "nearest")
     code, out, err = run(*asked, "--html", page, "--csv", sheet)
     assert code == 0, err
-    assert f"<title>{checkpoint('llama').name}</title>" in page.read_text()
-    with open(sheet) as file:
+    assert f"<title>{checkpoint('llama').name}</title>" in page.read_text(encoding="utf-8")
+    with open(sheet, encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 16 and {row["kind"] for row in rows if row["layer"] == "1"} == {
         f"{part}.{kind}" for part in KINDS for kind in KINDS[part]
@@ -102,10 +102,10 @@ def in_browser(tmp_path):
                              "parent.document.body.textContent = JSON.stringify(told)</script></body>")  # fmt: skip
         frame = f'<body><iframe style="width: 390px; height: 800px" srcdoc="{html.escape(inner)}"></iframe></body>'
         file = tmp_path / "frame.html"
-        file.write_text(f"<!doctype html><meta charset=utf-8>{frame}")
+        file.write_text(f"<!doctype html><meta charset=utf-8>{frame}", encoding="utf-8")
         command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
         command += ["--virtual-time-budget=5000", "--dump-dom", file.as_uri()]
-        out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+        out = subprocess.run(command, capture_output=True, encoding="utf-8", check=True, timeout=120).stdout
         return json.loads(html.unescape(re.search(r"<body>(.*?)</body>", out, re.S).group(1)))
 
     return call

@@ -124,7 +124,7 @@ def changed(example: dict, path: str, value: object) -> dict:
 )
 def test_what_is_wrong_with_a_file_is_said(example, tmp_path, path, value, message):
     file = tmp_path / "plan.json"
-    file.write_text(json.dumps(changed(example, path, value)))
+    file.write_text(json.dumps(changed(example, path, value)), encoding="utf-8")
     with pytest.raises(FileInvalid, match="is no valid plan file") as caught:
         read(file, Plan)
     assert message in str(caught.value)
@@ -132,7 +132,7 @@ def test_what_is_wrong_with_a_file_is_said(example, tmp_path, path, value, messa
 
 def test_nan_is_refused(example, tmp_path):
     file = tmp_path / "plan.json"
-    file.write_text(json.dumps(changed(example, "bits_per_weight", float("nan"))))
+    file.write_text(json.dumps(changed(example, "bits_per_weight", float("nan"))), encoding="utf-8")
     with pytest.raises(FileInvalid):
         read(file, Plan)
     with pytest.raises(ValidationError, match="finite number"):
@@ -159,7 +159,7 @@ def test_an_older_plan_without_distillation_is_read(example):
 def test_schema_3_is_read():
     """Made by the version before: `kept`, `healed`, `asked` and `kv_cache` had other names or places."""
     file = Path(__file__).parent / "data" / "plan-schema-3.json"
-    old, plan = json.loads(file.read_text()), read(file, Plan)
+    old, plan = json.loads(file.read_text(encoding="utf-8")), read(file, Plan)
     assert [entry.name for entry in plan.unquantized] == [entry["name"] for entry in old["kept"]]
     assert (plan.budget.requested, plan.distilled) == (old["budget"]["asked"], old["healed"])
     old["kv_cache"] = {"format": "int8", "context": 64, "batch": 2, "chunk": 16, "kl": 0.5, "kl_se": 0.1}
@@ -178,7 +178,7 @@ def test_groups_agree(example):
 def test_a_truncated_file_is_said(cut):
     text = json.dumps({"budget": {"requested": "x" * 400, "weights": 3}})[:cut]
     folder = Path(os.environ["BITPLAN_CACHE"])
-    (folder / "cut.json").write_text(text)
+    (folder / "cut.json").write_text(text, encoding="utf-8")
     with pytest.raises(FileInvalid):
         read(folder / "cut.json", Plan)
 
@@ -198,4 +198,4 @@ def test_nothing_half_written(example, tmp_path):
 def test_the_schema_is_pinned():
     """A change of the file's shape is seen here: write the new schema, and raise schema_version if old files break."""
     pinned = Path(__file__).parent / "plan.schema.json"
-    assert json.loads(pinned.read_text()) == Plan.model_json_schema()
+    assert json.loads(pinned.read_text(encoding="utf-8")) == Plan.model_json_schema()

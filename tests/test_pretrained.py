@@ -255,14 +255,14 @@ def test_a_saved_folder_loads_after_importing_planner_in_either_order(order, ses
         f"m = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})\n"
         f"print(sum(p.nbytes for p in m.parameters()), type(m.lm_head).__name__)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert result.stdout.split() == [str(plan.bytes), "PackedLinear"]
 
 
 def test_a_saved_folder_without_planner_fails_instead_of_guessing(session_of, checkpoint, tmp_path):
     load(uniform_plan(session_of("llama"), "int8"), checkpoint("llama"), device="cpu").save_pretrained(tmp_path)
     code = f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False)
     assert result.returncode != 0
     assert "size mismatch" in result.stderr.lower() or "mismatch" in result.stderr.lower()
 
@@ -271,7 +271,7 @@ def test_importing_planner_imports_neither_torch_nor_transformers():
     code = (
         "import sys, bitplan; print([m for m in ('torch', 'transformers', 'optuna', 'pydantic') if m in sys.modules])"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert result.stdout.strip() == "[]"
 
 
@@ -303,7 +303,7 @@ def test_packed_classes_keep_their_ancestry():
 def test_config_file_holds_the_plan(session_of, checkpoint, tmp_path):
     plan = uniform_plan(session_of("llama"), "int8")
     load(plan, checkpoint("llama"), device="cpu").save_pretrained(tmp_path)
-    content = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    content = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     assert content["quant_method"] == "bitplan"
     assert bitplan.Plan.model_validate(content["plan"]) == plan
 

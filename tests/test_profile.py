@@ -52,7 +52,7 @@ ROW = {
 
 def checked(content, folder):
     path = folder / "profile.json"
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
     return read(path, Profile)
 
 

@@ -30,7 +30,7 @@ def test_two_ranks_give_what_one_gives(checkpoint, tmp_path, monkeypatch):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "BITPLAN_CACHE": str(tmp_path / "both"), "OMP_NUM_THREADS": "1"}
     command = [*torchrun, "-m", "bitplan.planner.cli", *arguments, str(two)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('"predicted_nll"') == len(losses(one))
     assert losses(one).keys() == losses(two).keys()

@@ -19,7 +19,9 @@ from bitplan.sensitivity.profile import read
 from bitplan.sensitivity.session import load_reference, read_texts
 
 ROOT = Path(__file__).parent.parent
-PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+PAGES = {
+    path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
 COMMANDS = {name: "".join(re.findall(r"<!-- run -->\n```\n(.*?)```", page, re.S)) for name, page in PAGES.items()}
 SNIPPETS = {name: "\n".join(re.findall(r"```python\n(.*?)```", page, re.S)) for name, page in PAGES.items()}
 
@@ -60,7 +62,9 @@ def test_a_bundled_plan_is_what_it_says():
 def test_snippets(page, place):
     """A page's snippets are one script, which finds what the commands have made."""
     script = rehoused(SNIPPETS[page], place)
-    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, encoding="utf-8", check=False
+    )
     assert result.returncode == 0, result.stderr
 
 
@@ -71,7 +75,7 @@ def test_links_lead_somewhere(page):
         target = folder / path
         assert target.exists(), path
         if heading:
-            names = re.findall(r"^#+ (.*)", target.read_text(), re.M)
+            names = re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8"), re.M)
             assert heading in {re.sub(r"[^\w -]", "", name.lower()).replace(" ", "-") for name in names}, heading
 
 

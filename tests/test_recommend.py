@@ -158,9 +158,9 @@ class TestFit:
         ):
             code, out, err = run(*asked, *words)
             assert (code, out) == (2, "") and told in err
-        (tmp_path / "config.json").write_text("{}")
+        (tmp_path / "config.json").write_text("{}", encoding="utf-8")
         code, _, err = run("recommend", tmp_path, "--for", "fit", "--gpu", "1GiB")
         assert code == 1 and "transformers cannot build" in err
-        (tmp_path / "config.json").write_text("{")
+        (tmp_path / "config.json").write_text("{", encoding="utf-8")
         code, _, err = run("recommend", tmp_path, "--for", "fit", "--gpu", "1GiB")
         assert code == 1 and "config.json is no valid JSON" in err

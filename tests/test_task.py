@@ -35,7 +35,7 @@ def task_of(tmp_path):
 
     def get(*entries: object, **kwargs):
         path = tmp_path / "mine.jsonl"
-        path.write_text("".join((e if isinstance(e, str) else json.dumps(e)) + "\n" for e in entries))
+        path.write_text("".join((e if isinstance(e, str) else json.dumps(e)) + "\n" for e in entries), encoding="utf-8")
         return read_task(path, tiny.tokenizer(), **{"length": 128, **kwargs})
 
     return get
@@ -254,11 +254,11 @@ class TestBundled:
         if platform.python_version() != "3.11.7":
             pytest.skip("another Python has another standard library")
         made = make(stdlib.held_out_documents())
-        assert "".join(json.dumps(item) + "\n" for item in made) == BUNDLED.read_text()
+        assert "".join(json.dumps(item) + "\n" for item in made) == BUNDLED.read_text(encoding="utf-8")
 
     def test_shares_nothing_with_the_held_out_text_and_asks_for_what_can_be_told(self):
-        heldout = demo.HELDOUT.read_text()
-        entries = [json.loads(line) for line in BUNDLED.read_text().splitlines()]
+        heldout = demo.HELDOUT.read_text(encoding="utf-8")
+        entries = [json.loads(line) for line in BUNDLED.read_text(encoding="utf-8").splitlines()]
         assert len(entries) == 200
         assert BUNDLED.stat().st_size < 200_000
         answers = [entry["answer"] for entry in entries]
@@ -304,7 +304,8 @@ class TestHarness:
         (tmp_path / "own.yaml").write_text(
             "task: own_completion\ndataset_path: json\noutput_type: multiple_choice\ntest_split: test\n"
             f"dataset_kwargs:\n  data_files:\n    test: {BUNDLED}\n"
-            'doc_to_text: prompt\ndoc_to_choice: choices\ndoc_to_target: answer\ntarget_delimiter: ""\n'
+            'doc_to_text: prompt\ndoc_to_choice: choices\ndoc_to_target: answer\ntarget_delimiter: ""\n',
+            encoding="utf-8",
         )
         return tmp_path
 
@@ -314,9 +315,11 @@ class TestHarness:
         assert task.fingerprint == read_task(BUNDLED, tokenizer, 512, limit=50).fingerprint
 
     def test_an_item_that_the_tasks_templates_cannot_read(self, folder):
-        (folder / "data.jsonl").write_text(f"{json.dumps(CHOICE)}\n{json.dumps({**CHOICE, 'choices': None})}\n")
-        told = (folder / "own.yaml").read_text().replace("own_completion", "own_broken")
-        (folder / "broken.yaml").write_text(told.replace(str(BUNDLED), str(folder / "data.jsonl")))
+        (folder / "data.jsonl").write_text(
+            f"{json.dumps(CHOICE)}\n{json.dumps({**CHOICE, 'choices': None})}\n", encoding="utf-8"
+        )
+        told = (folder / "own.yaml").read_text(encoding="utf-8").replace("own_completion", "own_broken")
+        (folder / "broken.yaml").write_text(told.replace(str(BUNDLED), str(folder / "data.jsonl")), encoding="utf-8")
         with pytest.raises(UsageError, match="lm-evaluation-harness cannot put the questions of own_broken: "):
             harness_questions("own_broken", 5, folder)
 

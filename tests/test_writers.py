@@ -18,14 +18,14 @@ from bitplan.sensitivity.store import refuse_overwrite, write_text
 
 def model_folder(path, content):
     path.mkdir(parents=True)
-    (path / "config.json").write_text(content)
+    (path / "config.json").write_text(content, encoding="utf-8")
     return path
 
 
 def save(folder, content, force=True):
     refuse_folder(folder, force)
     with written_beside(folder, force) as part:
-        (part / "config.json").write_text(content)
+        (part / "config.json").write_text(content, encoding="utf-8")
 
 
 @pytest.mark.parametrize("before", ["nothing", "empty", "model"])
@@ -35,14 +35,14 @@ def test_a_saved_folder_replaces_what_its_name_means(tmp_path, before, linked):
     if before != "nothing":
         target.mkdir(parents=True)
     if before == "model":
-        (target / "config.json").write_text("old")
-        (target / "stale").write_text("old")
+        (target / "config.json").write_text("old", encoding="utf-8")
+        (target / "stale").write_text("old", encoding="utf-8")
     folder = target
     if linked:
         folder = tmp_path / "link"
         folder.symlink_to(target, target_is_directory=True)
     save(folder, "new")
-    assert {file.name: file.read_text() for file in target.iterdir()} == {"config.json": "new"}
+    assert {file.name: file.read_text(encoding="utf-8") for file in target.iterdir()} == {"config.json": "new"}
     assert folder.is_symlink() == linked
     assert os.listdir(target.parent) == ["target"]  # nothing left beside
 
@@ -65,19 +65,19 @@ def test_the_old_folder_is_whole_where_the_new_one_cannot_take_its_place(tmp_pat
     monkeypatch.setattr(os, "rename", second_fails)
     with pytest.raises(BitplanError, match=r"cannot write .*: no reason$"):
         save(folder, "new")
-    assert (folder / "config.json").read_text() == "old"
+    assert (folder / "config.json").read_text(encoding="utf-8") == "old"
     assert os.listdir(target.parent) == ["target"]
 
 
 def test_a_file_or_a_full_folder_without_force_is_not_replaced(tmp_path):
     full, file = model_folder(tmp_path / "full", "old"), tmp_path / "file"
-    file.write_text("old")
+    file.write_text("old", encoding="utf-8")
     for path, force in ((full, False), (file, True)):
         with pytest.raises(UsageError):
             save(path, "new", force)
         with pytest.raises(BitplanError, match="cannot write"), written_beside(path, force) as part:
-            (part / "config.json").write_text("new")
-    assert (full / "config.json").read_text() == file.read_text() == "old"
+            (part / "config.json").write_text("new", encoding="utf-8")
+    assert (full / "config.json").read_text(encoding="utf-8") == file.read_text(encoding="utf-8") == "old"
     assert sorted(os.listdir(tmp_path)) == ["file", "full"]
 
 
@@ -87,10 +87,10 @@ def test_a_text_file_replaces_the_target_of_a_link(tmp_path, exists):
     link.symlink_to(target)
     if exists:
         target.parent.mkdir()
-        target.write_text("old")
+        target.write_text("old", encoding="utf-8")
     refuse_overwrite(link, force=True)
     write_text(link, "new")
-    assert link.is_symlink() and target.read_text() == "new"
+    assert link.is_symlink() and target.read_text(encoding="utf-8") == "new"
     assert os.listdir(target.parent) == ["target.json"]
 
 

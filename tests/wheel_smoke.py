@@ -53,7 +53,9 @@ def run(*words: str | Path, cwd: Path) -> str:
     for name in ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE"):  # what pip does not compile, the first import does, once
         environment.pop(name, None)
     start = time.monotonic()
-    done = subprocess.run([*map(str, words)], cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*map(str, words)], cwd=cwd, env=environment, capture_output=True, encoding="utf-8", check=False
+    )
     print(f"{time.monotonic() - start:6.1f} s  {' '.join(Path(word).name for word in words)[:100]}", flush=True)
     if done.returncode:
         raise SystemExit(f"{done.stdout}\n{done.stderr}\nexit code {done.returncode}")
@@ -90,8 +92,8 @@ def install(wheel: Path, folder: Path) -> Path:
 def use(python: Path, folder: Path) -> None:
     """A plan, an apply and a reload, with files about that have the names of bitplan's subpackages."""
     for name in SHADOWS:
-        (folder / f"{name}.py").write_text('OWNER = "the user"\n')
-    (folder / "reload.py").write_text(RELOAD)
+        (folder / f"{name}.py").write_text('OWNER = "the user"\n', encoding="utf-8")
+    (folder / "reload.py").write_text(RELOAD, encoding="utf-8")
     where = "from bitplan.planner import demo; print(demo.MODEL, demo.CALIBRATION, sep='\\n')"
     model, text = run(python, "-c", where, cwd=folder).splitlines()
     assert not Path(model).is_relative_to(ROOT)
@@ -115,8 +117,9 @@ def use(python: Path, folder: Path) -> None:
 
 def check_types(python: Path, folder: Path) -> None:
     """mypy and pyright, from the environment that runs this, on a script that imports the installed package."""
-    (folder / "typed.py").write_text(TYPES)
-    (folder / "pyrightconfig.json").write_text('{"typeCheckingMode": "standard"}')  # pyright's own default
+    (folder / "typed.py").write_text(TYPES, encoding="utf-8")
+    # pyright's own default
+    (folder / "pyrightconfig.json").write_text('{"typeCheckingMode": "standard"}', encoding="utf-8")
     mypy = run(sys.executable, "-m", "mypy", "--python-executable", python, "typed.py", cwd=folder)
     pyright = run(Path(sys.executable).parent / "basedpyright", "--pythonpath", python, "typed.py", cwd=folder)
     print(mypy, pyright, sep="", end="")

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 
 def read(arguments: argparse.Namespace) -> reading.Found:
-    layers = json.loads(Path(arguments.export).read_text())
+    layers = json.loads(Path(arguments.export).read_text(encoding="utf-8"))
     blocks = job.calibration(arguments.ids)
     source = job.full_precision(arguments.model)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)

@@ -45,7 +45,7 @@ def word(module: torch.nn.Module) -> str:
 def read(arguments: argparse.Namespace) -> reading.Found:
     mend()
     model = AutoModelForCausalLM.from_pretrained(arguments.export, dtype=torch.float32).eval()
-    config = json.loads((Path(arguments.export) / "config.json").read_text())["quantization_config"]
+    config = json.loads((Path(arguments.export) / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     found = model.config.quantization_config.quantization_config
     assert len(found.config_groups) == len(config["config_groups"]) and found.format == config["format"]
     words = {name: word(module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}

@@ -20,7 +20,7 @@ QUANTIZE = Path(__file__).parent / ".venv-llama-cpp" / "bin" / "llama-quantize"
 
 def write(folder: Path, path: Path) -> None:
     """As llama.cpp's converter: vectors in float32, the rest in bfloat16."""
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert config["model_type"] == "llama"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config["num_hidden_layers"])
@@ -52,7 +52,7 @@ def read(arguments: argparse.Namespace) -> reading.Found:
         before, after = Path(name) / "before.gguf", Path(name) / "after.gguf"
         write(Path(arguments.model), before)
         command = [QUANTIZE, "--tensor-type-file", arguments.export, before, after, "Q8_0", "1"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         tensors = gguf.GGUFReader(after).tensors
         words = {tensor.name: tensor.tensor_type.name.lower() for tensor in tensors}

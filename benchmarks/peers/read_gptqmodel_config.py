@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 
 def read(arguments: argparse.Namespace) -> reading.Found:
-    config = QuantizeConfig.from_quant_config(json.loads(Path(arguments.export).read_text()))
+    config = QuantizeConfig.from_quant_config(json.loads(Path(arguments.export).read_text(encoding="utf-8")))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(arguments.model))
     words = {}

@@ -30,7 +30,7 @@ def contains(told: object, kept: object) -> bool:
 
 
 def read(arguments: argparse.Namespace) -> reading.Found:
-    content = json.loads(Path(arguments.export).read_text())
+    content = json.loads(Path(arguments.export).read_text(encoding="utf-8"))
     config = TorchAoConfig.from_dict({name: value for name, value in content.items() if name != "quant_method"})
     named = config.quant_type.fqn_to_config
     words = {name.removesuffix(".weight"): word(entry) for name, entry in named.items()}

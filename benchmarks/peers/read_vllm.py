@@ -84,7 +84,7 @@ class PlainFloat8(FP8ScaledMMLinearKernel):
 
 def is_own(folder: Path) -> bool:
     """Whether vLLM has a CPU kernel for all of a checkpoint."""
-    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     groups = config.get("config_groups", {"": {"weights": {"num_bits": 8}}}).values()
     return all(group["weights"]["num_bits"] == 4 for group in groups)
 

@@ -37,7 +37,7 @@ def write(folder: Path, config: PreTrainedConfig, bits: int) -> None:
     settings = {"quant_method": "gptq", "checkpoint_format": "gptq", "bits": bits, "group_size": GROUP, "sym": True}
     settings |= {"desc_act": False, "lm_head": False}
     content = config.to_dict() | {"quantization_config": settings, "dtype": "float16"}
-    (folder / "config.json").write_text(json.dumps(content))
+    (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
     model = pace.empty_model(config, torch.float16)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
     tensors = {}

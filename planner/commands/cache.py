@@ -66,7 +66,7 @@ def entries(folder: Path) -> Iterator[Entry]:
         if not _is_workspace(workspace):
             continue
         try:
-            model = str(json.loads((workspace / MARKER).read_text())["model"])
+            model = str(json.loads((workspace / MARKER).read_text(encoding="utf-8"))["model"])
         except (OSError, ValueError, KeyError, TypeError):
             model = "unknown"
         for path in sorted(workspace.iterdir()):

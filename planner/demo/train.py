@@ -88,8 +88,10 @@ def write_texts(folder: Path) -> None:
     """The demo's own text, so that its figures do not hang on which Python runs it: part of the training modules, to
     calibrate and to choose with, and the beginnings of the held-out ones."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "calibration.txt").write_text(stdlib.calibration_text(260_000))
-    (folder / "heldout.txt").write_text("\n".join(document[:6_500] for document in stdlib.held_out_documents()))
+    (folder / "calibration.txt").write_text(stdlib.calibration_text(260_000), encoding="utf-8")
+    (folder / "heldout.txt").write_text(
+        "\n".join(document[:6_500] for document in stdlib.held_out_documents()), encoding="utf-8"
+    )
 
 
 def train(out: Path, steps: int, batch: int, seed: int, device: str) -> None:
@@ -154,7 +156,7 @@ def train(out: Path, steps: int, batch: int, seed: int, device: str) -> None:
         "held_out_loss": round(final, 4),
         "held_out_perplexity": round(math.exp(final), 3),
     }
-    (out / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+    (out / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(facts, indent=2))
 
 

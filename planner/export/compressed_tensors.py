@@ -186,7 +186,7 @@ def save_compressed(model: PreTrainedModel, exported: Exported, folder: Path, fo
     content = source.config | {"quantization_config": json.loads(exported.text)}
     with written_beside(folder, force) as part:
         save_file(tensors, part / "model.safetensors", {"format": "pt"})
-        (part / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+        (part / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         for file in (source.folder / "generation_config.json", *source.folder.glob("*.py")):
             if file.exists():
                 shutil.copy(file, part)

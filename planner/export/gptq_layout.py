@@ -255,4 +255,4 @@ def save_gptq(model: PreTrainedModel, plan: Plan, source: Source, folder: Path, 
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -51,7 +51,7 @@ def cgroup_free(mounts: Path = Path("/sys/fs/cgroup"), membership: Path = Path("
     included, since each of them limits it. Empty where there are none, as outside of Linux. `membership` has a line
     "hierarchy:controllers:path" for each hierarchy."""
     try:
-        lines = membership.read_text().splitlines()
+        lines = membership.read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
     left = []
@@ -76,10 +76,11 @@ def _group_free(folder: Path, limit: str, usage: str, reclaimable: str) -> int |
     """Limit minus usage of one group, None where it sets no limit. Pages of files that were not read lately (a
     checkpoint's, say) count as used, but the kernel gives them back before it refuses an allocation."""
     try:
-        most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
+        most = (folder / limit).read_text(encoding="utf-8").strip()
+        used = int((folder / usage).read_text(encoding="utf-8"))
         if most == "max":
             return None
-        facts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        facts = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
         return max(0, int(most) - used + int(facts.get(reclaimable, 0)))
     except OSError:
         return None

@@ -168,7 +168,7 @@ def write_papers(part: Path, plan: Plan, source: Source, layout: Layout) -> None
     with suppress(ModelUnreadable):  # a model without a tokenizer is saved without one
         sources.load_tokenizer(source).save_pretrained(part)
     write(part / "plan.json", plan)
-    (part / "README.md").write_text(card_text(plan, layout))
+    (part / "README.md").write_text(card_text(plan, layout), encoding="utf-8")
 
 
 def save(model: PreTrainedModel, plan: Plan, source: Source, folder: Path, force: bool) -> None:

@@ -83,7 +83,7 @@ def test_an_entry_of_before_is_made_again(tmp_path, capsys):
     from safetensors.torch import save_file
 
     save_file({"codes": torch.zeros(4)}, tmp_path / "old.safetensors")
-    (tmp_path / "row.json").write_text('{"name": "int4"}')
+    (tmp_path / "row.json").write_text('{"name": "int4"}', encoding="utf-8")
     assert load_tensors(tmp_path / "old.safetensors") is None and read_row(tmp_path / "row.json") is None
     assert capsys.readouterr().err.count("made again") == 2
 

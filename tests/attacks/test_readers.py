@@ -208,7 +208,7 @@ def test_a_wrong_value_is_refused_with_its_field(plan, tmp_path, field, value):
     if place[last] == VALUES[value]:
         return
     place[last] = VALUES[value]
-    (tmp_path / "plan.json").write_text(json.dumps(content))
+    (tmp_path / "plan.json").write_text(json.dumps(content), encoding="utf-8")
     assert "plan.json" in sentence(FileInvalid, read, tmp_path / "plan.json", Plan)
 
 
@@ -219,7 +219,7 @@ def test_escapes_of_a_plan_never_reach_the_terminal_raw(plan, tmp_path, capsys):
     content["provenance"]["device"] = ESCAPE
     for entry in content["unquantized"]:
         entry["reason"] = ESCAPE
-    (tmp_path / "plan.json").write_text(json.dumps(content))
+    (tmp_path / "plan.json").write_text(json.dumps(content), encoding="utf-8")
     for arguments in (["show"], ["apply"], ["explain"], ["export", "--to", "gguf", "-o", str(tmp_path / "out")]):
         main([arguments[0], str(tmp_path / "plan.json"), *arguments[1:]])
         out, err = capsys.readouterr()
@@ -256,8 +256,8 @@ CONFIGS: dict[str, Any] = {
 @pytest.mark.parametrize("change", CONFIGS.values(), ids=CONFIGS)
 def test_an_implausible_config_is_refused_before_anything_is_built(folder, change):
     path = folder / "config.json"
-    whole = json.loads(path.read_text()) | change if isinstance(change, dict) else change
-    path.write_text(change if isinstance(change, str) else json.dumps(whole))
+    whole = json.loads(path.read_text(encoding="utf-8")) | change if isinstance(change, dict) else change
+    path.write_text(change if isinstance(change, str) else json.dumps(whole), encoding="utf-8")
     assert "config.json" in sentence(ModelUnreadable, sources.find, folder)
 
 
@@ -338,7 +338,7 @@ INDEXES: dict[str, Any] = {
 def test_a_broken_index_is_refused(folder, content):
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
     path = folder / "model.safetensors.index.json"
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
     assert "index" in sentence(ModelUnreadable, sources.find, folder)
 
 

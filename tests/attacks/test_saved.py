@@ -125,10 +125,10 @@ def test_a_tensor_that_is_not_finite_is_named(copy, ending, value):
     ],
 )
 def test_a_config_of_another_model_is_refused(copy, field, value):
-    config = json.loads((copy / "config.json").read_text())
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
     config[field] = value
     config.pop("layer_types", None)
-    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
     assert "plan" in refused(copy)
 
 
@@ -159,19 +159,19 @@ PLANS: dict[str, Callable[[dict], object]] = {
 
 @pytest.mark.parametrize("change", PLANS.values(), ids=PLANS)
 def test_a_plan_of_another_model_is_refused(copy, change):
-    config = json.loads((copy / "config.json").read_text())
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
     plan = config["quantization_config"]["plan"]
     change(plan)
     plan["bytes"] = sum(e.get("bytes", 0) for e in plan["units"] + plan["unquantized"])  # so that the sum is no excuse
-    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
     assert len(refused(copy, (PlanMismatch, FileInvalid))) < 2100  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("content", [None, 7, [], "plan", {"units": 3}], ids=str)
 def test_what_is_no_plan_is_refused(copy, content):
-    config = json.loads((copy / "config.json").read_text())
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"]["plan"] = content
-    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
     assert "quantization_config" in refused(copy, FileInvalid)
 
 
