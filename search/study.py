@@ -3,7 +3,7 @@
 A trial bends the predicted losses: a power (how much a large loss counts against many small ones), a slope over
 depth, a weight per role (q_proj, down_proj, …), then solves the knapsack exactly, so every candidate fits the budget.
 The unbent prediction is the first trial. Trials lie in a journal file: a study that was cut short goes on, and ends
-as it would have. May import: search.knapsack, sensitivity.bank.
+as it would have. May import: formats, search.knapsack, sensitivity.progress.
 """
 
 import math

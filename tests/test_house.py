@@ -90,6 +90,27 @@ class TestEncodings:
         assert bool(without_encoding(source)) == missing
 
 
+def named_modules(told: str) -> set[str]:
+    """The modules of the project after "May import:"; in `formats.errors/sizes` two that lie side by side."""
+    found = set()
+    for name in re.findall(rf"\b(?:{'|'.join(ROOMS)})\b(?:\.\w+)*(?:/\w+)*", told.partition("May import:")[2]):
+        first, *beside = name.split("/")
+        found |= {first, *(".".join([*first.split(".")[:-1], other]) for other in beside)}
+    return found
+
+
+def test_modules_that_may_be_imported_exist():
+    known = {name.removeprefix("bitplan.") for name in modules()}
+    docstrings = {path: ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "" for path in FILES}
+    stale = {(str(path), name) for path, told in docstrings.items() for name in named_modules(told) - known}
+    assert not stale
+
+
+def test_neighbours_are_read_by_their_full_names():
+    told = "Sums. May import: torch, search, sensitivity.graph/store, transformers' caches."
+    assert named_modules(told) == {"search", "sensitivity.graph", "sensitivity.store"}
+
+
 ORDER = (
     ("plan",),
     ("codes", "assemble", "memory"),

@@ -4,7 +4,7 @@ Each item is some lines of a held-out module of the standard library and four ca
 one that follows, whose names the prompt mostly has, and three from other places of the module, of like length and
 indented like it. The beginnings of
 the modules, which `text/heldout.txt` has, are left out: a plan that this task chose can still be judged on that text.
-May import: sensitivity.stdlib.
+May import: sensitivity.texts.stdlib.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 A Llama of 3.9M parameters on the standard library's sources. Matrices are trained with Muon
 (Jordan et al. 2024), embeddings and norms with AdamW; the learning rate warms up, stays, then falls
-linearly to zero. May import: sensitivity.stdlib, torch, transformers, tokenizers.
+linearly to zero. May import: sensitivity.texts.stdlib, torch, transformers, tokenizers.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 Formulas over a config's fields are wrong for someone (latent attention, heads of several sizes, shared layers, states
 beside attention). So the model itself is asked: it is built without weights, and what its attention hands to the cache
-is read. A second for a large model. May import: formats.errors, formats.kv_cache, formats.kv_rows, transformers.
+is read. A second for a large model. May import: formats.errors, formats.kv, transformers.
 """
 
 import copy

@@ -1,6 +1,6 @@
 """log p of many short sequences, with what they have in common run once.
 
-May import: formats.kv_cache, sensitivity.loss/progress/task, transformers' caches.
+May import: formats.kv, sensitivity.loss/progress, sensitivity.tasks.task, transformers' caches.
 """
 
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
 """A model's marks on a task, item by item, so that two models can be compared on the same items.
 
-May import: formats.kv_cache, sensitivity.likelihood/progress/task.
+May import: formats.kv, sensitivity.progress, sensitivity.tasks.likelihood/task.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """What a format costs each unit, layer by kind: one map, coloured for the format that is chosen on the page.
 
-May import: matplotlib, planner.report.figures.svg/places.
+May import: matplotlib, planner.report.places, planner.report.figures.svg.
 """
 
 from collections import defaultdict
