@@ -4,6 +4,7 @@ Both nats above full precision and KL are means per predicted token; standard er
 are not independent. May import: formats.errors/kv, sensitivity.store/texts.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import exp, isfinite
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitplan.formats.errors import OutputsNotFinite
+from bitplan.formats.errors import OutputsNotFinite, UsageError
 from bitplan.formats.kv.cache import new_cache
 from bitplan.sensitivity.store import scratch
 from bitplan.sensitivity.texts.text import Blocks
@@ -34,10 +35,21 @@ class Evaluation:
         return exp(min(self.nll, 700.0))
 
 
+def refuse_foreign_tokens(model: Any, ids: Tensor) -> None:
+    """Raises UsageError where a token of ids (int64, any shape) is beyond the model's embedding."""
+    rows = getattr(getattr(model.get_input_embeddings(), "weight", None), "shape", (sys.maxsize,))[0]
+    if ids.numel() and (highest := int(ids.max())) >= rows:
+        raise UsageError(
+            f"the text holds token {highest}, and the model's embedding has {rows} rows: its tokenizer is of another"
+            f" model"
+        )
+
+
 @torch.no_grad()
 def log_probabilities(model: Any, ids: Tensor, kv_format: str = "native") -> Tensor:
     """log p of every next token: float32 [blocks, length - 1, vocabulary] for ids int64 [blocks, length]; keys and
     values go through a KV cache of another format, where one is named."""
+    refuse_foreign_tokens(model, ids)
     cached = {}
     if kv_format != "native":
         cached["past_key_values"] = new_cache(model, kv_format, *ids.shape)

@@ -3,7 +3,9 @@
 May import: formats.errors/sizes, sensitivity.config/fingerprint/profile/reading/store.
 """
 
+import re
 import stat
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from bitplan.formats.errors import BitplanError, ModelUnreadable, PlanMismatch, first_line
+from bitplan.formats.errors import BitplanError, ModelUnreadable, PlanMismatch, first_line, printable
 from bitplan.formats.sizes import format_bytes
 from bitplan.sensitivity.config import read_config, refuse_implausible
 from bitplan.sensitivity.fingerprint import config_fingerprint, read_header, sampled_fingerprint, weights_fingerprint
@@ -188,7 +190,28 @@ def load_model(source: Source, device: str = "cpu", **kwargs: Any) -> PreTrained
             f"{source.model} lacks {len(absent)} tensors that {type(model).__name__} needs, {absent[0]} first: name a"
             f" whole checkpoint of a causal LM"
         )
+    _report_left_behind(source, type(model).__name__, sorted(info["unexpected_keys"]))
     return model.eval().requires_grad_(False)
+
+
+CODES = re.compile(r"[._](weight_scale_inv|weight_scale|scale_inv|input_scale|qweight|qzeros|absmax|quant_state\..*)$")
+"""What lies beside quantized weights: without it they are codes, and not the weights."""
+_REPORTED: set[str] = set()
+
+
+def _report_left_behind(source: Source, name: str, unexpected: Sequence[str]) -> None:
+    """One line, once a process, for the tensors of a checkpoint that the model does not take. Raises ModelUnreadable
+    where weights without them mean something else."""
+    if codes := [tensor for tensor in unexpected if CODES.search(tensor)]:
+        raise ModelUnreadable(
+            f"{source.model} holds {codes[0]}, so that its weights are codes that {name} takes for the weights"
+            f" themselves: name the full-precision model it came from"
+        )
+    if unexpected and source.model not in _REPORTED:
+        _REPORTED.add(source.model)
+        more = f" and {len(unexpected) - 3} more" if len(unexpected) > 3 else ""
+        left = f"left behind, for {name} does not take them: {', '.join(unexpected[:3])}{more}"
+        print(printable(f"{source.model}: {left}"), file=sys.stderr)
 
 
 def block_length(source: Source, asked: int) -> int:

@@ -16,7 +16,7 @@ from bitplan.planner.plan import Plan
 from bitplan.planner.report.model_card import refuse_folder, save
 from bitplan.planner.report.tables import with_error
 from bitplan.sensitivity import source as sources
-from bitplan.sensitivity.loss import Reference, finite, refuse_not_finite
+from bitplan.sensitivity.loss import Reference, finite, refuse_foreign_tokens, refuse_not_finite
 from bitplan.sensitivity.profile import read
 from bitplan.sensitivity.session import load_reference
 
@@ -83,6 +83,7 @@ def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     if not inputs["input_ids"].numel():
         raise UsageError("--prompt holds no token: give some text")
+    refuse_foreign_tokens(model, inputs["input_ids"])
     out = model.generate(  # type: ignore[operator]
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],

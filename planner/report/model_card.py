@@ -163,8 +163,15 @@ def _replace(target: Path, part: Path, force: bool) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""Of models that also take images, sound or video."""
+
+
 def write_papers(part: Path, plan: Plan, source: Source, layout: Layout) -> None:
-    """The tokenizer, plan.json and the model card."""
+    """The tokenizer, what prepares a model's other inputs, plan.json and the model card."""
+    for name in PROCESSORS:
+        if (source.folder / name).is_file():
+            shutil.copy(source.folder / name, part)
     with suppress(ModelUnreadable):  # a model without a tokenizer is saved without one
         sources.load_tokenizer(source).save_pretrained(part)
     write(part / "plan.json", plan)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from bitplan.sensitivity.loss import log_probabilities, taken
+from bitplan.sensitivity.loss import log_probabilities, refuse_foreign_tokens, taken
 from bitplan.sensitivity.progress import progress
 from bitplan.sensitivity.tasks.task import TokenRow
 
@@ -28,6 +28,8 @@ def log_likelihoods(model: Any, rows: list[TokenRow], kv_format: str = "native",
     keeps it in a cache that is transformers' own; others run whole. Shorter rows are filled up on the right, where a
     causal model's earlier tokens do not see it.
     """
+    for row in rows:
+        refuse_foreign_tokens(model, torch.tensor(row.ids))
     families: dict[tuple[int, ...], list[TokenRow]] = {}
     for row in dict.fromkeys(rows):
         families.setdefault(row.context, []).append(row)

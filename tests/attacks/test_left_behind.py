@@ -1,0 +1,56 @@
+"""Folders that hold more than a causal LM takes, and tokens that it does not know."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bitplan.formats.errors import ModelUnreadable, UsageError
+from bitplan.planner.assemble import uniform_plan
+from bitplan.planner.load import load_planned
+from bitplan.planner.report.model_card import save
+from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.loss import log_probabilities
+from bitplan.sensitivity.tasks.likelihood import log_likelihoods
+from bitplan.sensitivity.tasks.task import TokenRow
+
+
+def with_more(checkpoint: Path, folder: Path, *names: str) -> sources.Source:
+    shutil.copytree(checkpoint, folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {name: torch.ones(2) for name in names}, folder / "model.safetensors", {"format": "pt"})
+    return sources.find(folder)
+
+
+def test_what_is_left_behind_is_said_once(checkpoint, tmp_path, capsys):
+    source = with_more(checkpoint("llama"), tmp_path / "model", "mtp.head.weight", "\x1b.weight")
+    for _ in range(2):
+        sources.load_model(source)
+    err = capsys.readouterr().err
+    assert err.count("left behind, for LlamaForCausalLM does not take them: \\x1b.weight, mtp.head.weight") == 1
+
+
+@pytest.mark.parametrize("suffix", ["weight_scale_inv", "weight_scale", "qzeros", "weight.absmax"])
+def test_codes_are_not_taken_for_weights(checkpoint, tmp_path, suffix):
+    name = f"model.layers.0.mlp.up_proj.{suffix}"
+    with pytest.raises(ModelUnreadable, match=f"holds {name}, so that its weights are codes"):
+        sources.load_model(with_more(checkpoint("llama"), tmp_path / "model", name))
+
+
+def test_tokens_beyond_the_embedding(checkpoint):
+    model = sources.load_model(sources.find(checkpoint("llama")))
+    with pytest.raises(UsageError, match="token 300, and the model's embedding has 258 rows"):
+        log_probabilities(model, torch.tensor([[1, 300, 2]]))
+    with pytest.raises(UsageError, match="token 300"):
+        log_likelihoods(model, [TokenRow((1, 300), 1)])
+
+
+def test_processors_are_saved_too(session_of, checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint("llama"), tmp_path / "model")
+    (folder / "preprocessor_config.json").write_text("{}")
+    source = sources.find(folder)
+    plan = uniform_plan(session_of("llama"), "int8", "nearest")
+    save(load_planned(plan, source, "cpu"), plan, source, tmp_path / "out", False)
+    assert (tmp_path / "out" / "preprocessor_config.json").read_text() == "{}"
