@@ -215,7 +215,9 @@ class Plan(Strict):
                 raise ValueError(f"unit {unit.name}: {unit.bytes} bytes, but {unit.format} takes {true}")
         total = sum(unit.bytes for unit in self.units) + sum(entry.bytes for entry in self.unquantized)
         if total != self.bytes:
-            raise ValueError(f"the plan says {self.bytes} bytes, and its units and kept tensors add up to {total}")
+            raise ValueError(
+                f"the plan says {self.bytes} bytes, and its units and unquantized tensors add up to {total}"
+            )
         return self
 
     def for_model(self, facts: ModelFacts) -> Self:

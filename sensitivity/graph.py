@@ -26,7 +26,7 @@ from bitplan.sensitivity.trace import Trace, Use
 
 GENERIC = ("modeling_utils.py", "module.py")
 """Files of transformers and torch that ask all parameters alike for their type or device."""
-ON_REQUEST = "kept on request"
+ON_REQUEST = "unquantized on request"
 """Why a unit that --keep names takes no format."""
 
 
@@ -83,8 +83,6 @@ class Unquantized:
 class Graph:
     units: tuple[Unit, ...]
     unquantized: tuple[Unquantized, ...]
-    flow: nx.DiGraph = field(default_factory=nx.DiGraph)
-    """Nodes are the uses in the probe, "unit" or "unit@head" for a tied head; an edge u → v: v reads what u wrote."""
     ties: nx.Graph = field(default_factory=nx.Graph)
     """Units that must share a format are joined; an edge's `why` says what joins them."""
     readers: dict[str, str] = field(default_factory=dict)
@@ -118,7 +116,7 @@ def build_graph(model: PreTrainedModel, keep: tuple[str, ...] = ()) -> Graph:
             raise UsageError(
                 f"--keep {glob!r} matches no unit; the first names are {', '.join(u.name for u in units[:3])}"
             )
-    uses, flow, elsewhere = probe(model, units)
+    uses, elsewhere = probe(model, units)
     # An expert that the few tokens of the probe do not reach is used as the others of its list are.
     by_parameter = {unit.parameter: unit for unit in units}
     order: dict[tuple[str, str], int] = {}
@@ -145,7 +143,7 @@ def build_graph(model: PreTrainedModel, keep: tuple[str, ...] = ()) -> Graph:
     for component in nx.connected_components(ties):
         leaders.update(dict.fromkeys(component, min(component, key=place.__getitem__)))
     ordered = tuple(replace(unit, group=leaders[unit.name], order=i) for i, unit in enumerate(units))
-    return Graph(ordered, tuple(kept), flow, ties, find_readers(ordered, uses))
+    return Graph(ordered, tuple(kept), ties, find_readers(ordered, uses))
 
 
 def find_units(model: nn.Module) -> tuple[list[Unit], list[Unquantized]]:
@@ -219,42 +217,17 @@ class _Watch(Trace):
         return super().__torch_function__(func, types, args, kwargs)
 
 
-def probe(model: PreTrainedModel, units: list[Unit]) -> tuple[list[Use], nx.DiGraph, set[str]]:
-    """Run eight tokens; the uses in order, which read which's output (transitively reduced), and the
-    parameters that are read outside of their own modules."""
+def probe(model: PreTrainedModel, units: list[Unit]) -> tuple[list[Use], set[str]]:
+    """Run eight tokens; the uses in order, and the parameters that are read outside of their own modules."""
     uses: list[Use] = []
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.arange(3, 11, device=next(model.parameters()).device).remainder(vocabulary).unsqueeze(0)
     watch = _Watch(model, units, uses.append)
-    with torch.enable_grad(), watch:
+    with torch.no_grad(), watch:
         model(input_ids=ids, use_cache=False)
     for handle in watch.handles:
         handle.remove()
-    names = {unit.parameter: unit.name for unit in units}
-    looked_up = {use.parameter for use in uses if use.lookup}
-
-    def node(use: Use) -> str:
-        head = not use.lookup and use.parameter in looked_up
-        return names[use.parameter] + ("@head" if head else "")
-
-    writers = {use.output.grad_fn: node(use) for use in uses if use.output.grad_fn is not None}
-    flow = nx.DiGraph()
-    for use in uses:
-        flow.add_node(node(use))
-        queue, met = [] if use.lookup else [use.input.grad_fn], set()
-        while queue:
-            step = queue.pop()
-            if step is None or step in met:
-                continue
-            met.add(step)
-            if step in writers:
-                if writers[step] != node(use):
-                    flow.add_edge(writers[step], node(use))
-            else:
-                queue += [following for following, _ in step.next_functions]
-    if not nx.is_directed_acyclic_graph(flow):  # a weight used twice in a row, as in shared layers
-        return uses, flow, watch.elsewhere
-    return uses, nx.transitive_reduction(flow), watch.elsewhere
+    return uses, watch.elsewhere
 
 
 def find_readers(units: tuple[Unit, ...], uses: list[Use]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from bitplan.formats.errors import FileInvalid
 from bitplan.formats.kv.cache import KV_FORMATS
 from bitplan.formats.rounding import ROUNDINGS
 from bitplan.formats.table import DTYPES, FORMATS, stored_bytes
-from bitplan.sensitivity.graph import Unit, Unquantized
+from bitplan.sensitivity.graph import ON_REQUEST, Unit, Unquantized
 from bitplan.sensitivity.reading import PLAN_LIMIT, parse_json, read_bytes
 from bitplan.sensitivity.store import write_text
 
@@ -97,6 +97,12 @@ class UnquantizedEntry(Strict):
     dtype: Text
     bytes: Bytes
     reason: Text
+
+    @field_validator("reason")
+    @classmethod
+    def _renamed(cls, reason: str) -> str:
+        """Files made before say `kept`."""
+        return ON_REQUEST if reason == "kept on request" else reason
 
 
 class ProfileRow(Strict):

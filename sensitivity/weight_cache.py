@@ -40,7 +40,7 @@ def workspace(
     weights_sha256: str, config_sha256: str, calibration_sha256: str, seed: int, kept: Sequence[str] = ()
 ) -> Path:
     """The cache folder of everything that follows from a model, as this transformers runs it, from this text and this
-    seed; `kept`: parameters that were kept on request, which shape the units."""
+    seed; `kept`: parameters that were left unquantized on request, which shape the units."""
     model = (weights_sha256, config_sha256, version("transformers"))
     return cache_folder() / sha256(VERSION, *model, calibration_sha256, str(seed), *sorted(kept))[:24]
 

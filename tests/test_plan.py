@@ -12,6 +12,7 @@ from bitplan.formats.table import FORMATS
 from bitplan.planner.plan import KVCacheLoss, Plan, Workload
 from bitplan.planner.report.show import plan_text
 from bitplan.planner.report.tables import folded, layers
+from bitplan.sensitivity.graph import ON_REQUEST
 from bitplan.sensitivity.profile import Profile, read, write
 
 SHA = "0" * 64
@@ -166,6 +167,8 @@ def test_schema_3_is_read():
     plan = Plan.model_validate(old)
     assert plan.workload == Workload(kv_format="int8", context=64, batch=2, prefill_chunk=16)
     assert plan.kv_cache_loss == KVCacheLoss(kl=0.5, kl_se=0.1)
+    old["kept"][0]["reason"] = "kept on request"
+    assert Plan.model_validate(old).unquantized[0].reason == ON_REQUEST
 
 
 def test_groups_agree(example):

@@ -462,7 +462,7 @@ def test_units_kept_on_request_stay_out_of_it_on_another_machine(session_of, che
     source = session_of("llama").source
     session = open_session(source, session_of("llama").texts, ("*mlp*",), "cpu")
     plan = uniform_plan(session, "int4-g64", "gptq")
-    assert sum(entry.reason == "kept on request" for entry in plan.unquantized) == 6
+    assert sum(entry.reason == "unquantized on request" for entry in plan.unquantized) == 6
     make_codes(plan, source, device="cpu")
     model = load(plan, source.folder, device="cpu")
     assert resident_bytes(model) == plan.bytes
