@@ -49,12 +49,12 @@ class TestVerdict:
         found = {"bf16": row("bf16", 1e-6), "int8": row("int8", 0.001, speed=80), "fp8": row("fp8", 0.0005)}
         notes = "\n".join(verdict("inference", found | {"int4-g128/gptq": row("int4", 0.002)})[1])
         assert "FP8 loses less than INT8 here" in notes
-        assert "int4-g128 costs +0.00 % perplexity only" in notes
+        assert "int4-g128 costs only +0.00 % perplexity" in notes
         assert "fewer bytes are not faster here: int8 decodes 80.0 tokens per second, bf16 100.0" in notes
 
     def test_fp16_nearer_than_bf16_is_no_reason_to_train_in_it(self):
         answer, notes = verdict("training", {"bf16": row("bf16", 0.001), "fp16": row("fp16", 0.0001)})
-        assert answer is None and "for training BF16 stands" in notes[0]
+        assert answer is None and "for training the rule stands" in notes[0]
 
     @pytest.mark.parametrize("purpose", ["training", "inference", "fit"])
     def test_nothing_measured_says_nothing(self, purpose):
