@@ -38,7 +38,7 @@ demo: setup
 wheel-smoke: setup
 	$(BIN)/python tests/wheel_smoke.py
 
-# The tests on the lowest transformers, optuna and pydantic that pyproject.toml names.
+# The tests on the lowest versions that constraints-lowest.txt names.
 test-lowest: $(LOWEST)/.done
 	$(LOWEST)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
