@@ -35,7 +35,7 @@ from bitplan.sensitivity.weight_cache import WeightCache, mark_workspace, worksp
 SEED = 0
 PROGRAM = 600 << 20
 """Bytes that Python, torch and transformers take by themselves, about."""
-PART = 8
+PART = 16
 """Hidden states in memory, and the second moments gathered at once, take this part of a memory limit each."""
 PARTS = ("calibration", "search", "heldout")
 

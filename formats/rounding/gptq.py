@@ -45,12 +45,14 @@ class Hessian:
     def factor(self) -> Tensor:
         """U of the damped H, rows and columns in `order`: float32 [columns, columns]. Raises RoundingFailed if H is not
         positive definite at any damping."""
-        matrix = self._whole()[self.order][:, self.order]
-        for damping in DAMPING:
-            lower, failed = torch.linalg.cholesky_ex(matrix + damping * self._ridge())
+        for damping in DAMPING:  # with two float64 matrices in memory at a time
+            lower, failed = torch.linalg.cholesky_ex(self._ordered(damping))
             if failed:
                 continue
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            inverse = torch.cholesky_inverse(lower)
+            del lower
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            del inverse
             if not failed:
                 return upper.float()
         raise RoundingFailed(f"the inputs' second moment is not positive definite at any damping in {DAMPING}")
@@ -61,22 +63,29 @@ class Hessian:
         [columns, columns] (GPTAQ: Li et al. 2025); None without `cross`."""
         if self.cross is None:
             return None
-        lower, failed = torch.linalg.cholesky_ex(self._whole() + AIM_DAMPING * self._ridge())
+        matrix = self._whole(self.matrix)
+        matrix.diagonal().add_(self.dead.double()).add_(AIM_DAMPING * self._ridge())
+        lower, failed = torch.linalg.cholesky_ex(matrix)
         if failed:
             return None
         change = self.cross.double() - self.matrix.double()
         return torch.cholesky_solve(change.T, lower).T.float()
 
-    def _whole(self) -> Tensor:
-        matrix = self.matrix.double()
+    def _ordered(self, damping: float) -> Tensor:
+        matrix = self._whole(self.matrix[self.order][:, self.order])
+        matrix.diagonal().add_(self.dead[self.order].double()).add_(damping * self._ridge())
+        return matrix
+
+    @staticmethod
+    def _whole(matrix: Tensor) -> Tensor:
         if not matrix.isfinite().all():
             raise RoundingFailed("the inputs' second moment holds NaN or infinity")
-        return matrix + torch.diag(self.dead.double())
+        return matrix.to(torch.float64, copy=True)
 
     def _ridge(self) -> Tensor:
+        """The mean of the diagonal over columns that are not dead: float64."""
         diagonal = self.matrix.diagonal().double()
-        mean = diagonal[~self.dead].mean() if not self.dead.all() else torch.ones_like(diagonal).mean()
-        return mean * torch.eye(len(diagonal), dtype=torch.float64, device=diagonal.device)
+        return diagonal[~self.dead].mean() if not self.dead.all() else torch.ones_like(diagonal).mean()
 
 
 def gptq(weight: Tensor, format: Format, hessians: Sequence[Hessian]) -> Tensors:
