@@ -10,6 +10,7 @@ SIZES = {
     **{f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)},
 }
 SIZES["KB"] = SIZES["kB"]
+MIB = SIZES["MiB"]
 
 
 def parse_size(text: str) -> int:

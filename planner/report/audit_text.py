@@ -6,7 +6,7 @@ May import: formats, planner.report, sensitivity.profile.
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from bitplan.formats.sizes import format_bytes
+from bitplan.formats.sizes import MIB, format_bytes
 from bitplan.planner.report.losses import Losses
 from bitplan.planner.report.tables import table, with_error
 
@@ -134,5 +134,5 @@ def _units(losses: Losses) -> str:
     ]
     if rest := order[FIRST:]:
         lost, saved = sum(losses.cost(u, format) for u in rest), sum(losses.saved(u, format) for u in rest)
-        rows.append((f"{len(rest)} others", f"{lost:.4g}", f"{saved:,}", f"{lost / saved * 2**20:.4g}"))
+        rows.append((f"{len(rest)} others", f"{lost:.4g}", f"{saved:,}", f"{lost / saved * MIB:.4g}"))
     return table((f"unit, in {format}", "loss", "bytes saved", "loss per MiB saved"), rows)

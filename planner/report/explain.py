@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import inf
 
 from bitplan.formats.errors import PlanMismatch
+from bitplan.formats.sizes import MIB
 from bitplan.planner.plan import Plan, PlannedUnit
 from bitplan.planner.report.tables import table
 from bitplan.search.frontier import price_at
@@ -16,7 +17,6 @@ from bitplan.search.overrides import Override
 from bitplan.search.problem import Problem, problem_of
 from bitplan.sensitivity.profile import Profile
 
-MIB = 2**20
 CLOSEST = 12
 """Groups whose decision was the closest, which are printed unless all are wanted."""
 

@@ -9,6 +9,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from math import isfinite
 
+from bitplan.formats.sizes import MIB
 from bitplan.formats.table import DTYPES
 from bitplan.planner.report.places import Place, places
 from bitplan.sensitivity.profile import Profile, ProfileRow
@@ -60,7 +61,7 @@ class Losses:
     def per_mib(self, unit: str, format: str) -> float:
         """Nats per token for each MiB saved; infinite where nothing is saved."""
         saved = self.saved(unit, format)
-        return self.cost(unit, format) / saved * 2**20 if saved > 0 else float("inf")
+        return self.cost(unit, format) / saved * MIB if saved > 0 else float("inf")
 
     def total(self, format: str) -> tuple[int, float] | None:
         """Bytes of the whole model and summed loss with every unit in a format; None where one cannot take it."""

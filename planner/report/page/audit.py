@@ -6,22 +6,10 @@ May import: formats, search, sensitivity, planner.report.
 from collections import defaultdict
 
 from bitplan.formats.sizes import format_bytes
-from bitplan.planner.report.figures.heat import heat_map
 from bitplan.planner.report.losses import Losses, losses_of
 from bitplan.planner.report.page.facts import model_name, number, provenance, unquantized
 from bitplan.planner.report.page.render import Page
-from bitplan.planner.report.page.sensitivity import (
-    Sizes,
-    agreement,
-    cache_table,
-    depth_figure,
-    frontier_figure,
-    heat_figure,
-    ranking_data,
-    ranking_table,
-    sizes_of,
-    uniform_table,
-)
+from bitplan.planner.report.page.sensitivity import Sizes, cache_table, sensitivity_parts, sizes_of
 from bitplan.search.problem import problem_of
 from bitplan.sensitivity.profile import Profile
 
@@ -38,25 +26,15 @@ def audit_page(profile: Profile) -> Page:
     if not formats:
         return Page(title, lead, (), [unquantized(profile.unquantized)], papers)
     sizes = sizes_of(problem_of(profile))
-    heat = heat_map(losses.place, losses.costs, formats)
-    pictures, tables = agreement(losses)
+    parts = sensitivity_parts(losses, sizes)
     return Page(
         title=title,
         lead=lead,
         findings=findings(losses, sizes),
-        formats=formats,
-        chosen=losses.usual,
-        colours=heat.colours,
-        figures=[heat_figure(losses, heat), frontier_figure(losses, sizes), *depth_figure(losses), *pictures],
-        tables=[
-            ranking_table(losses),
-            uniform_table(losses, sizes),
-            *tables,
-            *cache_table(profile),
-            unquantized(profile.unquantized),
-        ],
+        figures=parts.figures,
+        tables=[*parts.tables, *cache_table(profile), unquantized(profile.unquantized)],
         provenance=papers,
-        data=ranking_data(losses),
+        **parts.choice,
     )
 
 

@@ -3,24 +3,15 @@
 May import: formats, planner.plan, planner.report.
 """
 
-from bitplan.formats.sizes import format_bytes
+from bitplan.formats.sizes import MIB, format_bytes
 from bitplan.planner.plan import Plan
-from bitplan.planner.report.explain import MIB, GroupReasons, Reasons, price_text, why
-from bitplan.planner.report.figures.heat import format_map, heat_map
+from bitplan.planner.report.explain import GroupReasons, Reasons, price_text, why
+from bitplan.planner.report.figures.heat import format_map
 from bitplan.planner.report.figures.scatter import Dot
 from bitplan.planner.report.losses import losses_of
 from bitplan.planner.report.page.facts import model_name, number, provenance, unquantized
 from bitplan.planner.report.page.render import Page, PageFigure, PageTable
-from bitplan.planner.report.page.sensitivity import (
-    agreement,
-    depth_figure,
-    frontier_figure,
-    heat_figure,
-    ranking_data,
-    ranking_table,
-    sizes_of,
-    uniform_table,
-)
+from bitplan.planner.report.page.sensitivity import sensitivity_parts, sizes_of
 from bitplan.planner.report.places import places
 
 
@@ -34,30 +25,20 @@ def plan_page(reasons: Reasons) -> Page:
     )
     figures, tables = [_formats(plan)], [_reasons_table(reasons), *_measured(plan), *_overrides(plan)]
     found = [price_text(reasons.price), *_findings(plan)]
-    kept = unquantized(plan.unquantized)
+    left = unquantized(plan.unquantized)
     losses = None if reasons.problem is None else losses_of(reasons.problem.profile)
     if reasons.problem is None or losses is None or not losses.formats:
-        return Page(title, lead, figures, [*tables, kept], papers, findings=found)
+        return Page(title, lead, figures, [*tables, left], papers, findings=found)
     sizes = sizes_of(reasons.problem)
-    heat = heat_map(losses.place, losses.costs, losses.formats)
-    pictures, agreed = agreement(losses)
+    parts = sensitivity_parts(losses, sizes, _dots(plan))
     return Page(
         title=title,
         lead=lead,
         findings=found,
-        formats=losses.formats,
-        chosen=losses.usual,
-        colours=heat.colours,
-        figures=[
-            *figures,
-            frontier_figure(losses, sizes, _dots(plan)),
-            heat_figure(losses, heat),
-            *depth_figure(losses),
-            *pictures,
-        ],
-        tables=[*tables, ranking_table(losses), uniform_table(losses, sizes), *agreed, kept],
+        figures=[*figures, *parts.figures],
+        tables=[*tables, *parts.tables, left],
         provenance=papers,
-        data=ranking_data(losses),
+        **parts.choice,
     )
 
 

@@ -6,12 +6,13 @@ May import: formats, search, sensitivity, planner.report.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isnan, nan
+from typing import Any
 
 from scipy.stats import spearmanr
 
 from bitplan.formats.sizes import format_bytes
 from bitplan.planner.report.figures.curves import depth_curves
-from bitplan.planner.report.figures.heat import COLOURS, HeatMap
+from bitplan.planner.report.figures.heat import COLOURS, HeatMap, heat_map
 from bitplan.planner.report.figures.scatter import Dot, agreement_plot, frontier_plot
 from bitplan.planner.report.losses import Losses
 from bitplan.planner.report.page.facts import number
@@ -40,6 +41,16 @@ def depth_figure(losses: Losses) -> list[PageFigure]:
     curves = depth_curves(losses.place, losses.costs, losses.formats)
     caption = "A line for each format, all on one scale; the chosen one is drawn strong."
     return [PageFigure("Loss over depth", curves, caption, by_format=True)] if curves else []
+
+
+@dataclass(frozen=True)
+class SensitivityParts:
+    """What the pages of an audit and of a plan both show of a profile."""
+
+    figures: list[PageFigure]
+    tables: list[PageTable]
+    choice: dict[str, Any]
+    """Fields of a Page by which a format is chosen on it."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +101,27 @@ def frontier_figure(losses: Losses, sizes: Sizes, plans: Sequence[Dot] = ()) -> 
 
 def _note(name: str, nbytes: int, bits: float, loss: float) -> str:
     return f"{name}\n{nbytes:,} bytes ({format_bytes(nbytes)})\n{bits:.3f} bits per weight\n{loss:.5g} nats per token"
+
+
+def sensitivity_parts(losses: Losses, sizes: Sizes, plans: Sequence[Dot] = ()) -> SensitivityParts:
+    """The parts of a profile that can take formats; `plans` are dots beside its frontier."""
+    heat = heat_map(losses.place, losses.costs, losses.formats)
+    figures, tables = agreement(losses)
+    return SensitivityParts(
+        figures=[
+            heat_figure(losses, heat),
+            frontier_figure(losses, sizes, plans),
+            *depth_figure(losses),
+            *figures,
+        ],
+        tables=[ranking_table(losses), uniform_table(losses, sizes), *tables],
+        choice={
+            "formats": losses.formats,
+            "chosen": losses.usual,
+            "colours": heat.colours,
+            "data": ranking_data(losses),
+        },
+    )
 
 
 def uniform_table(losses: Losses, sizes: Sizes) -> PageTable:
