@@ -86,6 +86,12 @@ class UnitEntry(Strict):
     tied: tuple[Name, ...] = ()
     group: Name
 
+    @property
+    def holders(self) -> list[str]:
+        """Names of the parameters that share the unit's weight: its own, and those tied to it."""
+        name = self.parameter.rpartition(".")[2]
+        return [self.parameter, *(f"{path}.{name}" for path in self.tied)]
+
     def nbytes(self, format: str) -> int:
         """Bytes of the unit in a format. Raises UnknownFormat."""
         return stored_bytes(format, DTYPES.get(self.dtype, ""), self.experts * self.rows, self.columns)
@@ -224,6 +230,7 @@ def _refuse_repeated(kind: str, names: Iterable[Hashable]) -> None:
 def refuse_untrue_tensors(units: Sequence[UnitEntry], unquantized: Sequence[UnquantizedEntry]) -> None:
     """Raises ValueError where a tensor is there twice, or its parts do not go together."""
     _refuse_repeated("tensor", [unit.name for unit in units] + [entry.name for entry in unquantized])
+    _refuse_repeated("parameter", [name for unit in units for name in unit.holders])
     for unit in units:
         if unit.dtype not in DTYPES:
             raise ValueError(f"unit {unit.name}: unknown dtype {unit.dtype[:40]!r}")

@@ -14,7 +14,7 @@ from torch import nn
 from bitplan.formats.errors import PlanMismatch
 from bitplan.formats.floats import FloatFormat
 from bitplan.formats.table import format_named
-from bitplan.planner.plan import Plan, PlannedUnit
+from bitplan.planner.plan import Plan
 from bitplan.sensitivity.fingerprint import read_header
 
 HEADER_TYPES = {
@@ -46,16 +46,10 @@ def resident_bytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def holders(unit: PlannedUnit) -> list[str]:
-    """Names of the parameters that share a unit's weight: its own, and those tied to it."""
-    name = unit.parameter.rpartition(".")[2]
-    return [unit.parameter, *(f"{path}.{name}" for path in unit.tied)]
-
-
 def stored(plan: Plan) -> Iterator[Stored]:
     """Every tensor of a plan's checkpoint."""
     for unit in plan.units:
-        names = holders(unit)
+        names = unit.holders
         if unit.is_native:
             shape = (unit.experts, unit.rows, unit.columns)[0 if unit.kind == "experts" else 1 :]
             yield Stored(tuple(sorted(shape)), getattr(torch, unit.dtype), tuple(names))

@@ -19,7 +19,7 @@ from bitplan.formats.kv.cache import use_kv_format
 from bitplan.formats.modules import canonical, is_transposed, pack_parameter
 from bitplan.formats.table import format_named
 from bitplan.planner.codes import codes_folder, refuse_missing, unit_path, unquantized_path
-from bitplan.planner.hf.checks import check_checkpoint, check_loaded, check_names, holders
+from bitplan.planner.hf.checks import check_checkpoint, check_loaded, check_names
 from bitplan.planner.hf.register import METHOD
 from bitplan.planner.hf.streaming import RoundOnLoad, refuse_disk, rounded
 from bitplan.planner.plan import Plan
@@ -89,7 +89,7 @@ class PlanQuantizer(HfQuantizer):
     def __init__(self, quantization_config: PlanConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self.plan: Plan = quantization_config.plan
-        self.packed = {name: unit for unit in self.plan.packed for name in holders(unit)}
+        self.packed = {name: unit for unit in self.plan.packed for name in unit.holders}
         self.changed: set[str] = set()
         """Unquantized tensors that differ from the checkpoint: rounding folded a scale into them, or distillation
         trained them."""

@@ -19,7 +19,7 @@ from bitplan.formats.errors import RoundingFailed
 from bitplan.formats.modules import Packed
 from bitplan.formats.table import format_named
 from bitplan.planner.codes import codes_folder, missing_codes, unit_path, unquantized_path
-from bitplan.planner.hf.quantizer import PlanConfig, holders
+from bitplan.planner.hf.quantizer import PlanConfig
 from bitplan.planner.plan import Plan, PlannedUnit
 from bitplan.planner.quantize.sequential import Sequence
 from bitplan.sensitivity import source as sources
@@ -78,7 +78,7 @@ class Distillation:
         """Name → a float32 parameter and the type that it is stored in."""
         groups = []
         for unit in plan.packed:
-            for name in holders(unit):
+            for name in unit.holders:
                 path, _, weight = name.rpartition(".")
                 module = model.get_submodule(path)
                 assert isinstance(module, Packed)

@@ -131,6 +131,7 @@ GARBLED: dict[str, bytes] = {
     "long integer": b'{"bytes": ' + b"9" * 1_000_000 + b"}",
     "65 bits": b'{"bytes": 36893488147419103232}',
     "wrong numbers": b'{"schema_version": 4, "units": [' + b"1," * 2_000_000 + b"1]}",
+    "too many values": b'{"schema_version": 4, "units": [' + b"[]," * 5_000_000 + b"1]}",
     "wrong objects": b'{"schema_version": 4, "units": [' + b'{"a":1},' * 300_000 + b"1]}",
     "many keys": ("{" + ",".join(f'"k{i}":1' for i in range(300_000)) + "}").encode(),
     "long key": b'{"' + b"k" * 5_000_000 + b'": 1}',
