@@ -49,8 +49,8 @@ def test_tokens_beyond_the_embedding(checkpoint):
 
 def test_processors_are_saved_too(session_of, checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint("llama"), tmp_path / "model")
-    (folder / "preprocessor_config.json").write_text("{}")
+    (folder / "preprocessor_config.json").write_text("{}", encoding="utf-8")
     source = sources.find(folder)
     plan = uniform_plan(session_of("llama"), "int8", "nearest")
     save(load_planned(plan, source, "cpu"), plan, source, tmp_path / "out", False)
-    assert (tmp_path / "out" / "preprocessor_config.json").read_text() == "{}"
+    assert (tmp_path / "out" / "preprocessor_config.json").read_text(encoding="utf-8") == "{}"
