@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 
-.PHONY: setup test fuzz lint demo wheel-smoke test-lowest plans bench-prediction bench-rounding bench-one-bit bench-layout \
+.PHONY: setup test test-all zoo fuzz lint demo wheel-smoke test-lowest plans bench-prediction bench-rounding bench-one-bit bench-layout \
 	bench-exports bench-audit bench-memory bench-speed bench-compare bench-interval
 
 setup: $(VENV)/.done
@@ -19,6 +19,14 @@ $(VENV)/.done: pyproject.toml constraints.txt
 # Files go to the workers whole, the longest first (tests/conftest.py).
 test: setup
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+# Also the slow tests: every causal LM class of transformers that can be built tiny (15 minutes on one core).
+test-all: setup
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "slow or not slow"
+
+# docs/zoo.md, the table of those classes.
+zoo: setup
+	$(BIN)/python -m tests.zoo.table
 
 # The readers of files from outside, on random changes: SECONDS for each (all: 6 minutes).
 SECONDS ?= 60
