@@ -15,14 +15,14 @@ def check(name, folder, known):
         walk(name, folder)
     except NotTiny as error:
         pytest.skip(str(error))
-    except (BitplanError, RuntimeError, AttributeError, AssertionError) as error:
+    except (BitplanError, RuntimeError, AttributeError, AssertionError):
         if name not in known:
             raise
-        pytest.xfail(str(error)[:200])
+        pytest.xfail(known[name])
     assert name not in known, "it works now: take it out of FAILING, and make docs/zoo.md again"
 
 
-FAILING: dict[str, str] = {}
+FAILING = {"hrm_text": "transformers splits a tensor of its checkpoint into several weights, which are not packed"}
 """What does not work yet, and why."""
 
 
