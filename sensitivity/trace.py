@@ -4,6 +4,7 @@ Inside `Trace`, products and lookups are recognised by the weight's storage: so 
 3-D parameter and a subclassed embedding are seen alike. May import: torch only.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,10 @@ class Trace(TorchFunctionMode):
 
     def __init__(self, parameters: dict[str, Tensor], seen: Callable[[Use], None]):
         super().__init__()
-        self.owners = {p.untyped_storage().data_ptr(): (name, p) for name, p in parameters.items()}
+        self.owners: dict[int, list[tuple[str, Tensor]]] = defaultdict(list)
+        """By storage: where transformers splits a checkpoint's tensor, several parameters are views of one."""
+        for name, parameter in parameters.items():
+            self.owners[parameter.untyped_storage().data_ptr()].append((name, parameter))
         self.seen = seen
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -51,22 +55,32 @@ class Trace(TorchFunctionMode):
             self._meet(args[2], args[1], out)
         elif func in (torch.nn.functional.embedding, torch.embedding):
             ids, weight = (args[0], args[1]) if func is torch.nn.functional.embedding else (args[1], args[0])
-            found = self.owners.get(weight.untyped_storage().data_ptr())
+            found = self.owner(weight)
             if found is not None:
                 if torch.is_grad_enabled():
                     out = out.requires_grad_().clone()
                 self.seen(Use(found[0], 0, True, ids, out))
         return out
 
+    def owner(self, weight: Tensor) -> tuple[str, Tensor] | None:
+        """The parameter that a tensor is, or is a part of."""
+        found = self.owners.get(weight.untyped_storage().data_ptr(), [])
+        starts = [(parameter.storage_offset(), name, parameter) for name, parameter in found]
+        at = weight.storage_offset()
+        whole = next(((name, parameter) for start, name, parameter in starts if start == at), None)
+        parts = ((name, parameter) for start, name, parameter in starts if start <= at < start + parameter.numel())
+        return whole or next(parts, None)
+
     def touches(self, args: tuple) -> list[str]:
         """Names of the parameters that are themselves among `args`."""
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
-        found = (self.owners.get(tensor.untyped_storage().data_ptr()) for tensor in tensors)
+        found = (self.owner(tensor) for tensor in tensors)
         return [owner[0] for owner, tensor in zip(found, tensors, strict=True) if owner and owner[1] is tensor]
 
     def _meet(self, weight: Tensor, x: Tensor, out: Tensor) -> None:
-        found = self.owners.get(weight.untyped_storage().data_ptr())
+        found = self.owner(weight)
         if found is not None:
             name, parameter = found
-            expert = weight.storage_offset() // parameter.stride(0) if parameter.ndim == 3 and weight.ndim == 2 else 0
+            start = weight.storage_offset() - parameter.storage_offset()
+            expert = start // parameter.stride(0) if parameter.ndim == 3 and weight.ndim == 2 else 0
             self.seen(Use(name, expert, False, x, out))

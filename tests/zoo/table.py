@@ -54,7 +54,7 @@ def main() -> None:
     text = HEAD.format(version=transformers.__version__, format=FORMAT) + "\n".join(lines) + "\n"
     works = sum("| works |" in line for line in lines)
     text += f"\n{works} of {len(lines)} work. No tiny model by rule: {', '.join(absent)}.\n"
-    (Path(__file__).parent.parent.parent / "docs" / "zoo.md").write_text(text)
+    (Path(__file__).parent.parent.parent / "docs" / "zoo.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
