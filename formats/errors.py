@@ -76,8 +76,10 @@ class RoundingFailed(BitplanError):
 
 
 def first_line(error: Exception) -> str:
-    """The first line of another library's error message, or the name of its type if the message is empty."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """The first line of another library's error message, with the next where it ends in a colon, or the name of its
+    type if the message is empty."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]) or type(error).__name__
 
 
 def printable(text: str) -> str:

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from bitplan.formats.errors import BitplanError, ModelUnreadable, PlanMismatch, first_line, printable
 from bitplan.formats.sizes import format_bytes
@@ -179,9 +178,9 @@ def load_model(source: Source, device: str = "cpu", **kwargs: Any) -> PreTrained
             output_loading_info=True,
             **kwargs,
         )
-    except (BitplanError, torch.OutOfMemoryError):
+    except (BitplanError, torch.OutOfMemoryError, MemoryError):
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # what a config's wrong field leads to, model code says in any type
         reason = first_line(error)
         raise ModelUnreadable(f"transformers cannot load {source.model} as a causal LM: {reason}") from error
     model, info = loaded
@@ -227,7 +226,12 @@ def block_length(source: Source, asked: int) -> int:
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """Raises ModelUnreadable where the folder has no tokenizer."""
+    """Raises ModelUnreadable where the folder has no tokenizer, or its config cannot be read, which transformers needs
+    for that."""
+    try:
+        AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
+    except Exception as error:
+        raise ModelUnreadable(f"transformers cannot load {source.model} as a causal LM: {first_line(error)}") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
         found = tokenizer("a text to read", add_special_tokens=False)["input_ids"]

@@ -409,6 +409,31 @@ def test_commands_answer_a_pipe_at_once(code, arguments, model, tmp_path, capsys
     assert not out and "regular file" in err and "Error" not in err
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_key_value_heads": 0},
+        {"head_dim": 0},
+        {"pad_token_id": 10**6},
+        {"rope_parameters": None, "rope_theta": "x"},
+        {"rms_norm_eps": "x"},
+        {"dtype": 7},
+        {"hidden_act": [1]},
+    ],
+    ids=str,
+)
+def test_a_config_that_transformers_cannot_use_is_one_sentence(folder, change):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | change), encoding="utf-8")
+
+    def load():
+        source = sources.find(folder)
+        sources.load_tokenizer(source)
+        sources.load_model(source)
+
+    assert "as a causal LM: " in sentence(ModelUnreadable, load)
+
+
 def test_weights_that_are_no_weights(folder):
     """What the reader accepts, and transformers must refuse without a traceback."""
     (folder / "model.safetensors").unlink()
