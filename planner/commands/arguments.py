@@ -103,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     command("formats", "List the formats.")
 
-    cache = command("cache", "List what the cache holds; with an option below, delete it.")
+    cache = command("cache", "List the entries of the cache, or delete those that an option below selects.")
     cache.add_argument("--older-than", metavar="AGE", help="delete what has not been used for 30d, or 12h")
     cache.add_argument("--model", metavar="NAME", help="delete what belongs to this model (its id, or the last part)")
     cache.add_argument("--all", action="store_true", help="delete everything")
@@ -157,7 +157,8 @@ def _candidates(parser: argparse.ArgumentParser) -> None:
             "--keep", action="append", default=[], metavar="GLOB", help="leave matching units unquantized; repeatable"
         )
     if parser.prog.endswith(" plan"):
-        for option, help in (("--set", "give these units this format"), ("--at-least", "or one of no fewer bytes")):
+        same = "give these units this format"
+        for option, help in (("--set", same), ("--at-least", f"{same}, or one of at least as many bytes")):
             parser.add_argument(option, action="append", default=[], metavar="GLOB=FORMAT", help=help)
 
 
@@ -227,7 +228,7 @@ def _explained(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--all", action="store_true", help="print every group, not only the closest decisions")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the plan's page; needs bitplan[report]")
-    parser.add_argument("--force", action="store_true", help="replace what exists")
+    parser.add_argument("--force", action="store_true", help="overwrite existing files")
 
 
 def _exported(parser: argparse.ArgumentParser) -> None:

@@ -1,9 +1,9 @@
-"""Healing: codes stay, scales and kept vectors are trained end to end by KL to the full-precision model.
+"""Distillation: codes stay fixed, scales and unquantized vectors are trained to minimise KL to the full-precision model.
 
 As in EfficientQAT's second phase (Chen et al. 2024) and mlx-lm's distilled quantization: AdamW on the calibration text.
-Every few steps the KL on the search text is looked at. What is kept is its least, the start included; where a look
-finds no gain, training goes back to the best state and takes smaller steps. The model that learns is the packed one;
-its weights are dequantized anew in each pass. State is saved at every look, and an interrupted run goes on from there.
+Every few steps the KL on the search text is evaluated, and the state with the least is kept, the start included; after
+an evaluation without a gain, training returns to the best state with a smaller step size. The packed model itself is
+trained; its weights are dequantized in each pass. State is saved at every evaluation, and an interrupted run resumes.
 May import: formats, sensitivity, planner.codes/hf/plan, planner.quantize.sequential.
 """
 

@@ -99,7 +99,7 @@ def _reasons_table(reasons: Reasons) -> PageTable:
     note = "A group shares one format."
     if reasons.price:
         note += (
-            f" The plan was settled at {number(reasons.price * MIB)} nats per token for each MiB: a smaller format"
+            f" The marginal price of the plan is {number(reasons.price * MIB)} nats per token for each MiB: a smaller format"
             " loses more for what it saves, a larger one gains less for what it takes."
         )
     return PageTable("Why each unit has its format", head, rows, left=3, note=note)

@@ -155,8 +155,8 @@ def ranking_table(losses: Losses) -> PageTable:
         )
     head = ("unit", "loss", "bytes saved", "loss per MiB saved", "of all loss")
     note = (
-        f"Made for {format}; with scripts it follows the format chosen above. First are the units that pay worst for"
-        " being quantized."
+        f"Made for {format}; with scripts it follows the format chosen above. First are the units that lose most"
+        " for each byte saved."
     )
     return PageTable("Units by loss for each byte saved", head, rows, note=note, name="ranking")
 
