@@ -1,4 +1,4 @@
-"""Distillation: codes stay fixed, scales and unquantized vectors are trained to minimise KL to the full-precision model.
+"""Distillation: codes stay fixed, scales and unquantized vectors are trained for least KL to the full-precision model.
 
 As in EfficientQAT's second phase (Chen et al. 2024) and mlx-lm's distilled quantization: AdamW on the calibration text.
 Every few steps the KL on the search text is evaluated, and the state with the least is kept, the start included; after

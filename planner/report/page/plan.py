@@ -99,8 +99,8 @@ def _reasons_table(reasons: Reasons) -> PageTable:
     note = "A group shares one format."
     if reasons.price:
         note += (
-            f" The marginal price of the plan is {number(reasons.price * MIB)} nats per token for each MiB: a smaller format"
-            " loses more for what it saves, a larger one gains less for what it takes."
+            f" The marginal price of the plan is {number(reasons.price * MIB)} nats per token for each MiB: a smaller"
+            " format loses more for what it saves, a larger one gains less for what it takes."
         )
     return PageTable("Why each unit has its format", head, rows, left=3, note=note)
 
