@@ -141,10 +141,11 @@ def packed_class(original: Any) -> type[Packed]:
         return type(name, (PackedEmbedding, original), {})
     if issubclass(original, nn.Embedding) and "super" in original.forward.__code__.co_names:
         # Scaled or shifted lookups: their super().forward finds PackedEmbedding's. They may ask the weight's dtype,
-        # which a meta tensor answers; anything else they do with it is refused by torch.
+        # device and shape. Whatever else they do with it gives NaN, which no output hides.
         def forward(self, *args, **kwargs):
             slot = self.slots["weight"]
-            stand_in = torch.empty(slot.rows, slot.columns, dtype=slot.dtype, device="meta")
+            device = self.tensors()[""].device
+            stand_in = torch.full((1, 1), torch.nan, dtype=slot.dtype, device=device).expand(slot.rows, slot.columns)
             with self.shadowed({"weight": stand_in}):
                 return original.forward(self, *args, **kwargs)
 
