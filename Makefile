@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 
 .PHONY: setup test test-all zoo fuzz lint demo wheel-smoke test-lowest plans bench-prediction bench-rounding bench-one-bit bench-layout \
-	bench-exports bench-audit bench-memory bench-speed bench-compare bench-interval
+	bench-exports bench-audit bench-memory bench-speed bench-compare bench-interval bench-search
 
 setup: $(VENV)/.done
 
@@ -104,3 +104,8 @@ bench-compare: setup
 # Coverage of the paired 95 % interval for known differences (10 minutes). ALSO="--also MODEL TEXT"
 bench-interval: setup
 	$(BIN)/python -m benchmarks.interval $(ALSO)
+
+# The search beside the knapsack alone, uniform plans, high first and last layers, and random draws (an hour).
+# ALSO="--also MODEL TEXT HELDOUT" adds models to the embedded one; ALSO="--knapsack" is the solver alone.
+bench-search: setup
+	$(BIN)/python -m benchmarks.search $(ALSO)

@@ -1,17 +1,46 @@
 """How good and how fast is the search? `make bench-search`; `--knapsack` for the solver alone (a minute).
 
+Each arm gets a model's budget and gives an allocation; every allocation is then finished by the plan's own rounding and
+evaluated on held-out text. The arms with trials are those of `bitplan plan`, races between finished plans included, and
+differ in what draws the corrections: their posterior (`search`), their prior (`random`, the control) or Optuna's TPE
+(`tpe`). Allocations that several arms evaluate are evaluated once, and their seconds counted for each.
 May import: everything.
 """
 
 import argparse
 import random
+import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
 
 from benchmarks.machine import described
+from bitplan.formats.errors import BudgetInfeasible
 from bitplan.formats.scheme import QuantScheme
+from bitplan.formats.table import DEFAULT_FORMATS
+from bitplan.planner.assemble import Finish, allocated_plan
+from bitplan.planner.demo import CALIBRATION, HELDOUT, MODEL
+from bitplan.planner.evaluate.objective import Objective
+from bitplan.planner.evaluate.trials import Effort, Trials
+from bitplan.planner.load import load_planned
+from bitplan.planner.plan import Budget, Measured
+from bitplan.planner.quantize.distillation import round_missing
 from bitplan.planner.report.tables import table
+from bitplan.search.corrections import Allocation, Corrections
 from bitplan.search.frontier import frontier
 from bitplan.search.knapsack import Option, Options, ceiling, floor, solve
+from bitplan.search.problem import Problem, problem_of
+from bitplan.search.sampler import PosteriorSampler
+from bitplan.search.study import search
+from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.audit import audit
+from bitplan.sensitivity.session import open_session, read_texts
 
 SIZES = ((43, 12), (200, 12), (1000, 30), (10_000, 30))
 """Groups and options each."""
@@ -50,12 +79,132 @@ def knapsack_table() -> str:
     return table(("groups × options", "budget", "proven gap", "seconds"), rows, left=2)
 
 
+class PriorSampler(PosteriorSampler):
+    """The control: corrections from the prior, whatever was evaluated."""
+
+    def _draw(self) -> dict[str, float]:
+        zero = self.corrections.named(np.zeros(len(self.corrections.names)))
+        return self.corrections.draw(self.corrections.fit([]), self.generator) if self.evaluated() else zero
+
+
+class Case:
+    """A model with its texts, at a budget of bits per weight over all parameters."""
+
+    def __init__(self, model: str, text: str, heldout: str, bits: float):
+        source = sources.find(model)
+        self.name = "embedded" if Path(model) == MODEL else Path(model).name
+        self.session = open_session(
+            source, read_texts(source, files=[Path(text)], heldout=[Path(heldout)]), device="cpu"
+        )
+        self.problem: Problem = problem_of(audit(self.session, DEFAULT_FORMATS))
+        weights = int(self.session.model.num_parameters() * bits / 8)
+        self.budget = Budget(requested=f"{bits:g} bits per weight", weights=weights)
+        self.objective = Objective(self.session)
+        self.trials = Trials(self.problem, self.budget, self.session, self.objective, Finish(), Effort())
+        self._losses: dict[str, tuple[list[float], float]] = {}
+        self._finished: dict[str, tuple[float, Measured, float]] = {}
+        self.seconds = 0.0
+
+    def losses(self, allocation: Allocation) -> Iterator[float]:
+        """Blocks of text, all of them evaluated so that arms can share them; `seconds` grows by what it took."""
+        key = repr(sorted(allocation.items()))
+        if key not in self._losses:
+            began = time.perf_counter()
+            self._losses[key] = list(self.trials.losses(allocation)), time.perf_counter() - began
+        losses, seconds = self._losses[key]
+        self.seconds += seconds
+        yield from losses
+
+    def finished(self, allocation: Allocation) -> tuple[float, Measured]:
+        """KL on the search text, and the figures on held-out text."""
+        key = repr(sorted(allocation.items()))
+        if key not in self._finished:
+            began = time.perf_counter()
+            plan = allocated_plan(self.problem, allocation, self.budget, self.trials.exact, Finish())
+            round_missing(plan, self.session)
+            model = load_planned(plan, self.session.source, "cpu")
+            found = self.objective.kl(model), self.objective.heldout(model)
+            self._finished[key] = (*found, time.perf_counter() - began)
+        kl, measured, seconds = self._finished[key]
+        self.seconds += seconds
+        return kl, measured
+
+    def searched(self, arm: str, trials: int, seed: int) -> Allocation:
+        """What `bitplan plan` would choose, but for the comparison with uniform."""
+        corrections = Corrections(self.problem.options)
+        available = self.budget.weights - self.problem.profile.unquantized_bytes
+        samplers: dict[str, Callable[[int], Any] | None] = {
+            "search": None,
+            "random": lambda done: PriorSampler(corrections, lambda: [({}, 1.0)] * done, dict, (seed, done)),
+            "tpe": lambda done: optuna.samplers.TPESampler(seed=seed + done, multivariate=True, constant_liar=False),
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            options = {"trials": trials, "journal": Path(folder) / "study.log", "name": "bench", "seed": seed}
+            found, exact = search(self.problem.options, available, self.losses, sampler=samplers[arm], **options)  # type: ignore[arg-type]
+        finalists = [each.allocation for each in found.ranked[: Effort.of(trials).finalists]]
+        if len(finalists) > 1:
+            ends = self.problem.ends_high(self.budget.weights)
+            finalists += [exact.allocation, *([ends] if ends else [])]
+        return min(finalists, key=lambda allocation: self.finished(allocation)[0])
+
+
+def jobs(case: Case, arms: list[tuple[str, int]], seeds: int) -> Iterator[tuple[str, Callable[[], Allocation]]]:
+    """The arms by name, each a function that gives an allocation."""
+    fixed: dict[str, Allocation | None] = {
+        "best uniform": next((each for _, each in case.problem.uniform(case.budget.weights)), None),
+        "first and last high": case.problem.ends_high(case.budget.weights),
+        "knapsack": case.trials.exact.allocation,
+    }
+    for name, allocation in fixed.items():
+        if allocation:
+            yield name, partial(dict, allocation)
+    for arm, trials in arms:
+        for seed in range(seeds):
+            name = f"{arm}, {trials} trials" + (f", seed {seed}" if seeds > 1 else "")
+            yield name, partial(case.searched, arm, trials, 1000 * seed)
+
+
+def cases_of(models: list[tuple[str, str, str]], budgets: list[float]) -> Iterator[Case]:
+    """Those whose budget the formats allow."""
+    for files in models:
+        for bits in budgets:
+            try:
+                yield Case(*files, bits)
+            except BudgetInfeasible as error:
+                print(f"{files[0]}, {bits:g} bits per weight: {error}", file=sys.stderr)
+
+
+def arms_table(cases: Iterable[Case], arms: list[tuple[str, int]], seeds: int) -> str:
+    rows = []
+    for case in cases:
+        base = case.finished(case.trials.exact.allocation)[1].kl
+        for name, job in jobs(case, arms, seeds):
+            case.seconds = 0.0
+            allocation = job()
+            kl, error = (found := case.finished(allocation)[1]).kl, found.kl_se
+            figures = (f"{kl:.5f}", f"{error:.5f}", f"{kl / base:.3f}", f"{case.seconds:.0f}")
+            rows.append((case.name, case.budget.requested, name, f"{case.problem.nbytes(allocation):,}", *figures))
+            print(*rows[-1], file=sys.stderr, flush=True)
+    head = ("model", "budget", "arm", "bytes", "held-out KL", "± se", "of knapsack", "seconds")
+    return table(head, rows, left=3)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--knapsack", action="store_true", help="the solver on random problems")
+    parser.add_argument("--knapsack", action="store_true", help="only the solver, on random problems")
+    parser.add_argument("--also", nargs=3, action="append", default=[], metavar=("MODEL", "TEXT", "HELDOUT"))
+    parser.add_argument("--only-also", action="store_true", help="without the embedded model")
+    parser.add_argument("--bpw", type=float, nargs="+", default=[2.5, 3.2, 4.0], metavar="BITS")
+    parser.add_argument("--arms", default="search:10,search:30,random:30", metavar="ARM:TRIALS,…")
+    parser.add_argument("--seeds", type=int, default=1)
     arguments = parser.parse_args()
     if arguments.knapsack:
         print(knapsack_table())
+    else:
+        models = [] if arguments.only_also else [(str(MODEL), str(CALIBRATION), str(HELDOUT))]
+        cases = cases_of([*models, *arguments.also], arguments.bpw)
+        arms = [(arm, int(trials)) for arm, _, trials in (each.partition(":") for each in arguments.arms.split(","))]
+        print(arms_table(cases, arms, arguments.seeds))
     print(described())
 
 

@@ -24,10 +24,10 @@ from bitplan.planner.plan import (
     Workload,
 )
 from bitplan.search import knapsack
+from bitplan.search.corrections import Allocation
 from bitplan.search.knapsack import Solution
 from bitplan.search.overrides import matched
 from bitplan.search.problem import Problem, refuse_infeasible
-from bitplan.search.study import Allocation
 from bitplan.sensitivity.profile import Provenance, UnitEntry, UnquantizedEntry, unit_entry, unquantized_entry
 from bitplan.sensitivity.session import Session
 

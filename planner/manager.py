@@ -11,6 +11,7 @@ from bitplan.formats.rounding import refuse_misfit
 from bitplan.formats.table import DEFAULT_FORMATS, format_named
 from bitplan.planner.assemble import Finish, is_float, uniform_plan
 from bitplan.planner.evaluate.compare import load_float
+from bitplan.planner.evaluate.trials import Effort
 from bitplan.planner.load import load_planned, resident_bytes
 from bitplan.planner.memory.budget import budget_bytes
 from bitplan.planner.plan import Budget, Plan
@@ -93,7 +94,7 @@ class QuantizationManager:
             Budget(requested=requested, weights=size),
             session,
             Finish(rounding, heal),
-            trials=trials,
+            Effort.of(trials),
             device=self.device,
             task=objective,
         )

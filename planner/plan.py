@@ -133,16 +133,29 @@ class TaskFacts(Strict):
     heldout_items: Size
 
 
+class Finalist(Strict):
+    """An allocation that was finished as the plan is, and what it lost on the search text, which chose among them."""
+
+    name: Text
+    bytes: Bytes
+    loss: Nats
+    loss_se: Nats | None
+    """Over blocks of text; null for one block, and for a task."""
+
+
 class Search(Strict):
     """Losses are KL on the search text in nats per token, or with a task its mean loss on the search half."""
 
     trials: Size
     best_trial: Annotated[int, Field(ge=0, lt=1 << 40)]
     loss: Nats
-    """Of the best trial."""
+    """Of the best trial. Trials are rounded in sequence on a part of the calibration text, and so lose more than
+    finalists."""
     first_loss: Nats | None
-    """Of the unbent knapsack's solution; null where it was not finite."""
+    """Of the knapsack's own solution; null where it was not finite."""
     task: TaskFacts | None = None
+    finalists: tuple[Finalist, ...] = ()
+    """By rising loss: the first is the search's plan."""
 
 
 class PlanOverride(Strict):

@@ -93,8 +93,9 @@ def _slope(a: Option, b: Option) -> float:
     return (b.loss - a.loss) / (b.nbytes - a.nbytes)
 
 
-def solve(problem: Options, budget: int) -> Solution:
-    """The allocation of least loss within `budget` bytes. Raises BudgetInfeasible below the floor."""
+def solve(problem: Options, budget: int, gap: float = GAP) -> Solution:
+    """The allocation of least loss within `budget` bytes, to a fraction `gap` of it. Raises BudgetInfeasible below the
+    floor."""
     if floor(problem) > budget:
         raise BudgetInfeasible(f"{budget:,} bytes asked, {floor(problem):,} is the least that the formats allow")
     groups = [undominated(options) for options in problem.values()]
@@ -104,9 +105,9 @@ def solve(problem: Options, budget: int) -> Solution:
     else:
         least = [min(option.loss + price * option.nbytes for option in options) for options in groups]
         bound = sum(least) - price * budget
-        chosen = _exchanged(groups, chosen, bound, budget)
-        if _loss(chosen) - bound > GAP * _loss(chosen):
-            chosen, bound = _branch_and_bound(groups, least, chosen, price, bound, budget)
+        chosen = _exchanged(groups, chosen, bound, budget, gap)
+        if _loss(chosen) - bound > gap * _loss(chosen):
+            chosen, bound = _branch_and_bound(groups, least, chosen, price, bound, budget, gap)
     loss = _loss(chosen)
     return Solution(
         allocation={group: option.scheme for group, option in zip(problem, chosen, strict=True)},
@@ -140,7 +141,9 @@ def _greedy(groups: Sequence[Sequence[Option]], budget: int) -> tuple[list[Optio
     return chosen, 0.0
 
 
-def _exchanged(groups: Sequence[Sequence[Option]], chosen: list[Option], bound: float, budget: int) -> list[Option]:
+def _exchanged(
+    groups: Sequence[Sequence[Option]], chosen: list[Option], bound: float, budget: int, gap: float
+) -> list[Option]:
     """`chosen` after exchanges, as long as they help and the gap is open: one group takes an option of less loss and,
     where the bytes that are left do not suffice, another frees some at the least loss."""
     flat = [(row, option) for row, options in enumerate(groups) for option in options]
@@ -148,7 +151,7 @@ def _exchanged(groups: Sequence[Sequence[Option]], chosen: list[Option], bound: 
     nbytes, losses = np.array([o.nbytes for _, o in flat], dtype=np.int64), np.array([o.loss for _, o in flat])
     chosen = list(chosen)
     for _ in range(EXCHANGES):
-        if _loss(chosen) - bound <= GAP * _loss(chosen):
+        if _loss(chosen) - bound <= gap * _loss(chosen):
             break
         more = nbytes - np.array([o.nbytes for o in chosen], dtype=np.int64)[rows]
         gain = np.array([o.loss for o in chosen])[rows] - losses
@@ -195,6 +198,7 @@ def _branch_and_bound(
     price: float,
     bound: float,
     budget: int,
+    gap: float,
 ) -> tuple[list[Option], float]:
     """The best allocation that HiGHS finds, `chosen` at worst, and its bound. `least` are the groups' losses at
     `price`."""
@@ -212,7 +216,7 @@ def _branch_and_bound(
     shape = (len(open_rows), len(flat))
     one_each = csr_array((np.ones(len(flat)), ([i for i, _ in flat], range(len(flat)))), shape=shape)
     room = budget - _nbytes(fixed)
-    gap = GAP * _loss(chosen) / max(_loss(chosen) - _loss(fixed), GAP * _loss(chosen))
+    gap *= _loss(chosen) / max(_loss(chosen) - _loss(fixed), gap * _loss(chosen))  # of what is open
     limit = room
     # HiGHS works to a tolerance: where its answer is some bytes over, ask again for that much less.
     for _ in range(8):

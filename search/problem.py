@@ -1,10 +1,11 @@
 """The allocation problem: groups, the schemes that each can take, their bytes and predicted losses.
 
-May import: formats, search.knapsack/overrides/study, sensitivity.
+May import: formats, search.corrections/knapsack/overrides, sensitivity.
 """
 
+import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from bitplan.formats.errors import BudgetInfeasible
@@ -12,9 +13,9 @@ from bitplan.formats.scheme import QuantScheme
 from bitplan.formats.sizes import format_bytes
 from bitplan.formats.table import DTYPES, FORMATS
 from bitplan.search import knapsack
+from bitplan.search.corrections import Allocation
 from bitplan.search.knapsack import Option, Options
 from bitplan.search.overrides import Override, overridden
-from bitplan.search.study import Allocation
 from bitplan.sensitivity.graph import ON_REQUEST
 from bitplan.sensitivity.profile import Profile, ProfileRow
 
@@ -49,15 +50,38 @@ class Problem:
     def uniform(self, budget: int) -> list[tuple[QuantScheme, Allocation]]:
         """Allocations of one scheme for all groups within `budget` bytes, by rising predicted loss. A group that an
         override keeps from the scheme has its smallest option."""
-        common = set.intersection(*({option.scheme for option in options} for options in self.offered.values()))
-        uniform = []
-        for scheme in sorted(common):
-            taking = {group for group, options in self.options.items() if scheme in {o.scheme for o in options}}
-            if taking:
-                smallest = {group: min(self.options[group], key=lambda o: (o.nbytes, o.loss)) for group in self.options}
-                uniform.append((scheme, {g: scheme if g in taking else smallest[g].scheme for g in self.options}))
-        fitting = [(scheme, allocation) for scheme, allocation in uniform if self.nbytes(allocation) <= budget]
+        made = [(scheme, self._filled(dict.fromkeys(self.options, scheme))) for scheme in self._common()]
+        fitting = [(scheme, each) for scheme, each in made if each is not None and self.nbytes(each) <= budget]
         return sorted(fitting, key=lambda pair: self.loss(pair[1]))
+
+    def ends_high(self, budget: int) -> Allocation | None:
+        """The allocation of least predicted loss within `budget` bytes that gives one scheme to the first and the last
+        layer and to what belongs to no layer, and a smaller one to all others. None where there is none."""
+        layers = {group: int(found[0]) for group in self.options if (found := re.findall(r"(?<=\.)\d+(?=\.)", group))}
+        inner = [group for group, at in layers.items() if at not in (min(layers.values()), max(layers.values()))]
+        pairs = [(high, low) for high in self._common() for low in self._common() if high != low] if inner else []
+        made = [self._filled(dict.fromkeys(self.options, high) | dict.fromkeys(inner, low)) for high, low in pairs]
+        fitting = [each for each in made if each is not None and self.nbytes(each) <= budget]
+        rising = [
+            each for each in fitting if self._bits(each, inner) < self._bits(each, set(self.options) - set(inner))
+        ]
+        return min(rising, key=self.loss, default=None)
+
+    def _common(self) -> list[QuantScheme]:
+        return sorted(set.intersection(*({o.scheme for o in options} for options in self.offered.values())))
+
+    def _filled(self, wanted: Allocation) -> Allocation | None:
+        """What is wanted, and the smallest option of groups that cannot take it; None where no group can."""
+        taking = [group for group, scheme in wanted.items() if any(o.scheme == scheme for o in self.options[group])]
+        smallest = {group: min(options, key=lambda o: (o.nbytes, o.loss)) for group, options in self.options.items()}
+        filled = {g: scheme if g in taking else smallest[g].scheme for g, scheme in wanted.items()}
+        return filled if taking else None
+
+    def _bits(self, allocation: Allocation, groups: Iterable[str]) -> float:
+        """Bytes in relation to those of the largest options."""
+        groups = list(groups)
+        largest = sum(max(option.nbytes for option in self.options[group]) for group in groups)
+        return sum(self._option(group, allocation[group]).nbytes for group in groups) / max(1, largest)
 
 
 def problem_of(profile: Profile, formats: Sequence[str] | None = None, overrides: Sequence[Override] = ()) -> Problem:

@@ -1,14 +1,19 @@
 """The frontier against all allocations of small problems, and its price against the knapsack's own gain."""
 
 import itertools
+import json
 
 import pytest
 from hypothesis import given
 
 from bitplan.formats.scheme import QuantScheme
+from bitplan.planner.cli import main
 from bitplan.search.frontier import frontier, knee, price_at
-from bitplan.search.knapsack import Option, floor, hull
+from bitplan.search.knapsack import Option, floor, hull, solve
+from bitplan.search.problem import problem_of
+from bitplan.sensitivity.profile import write
 from tests.test_knapsack import problems
+from tests.test_page import made_profile
 
 
 @given(problems)
@@ -39,3 +44,21 @@ def test_knee_and_hull():
                enumerate([(10, 10.0), (20, 2.0), (25, 1.9), (30, 1.0), (100, 0.0)])]  # fmt: skip
     assert [o.nbytes for o in hull(options)] == [10, 20, 30, 100]
     assert knee(frontier({"g": options})).nbytes == 20
+
+
+def test_the_command_prints_optimal_sizes_of_a_profile(tmp_path, capsys):
+    """Each row is the knapsack's optimum for its bytes, the ends and the knee among them."""
+    path, profile = tmp_path / "profile.json", made_profile(layers=3)
+    write(path, profile)
+    assert main(["frontier", str(path), "--points", "5", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    options, kept = problem_of(profile).options, profile.unquantized_bytes
+    assert [row["bytes"] for row in (rows[0], rows[-1])] == [floor(options) + kept, frontier(options)[-1].nbytes + kept]
+    assert sum(row["knee"] for row in rows) == 1 and 5 <= len(rows) <= 6
+    for row in rows:
+        assert row["loss"] == pytest.approx(solve(options, row["bytes"] - kept).loss, rel=1e-4, abs=1e-9)
+    assert main(["frontier", str(path), "--formats", "int4-g64,int8"]) == 0
+    assert "knee" in capsys.readouterr().out
+    assert main(["frontier", str(path), "--points", "1"]) == 2
+    assert main(["frontier", str(path), "--formats", "fp8"]) == 2
+    assert "no rows for fp8" in capsys.readouterr().err

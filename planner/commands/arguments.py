@@ -94,19 +94,20 @@ def build_parser() -> argparse.ArgumentParser:
     explain = command("explain", "Explain a plan: each unit's alternatives, the price of a byte, and what pins it.")
     _explained(explain)
 
+    frontier = command("frontier", "Predict the least loss for every size.", _text, _device)
+    _frontier(frontier)
+
     export = command("export", "Export a plan to another tool.", _device)
     _exported(export)
 
     demo = command("demo", "Audit, plan and compare the embedded model.")
-    demo.add_argument("--trials", type=int, default=20, help="plans to evaluate during the search (default: 20)")
+    demo.add_argument("--trials", type=int, default=10, help="plans to evaluate during the search (default: 10)")
     _output(demo, "plan.json")
 
     command("formats", "List the formats.")
 
     cache = command("cache", "List the entries of the cache, or delete those that an option below selects.")
-    cache.add_argument("--older-than", metavar="AGE", help="delete what has not been used for 30d, or 12h")
-    cache.add_argument("--model", metavar="NAME", help="delete what belongs to this model (its id, or the last part)")
-    cache.add_argument("--all", action="store_true", help="delete everything")
+    _cached(cache)
     return parser
 
 
@@ -192,11 +193,18 @@ def _planned(plan: argparse.ArgumentParser) -> None:
         "--profile", type=Path, metavar="FILE", help="profile written by `bitplan audit`; by default, audit first"
     )
     plan.add_argument(
+        "--effort",
+        choices=("quick", "standard", "thorough"),
+        default="standard",
+        help="10, 30 or 100 trials, of which the best 1, 3 or 6 are finished and compared (default: standard)",
+    )
+    plan.add_argument(
         "--trials",
         type=int,
-        default=30,
-        help="plans to evaluate by KL during the search (default: 30); 0: use predictions only, measure nothing",
+        metavar="N",
+        help="plans to evaluate on the search text (default: by --effort); 0: use predictions only, measure nothing",
     )
+    plan.add_argument("--time", metavar="TIME", help="end the trials so that the plan is made within 30m, or 2h")
     _task(plan)
     _output(plan, "plan.json")
 
@@ -229,6 +237,22 @@ def _explained(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="print every group, not only the closest decisions")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the plan's page; needs bitplan[report]")
     parser.add_argument("--force", action="store_true", help="overwrite existing files")
+
+
+def _cached(cache: argparse.ArgumentParser) -> None:
+    cache.add_argument("--older-than", metavar="AGE", help="delete what has not been used for 30d, or 12h")
+    cache.add_argument("--model", metavar="NAME", help="delete what belongs to this model (its id, or the last part)")
+    cache.add_argument("--all", action="store_true", help="delete everything")
+
+
+def _frontier(frontier: argparse.ArgumentParser) -> None:
+    frontier.add_argument("source", metavar="PROFILE|MODEL", help="profile of `bitplan audit`, or a model to audit")
+    frontier.add_argument("--points", type=int, default=12, metavar="N", help="sizes to print (default: 12)")
+    frontier.add_argument("--formats", metavar="A,B,…", help="candidate formats; `bitplan formats` lists them all")
+    frontier.add_argument("--rounding", metavar="NAME", help="rounding to audit a model's integer formats with")
+    frontier.add_argument("--html", type=Path, metavar="FILE", help="write the audit's page; needs bitplan[report]")
+    frontier.add_argument("--force", action="store_true", help="overwrite existing files")
+    frontier.add_argument("--trust-remote-code", action="store_true", help="run code from the model's repository")
 
 
 def _exported(parser: argparse.ArgumentParser) -> None:

@@ -13,14 +13,13 @@ from pathlib import Path
 
 from bitplan.formats.errors import BitplanError, UsageError
 from bitplan.formats.sizes import format_bytes
-from bitplan.planner.commands.common import emit
+from bitplan.planner.commands.common import emit, seconds_in
 from bitplan.planner.report.tables import table
 from bitplan.sensitivity.store import cache_folder
 from bitplan.sensitivity.weight_cache import MARKER
 
 SHARED = ("text", "fingerprints")
 """Folders of all models together."""
-SECONDS = {"d": 86400, "h": 3600, "m": 60}
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Entry:
 def run(arguments: Namespace) -> None:
     if arguments.all and (arguments.older_than or arguments.model):
         raise UsageError("--all deletes everything: leave out --older-than and --model")
-    before = time.time() - _seconds(arguments.older_than) if arguments.older_than else None
+    before = time.time() - seconds_in("--older-than", arguments.older_than) if arguments.older_than else None
     found = list(entries(cache_folder()))
     pruning = bool(arguments.all or arguments.older_than or arguments.model)
     if pruning:
@@ -96,12 +95,6 @@ def _is_meant(entry: Entry, model: str | None, before: float | None) -> bool:
     if model and (entry.model is None or model.rstrip("/") not in (entry.model.rstrip("/"), Path(entry.model).name)):
         return False
     return before is None or entry.used < before
-
-
-def _seconds(age: str) -> int:
-    if not (found := re.fullmatch(r"(\d+)([dhm])", age)):
-        raise UsageError(f"--older-than {age!r} is no age: write a number and a unit, as 30d, 12h or 45m")
-    return int(found[1]) * SECONDS[found[2]]
 
 
 def _delete(path: Path) -> None:

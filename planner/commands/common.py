@@ -1,6 +1,7 @@
 """Parsing and output shared by several commands. May import: everything."""
 
 import json
+import re
 import sys
 from argparse import Namespace
 from typing import Any
@@ -14,6 +15,15 @@ from bitplan.sensitivity.session import read_texts
 from bitplan.sensitivity.source import Source
 from bitplan.sensitivity.tasks.task import Task, read_task
 from bitplan.sensitivity.texts.text import Texts
+
+SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+
+
+def seconds_in(option: str, text: str) -> int:
+    """Raises UsageError for what is no duration."""
+    if not (found := re.fullmatch(r"(\d+)([dhms])", text)):
+        raise UsageError(f"{option} {text!r} is no duration: write a number and a unit, as 30d, 12h, 45m or 90s")
+    return int(found[1]) * SECONDS[found[2]]
 
 
 def emit(arguments: Namespace, data: Any, text: str) -> None:

@@ -2,11 +2,13 @@
 
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 
 from bitplan.formats.errors import FormatUnavailable, UsageError
 from bitplan.formats.table import FORMATS
 from bitplan.planner.assemble import Finish, quick_plan
-from bitplan.planner.commands.common import candidate_formats, emit, log, tasks_of, texts_of
+from bitplan.planner.commands.common import candidate_formats, emit, log, seconds_in, tasks_of, texts_of
+from bitplan.planner.evaluate.trials import EFFORTS, Effort
 from bitplan.planner.memory.budget import (
     CONTEXT,
     DeviceBudget,
@@ -35,9 +37,8 @@ from bitplan.sensitivity.texts.text import Texts
 
 def run(arguments: Namespace) -> None:
     refuse_overwrite(arguments.output, arguments.force)
-    if arguments.trials < 0:
-        raise UsageError(f"--trials {arguments.trials}: it must be 0 or more")
-    if arguments.task and not arguments.trials:
+    effort = _effort(arguments)
+    if arguments.task and not effort.trials:
         raise UsageError("--task evaluates whole plans, and --trials 0 evaluates none: give --trials 1 or more")
     refuse_unclear({f"--{name}": getattr(arguments, name) for name in ("budget", "bpw", "fraction", "gpu")})
     overrides = parse_overrides(arguments.keep, arguments.set, arguments.at_least)
@@ -79,7 +80,7 @@ def run(arguments: Namespace) -> None:
         profile, session = read(arguments.profile, Profile), None
         profile = _check_profile(profile, source, formats if arguments.formats else ())
         budget = budget_of(profile, formats if arguments.formats else None)
-        if arguments.trials:
+        if effort.trials:
             session = open_session(source, _profile_texts(arguments, profile, source), _kept(profile), arguments.device)
     else:
         session = open_session(source, texts_of(arguments, source), device=arguments.device)
@@ -93,13 +94,13 @@ def run(arguments: Namespace) -> None:
             more = f" and {len(follow) - 3} more" if len(follow) > 3 else ""
             log(f"{override} also holds for {', '.join(follow[:3])}{more}, which share a group with what it names")
     finish = Finish(arguments.rounding, bool(arguments.heal))
-    if arguments.trials and session is not None:
+    if effort.trials and session is not None:
         made = make_plan(
             problem,
             budget,
             session,
             finish,
-            trials=arguments.trials,
+            effort,
             device=arguments.device,
             workload=workload,
             task=task,
@@ -110,6 +111,14 @@ def run(arguments: Namespace) -> None:
         write(arguments.output, made)
         log(f"plan written to {arguments.output}")
     emit(arguments, made.model_dump(mode="json"), plan_text(made))
+
+
+def _effort(arguments: Namespace) -> Effort:
+    """Raises UsageError."""
+    if arguments.trials is not None and arguments.trials < 0:
+        raise UsageError(f"--trials {arguments.trials}: it must be 0 or more")
+    effort = EFFORTS[arguments.effort] if arguments.trials is None else Effort.of(arguments.trials)
+    return replace(effort, seconds=seconds_in("--time", arguments.time)) if arguments.time else effort
 
 
 def _check_profile(profile: Profile, source: Source, formats: tuple[str, ...]) -> Profile:

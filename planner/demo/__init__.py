@@ -6,6 +6,7 @@ from pathlib import Path
 from bitplan.formats.table import DEFAULT_FORMATS
 from bitplan.planner.assemble import Finish, uniform_plan
 from bitplan.planner.evaluate.compare import ComparisonRow, compare
+from bitplan.planner.evaluate.trials import Effort
 from bitplan.planner.plan import Budget, Plan
 from bitplan.planner.select import make_plan
 from bitplan.search.problem import problem_of
@@ -34,7 +35,7 @@ def run(trials: int, log: Callable[[str], None]) -> tuple[Plan, list[ComparisonR
         Budget(requested="the bytes of uniform int4-g64", weights=size),
         session,
         Finish(),
-        trials=trials,
+        Effort(trials, finalists=1),
     )
     log("3/4 apply and 4/4 compare, on held-out text")
     native = session.graph.units[0].native

@@ -3,10 +3,20 @@
 May import: sensitivity, planner.plan.
 """
 
+from collections.abc import Iterator
+
+import torch
 from transformers import PreTrainedModel
 
 from bitplan.planner.plan import Measured, TaskFacts, TaskMeasured
-from bitplan.sensitivity.loss import Evaluation, Reference, finite, refuse_not_finite, standard_error
+from bitplan.sensitivity.loss import (
+    Evaluation,
+    Reference,
+    finite,
+    log_probabilities,
+    refuse_not_finite,
+    standard_error,
+)
 from bitplan.sensitivity.session import Session
 from bitplan.sensitivity.tasks.paired import paired
 from bitplan.sensitivity.tasks.score import Scores, likelihoods, losses, score
@@ -41,6 +51,11 @@ class Objective:
         name, kind, sha256 = self._task.name, self._task.kind, self._task.fingerprint
         return TaskFacts(name=name, kind=kind, sha256=sha256, search_items=search, heldout_items=heldout)
 
+    @property
+    def count(self) -> int:
+        """The number of `blocks`."""
+        return 1 if self._halves else len(self._search.blocks.ids)
+
     def kl(self, model: PreTrainedModel) -> float:
         """Nats per token on the search text."""
         return self._search.evaluate(model).kl
@@ -51,6 +66,19 @@ class Objective:
             return self.kl(model)
         task = self._halves[0]
         return float(losses(task, self._bases[0].likelihoods, likelihoods(model, task)).mean())
+
+    @torch.no_grad()
+    def blocks(self, model: PreTrainedModel) -> Iterator[float]:
+        """The objective block by block of the search text, one after the other; their mean is `loss`. A task's loss is
+        a single block."""
+        if self._halves is not None:
+            yield self.loss(model)
+            return
+        ids, log_p = self._search.blocks.ids, self._search.log_p
+        for i in range(len(ids)):
+            log_q = log_probabilities(model, ids[i : i + 1])
+            here = log_p[i : i + 1].to(log_q.device)
+            yield float((here.exp() * (here - log_q)).sum(-1).mean())
 
     def heldout(self, model: PreTrainedModel, kv_format: str = "native") -> Measured:
         """The reported figures: on the held-out text, and on the task's other half. Raises OutputsNotFinite."""

@@ -32,7 +32,8 @@ class Enough(Exception):
 class Segment:
     """A segment on the device: `true` and `got` are the hidden states that the full-precision model and the rounded one
     give it; `now` holds what its units' parameters have become. `rounded` are the weights of the first segment, which
-    the last may read again (tied heads)."""
+    the last may read again (tied heads). `true_inputs`, a dict that several segments share, keeps the full-precision
+    inputs of their units, so that they are computed once."""
 
     def __init__(
         self,
@@ -43,7 +44,9 @@ class Segment:
         true: Tensor | None,
         got: Tensor | None,
         rounded: dict[str, Tensor],
+        true_inputs: dict[tuple[str, int], list[Tensor]] | None = None,
     ):
+        self.true_inputs = true_inputs
         self.index, self.true, self.got = index, true, got
         self.session, self.chain, self.ids = session, chain, session.texts.calibration.ids
         self.planned, self.device = {unit.name: unit for unit in plan.units}, session.device
@@ -132,7 +135,15 @@ class Segment:
         for at in self._batches():
             now = inputs(self.got, at, self.now)
             uses = uses or len(now)  # the first batch told after how many the rest of the block need not run
-            true = now if crossed is None else inputs(self.true, at, self.originals)
+            if crossed is None:
+                true = now
+            elif self.true_inputs is None:
+                true = inputs(self.true, at, self.originals)
+            else:
+                key = (first.name, at.start)
+                if key not in self.true_inputs:
+                    self.true_inputs[key] = inputs(self.true, at, self.originals)
+                true = self.true_inputs[key]
             for x, x0 in zip(now, true, strict=True):
                 moments[0].addmm_(x.T, x)
                 counts += len(x)

@@ -67,6 +67,8 @@ def _figures(plan: Plan) -> list[str]:
         of = f"loss on {s.task.search_items} items of {s.task.name}" if s.task else "KL on the search text"
         first = "not finite" if s.first_loss is None else f"{s.first_loss:.5f}"
         lines.append(f"search: {s.trials} trials, {of} {first} → {s.loss:.5f}")
+        rows = [(f"  {f.name}", f"{f.bytes:,}", with_error(f"{f.loss:.5f}", f.loss_se)) for f in s.finalists]
+        lines += [table(("  finished as plans are", "bytes", "loss there"), rows)] if rows else []
     if plan.measured:
         m = plan.measured
         lines.append(

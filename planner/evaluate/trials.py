@@ -1,0 +1,179 @@
+"""The trials of a search: allocations rounded in sequence, as plans are, and evaluated block by block of text.
+
+May import: formats, sensitivity, search, planner.assemble, planner.evaluate.objective, planner.plan,
+planner.quantize.candidates.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from bitplan.formats.errors import UsageError
+from bitplan.formats.scheme import QuantScheme
+from bitplan.planner.assemble import Finish, allocated_plan
+from bitplan.planner.evaluate.objective import Objective
+from bitplan.planner.plan import Budget
+from bitplan.planner.quantize.candidates import TOKENS, Candidates
+from bitplan.search import knapsack
+from bitplan.search.corrections import Allocation
+from bitplan.search.problem import Problem
+from bitplan.search.study import Found, search
+from bitplan.sensitivity.session import Session
+from bitplan.sensitivity.store import locked, sha256
+
+EVALUATED_UNIFORM = 3
+"""Uniform plans, of least predicted loss, that are evaluated on the search text."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """`trials` plans are evaluated on the search text; the best `finalists` of them are finished as plans are, with
+    more than one also the knapsack's own and the best with high first and last layers. `seconds` ends the trials
+    earlier."""
+
+    trials: int = 30
+    finalists: int = 3
+    seconds: float | None = None
+
+    @classmethod
+    def of(cls, trials: int) -> "Effort":
+        """One finalist for ten trials, at least one and at most six."""
+        return cls(trials, min(max(1, trials // 10), 6))
+
+
+EFFORTS = {"quick": Effort(10, 1), "standard": Effort(), "thorough": Effort(100, 6)}
+
+
+class Trials:
+    """The trials of one search: evaluates allocations, counts the work that is shared or dropped, and keeps to the
+    time."""
+
+    def __init__(
+        self, problem: Problem, budget: Budget, session: Session, objective: Objective, finish: Finish, effort: Effort
+    ):
+        self.problem, self.budget, self.session = problem, budget, session
+        self.objective, self.effort = objective, effort
+        self.candidates = Candidates(session)
+        self.exact = knapsack.solve(problem.options, budget.weights - problem.profile.unquantized_bytes)
+        self._finish = Finish("nearest" if finish.rounding == "nearest" else None)
+        self.began = time.monotonic()
+        self.rounding = self.running = self.longest = 0.0
+        """Seconds spent on codes and on text, and of the longest trial."""
+        self.blocks = self.evaluated = 0
+        self._said = False
+
+    def run(self) -> Found:
+        """The study, resumed where it was cut short."""
+        available = self.budget.weights - self.problem.profile.unquantized_bytes
+        tokens = str(min(TOKENS, self.session.texts.calibration.ids.numel()))
+        key = sha256(repr(self.problem.options), str(available), self.objective.fingerprint, tokens, "in sequence")[:24]
+        studies = self.session.weight_cache.folder / "studies"
+        journal = studies / f"{key}.log"
+        with locked(studies / key):  # not the journal: Optuna waits 30 seconds for a file named like the journal's lock
+            found, _ = search(
+                self.problem.options,
+                available,
+                self.losses,
+                trials=self.effort.trials,
+                journal=journal,
+                name=key,
+                enough=self._enough,
+            )
+        if self.evaluated:
+            print(self._skipped(), file=sys.stderr)
+        return found
+
+    def losses(self, allocation: Allocation) -> Iterator[float]:
+        """The objective of an allocation, rounded in sequence, block by block of the search text."""
+        began = time.monotonic()
+        self._put(allocation)
+        self.evaluated += 1
+        rounded = time.monotonic()
+        self.rounding += rounded - began
+        try:
+            for loss in self.objective.blocks(self.session.model):
+                self.blocks += 1
+                yield loss
+        finally:
+            self.candidates.restore()
+            self.running += time.monotonic() - rounded
+            self.longest = max(self.longest, time.monotonic() - began)
+
+    def _put(self, allocation: Allocation) -> None:
+        self.candidates.put(allocated_plan(self.problem, allocation, self.budget, self.exact, self._finish))
+
+    def kl(self, allocation: Allocation) -> float:
+        """Of an allocation, rounded in sequence, on the search text."""
+        self._put(allocation)
+        found = self.objective.kl(self.session.model)
+        self.candidates.restore()
+        return found
+
+    def best_uniform(self) -> tuple[QuantScheme, Allocation] | None:
+        """The uniform allocation within the budget that loses least on the search text, with its scheme."""
+        fitting = self.problem.uniform(self.budget.weights)[:EVALUATED_UNIFORM]
+        losses = [list(self.losses(allocation)) for _, allocation in fitting] if len(fitting) > 1 else [[0.0]]
+        means = [sum(each) / len(each) for each in losses]
+        ranked = [(mean, pair) for mean, pair in zip(means, fitting, strict=False) if math.isfinite(mean)]
+        return min(ranked, key=lambda each: each[0])[1] if ranked else None
+
+    def finalists(self, found: Found) -> dict[str, Allocation]:
+        """Different allocations by name."""
+        count = self.effort.finalists
+        if self.effort.seconds is not None and self.longest:
+            count = max(1, min(count, int(self._left() / self._finishing()) - 2))
+        named = {f"trial {each.trial}": each.allocation for each in found.ranked[:count]}
+        if count > 1:
+            named |= {"knapsack": self.exact.allocation}
+            ends = self.problem.ends_high(self.budget.weights)
+            named |= {"first and last high": ends} if ends else {}
+        different: dict[str, Allocation] = {}
+        for name, allocation in named.items():
+            if allocation not in different.values():
+                different[name] = allocation
+        return different
+
+    # Time -----------------------------------------------------------------------------------------------------------
+
+    def _left(self) -> float:
+        assert self.effort.seconds is not None
+        return self.effort.seconds - (time.monotonic() - self.began)
+
+    def _finishing(self) -> float:
+        """Seconds to finish a plan, at most: as if all of a trial's time grew with the tokens."""
+        return self.longest * max(1.0, self.session.texts.calibration.ids.numel() / TOKENS)
+
+    def _enough(self, done: int) -> bool:
+        """Whether the time is up. Says after the first trial of this run what the others will take."""
+        first, self._said = not self._said and self.longest > 0, self._said or self.longest > 0
+        left = self.effort.trials - done
+        if first and left > 0:
+            print(
+                f"a trial takes {self.longest:.1f} s or less: {left} more at most {self.longest * left:.0f} s",
+                file=sys.stderr,
+            )
+        if self.effort.seconds is None or not self.longest:
+            return False
+        needed = 2 * self._finishing()
+        if first and self._left() < needed:
+            spent = time.monotonic() - self.began
+            raise UsageError(
+                f"--time {self.effort.seconds:.0f}s is too short: one trial took {self.longest:.1f} s, and to finish"
+                f" the best plan and the best uniform one takes up to {needed:.0f} s; give at least"
+                f" --time {spent + needed:.0f}s, or --trials 0"
+            )
+        return self._left() < needed + self.longest
+
+    def _skipped(self) -> str:
+        """The share of the work that was not done, in the seconds that it would have taken."""
+        segments, shared = self.candidates.segments, self.candidates.shared
+        per_segment, per_block = self.rounding / max(1, segments - shared), self.running / max(1, self.blocks)
+        blocks = self.evaluated * self.objective.count
+        whole = segments * per_segment + blocks * per_block
+        skipped = 1 - (self.rounding + self.running) / whole
+        return (
+            f"{self.evaluated} plans were rounded and evaluated: {shared} of {segments} segments were shared with"
+            f" earlier ones, {blocks - self.blocks} of {blocks} blocks of text not run: {skipped:.0%} of the work"
+        )
