@@ -59,5 +59,5 @@ def advice_text(advice: Advice, to_measure: Sequence[str], model: str) -> str:
     if advice.missing:
         lines.append(f"not measured on this text: {', '.join(advice.missing)}; to measure:")
         lines += [f"  {command}" for command in to_measure]
-    lines.append(f"what a format loses hangs on the task: bitplan compare {model} --task FILE.jsonl")
+    lines.append(f"what a format loses depends on the task: bitplan compare {model} --task FILE.jsonl")
     return "\n".join(lines)

@@ -51,7 +51,7 @@ def llama_plan(formats: Sequence[str], layers: int = 2) -> Plan:
         id="llama", revision=None, config_sha256="0" * 64, weights_sha256="0" * 64, dtype="bfloat16", parameters=1 << 20
     )
     texts = TextFacts(source="none", tokens=2, calibration=text, search=text, heldout=text)
-    provenance = Provenance(model=facts, text=texts, seed=0, device="cpu", versions={})
+    provenance = Provenance(model=facts, text=texts, seed=0, device="cpu", versions={"bitplan": "0"})
 
     def format_of(entry: UnitEntry) -> str:
         name = formats[groups.index(entry.group) % len(formats)]
