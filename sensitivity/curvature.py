@@ -24,6 +24,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from bitplan.formats.errors import RoundingFailed, UsageError
 from bitplan.sensitivity import ranks
@@ -115,10 +116,12 @@ class _Pass:
         if len(set(ranks.gathered(start))) > 1:  # one of them was stopped elsewhere than the others
             start, gradient, heads = last, None, defaultdict(dict)
         states = self.forward(start)
-        for segment in progress(range(start, lowest - 1, -1), desc="statistics", unit="block"):
+        # By text blocks: a model that is not cut is one segment, and large ones take minutes each.
+        bar = progress(total=(start - lowest + 1) * len(self.ids), desc="statistics", unit="block")
+        for segment in range(start, lowest - 1, -1):
             below = self.states(states[segment], segment) if segment > lowest else None
-            for units in self.parts(self.watched(segment)) or [[]]:
-                sums = self.backward(segment, units, states[segment], gradient, below)
+            for part, units in enumerate(self.parts(self.watched(segment)) or [[]]):
+                sums = self.backward(segment, units, states[segment], gradient, below, None if part else bar)
                 ranks.add(tensor for own in sums.values() for tensor in own.values())
                 for unit in units:
                     if segment == last and unit.kind == "tied" and self.chain.paths:
@@ -129,6 +132,7 @@ class _Pass:
             self.keep(segment, last, below, gradient, heads)
             gradient = below
         ranks.gathered(None)  # a file system may show rank 0's files late; nobody goes on before they are written
+        bar.close()
         for path in self.store.folder.glob(f"{self.back}*"):
             path.unlink()
 
@@ -219,7 +223,13 @@ class _Pass:
     # Back ------------------------------------------------------------------------------------------------------------
 
     def backward(
-        self, segment: int, units: list[Unit], states: States | None, above: States | None, below: States | None
+        self,
+        segment: int,
+        units: list[Unit],
+        states: States | None,
+        above: States | None,
+        below: States | None,
+        bar: tqdm | None = None,
     ) -> Sums:
         """Sums over the text for `units`, from a segment's inputs and the gradient at its outputs, with the gradient
         at its inputs written to `below`."""
@@ -252,6 +262,8 @@ class _Pass:
                 if below is not None:
                     assert x.grad is not None
                     below[i] = x.grad[0]
+                if bar is not None:
+                    bar.update()
         finally:
             for handle in handles:
                 handle.remove()
