@@ -1,8 +1,8 @@
-"""Does a model take the memory that was foretold? `make bench-memory`.
+"""Does a model take the memory that was estimated? `make bench-memory`.
 
 Six plans × two contexts of a Llama of random weights: resident bytes, the most while loading, and the most while a
 prompt is read by chunks and a token is decoded. On a GPU the figures are its allocator's. On a CPU they are, for use,
-what torch's allocator reports to its profiler, and for loading, how far the process's anonymous memory grows, foretold
+what torch's allocator reports to its profiler, and for loading, how far the process's anonymous memory grows, estimated
 as the plan's bytes and the largest unit in bf16; loading and use run in processes of their own.
 Random weights are fine for memory, never for quality. May import: everything.
 """
@@ -159,8 +159,8 @@ def reloading(plan: Plan, saved: Path, device: str, contexts: list[int]) -> dict
         needs = plan_memory(plan, source, machine(device), workload)
         with Allocated(model.device) as using:
             use(model, workload)
-        foretold = plan.bytes + needs.kv_cache + needs.workspace
-        found["runs"].append({"context": context, "foretold": foretold, "peak": plan.bytes + using.bytes})
+        estimated = plan.bytes + needs.kv_cache + needs.workspace
+        found["runs"].append({"context": context, "estimated": estimated, "peak": plan.bytes + using.bytes})
     return found
 
 
@@ -199,7 +199,7 @@ def main() -> None:
                 found |= json.loads(done.stdout.splitlines()[-1])
             print(name, json.dumps(found), file=sys.stderr)
             rows += report(name, plan, found)
-    head = ("plan", "", "planned or foretold", "measured", "measured / foretold")
+    head = ("plan", "", "planned or estimated", "measured", "measured / estimated")
     print(table(head, rows, left=2))
 
 
@@ -209,7 +209,7 @@ def report(name: str, plan: Plan, found: dict[str, Any]) -> list[tuple[str, ...]
         ("resident", plan.bytes, found["resident"]),
         ("load, rounding on the way", plan.bytes + largest, found["load"]),
         ("load of the saved checkpoint", plan.bytes, found["reload"]),
-        *((f"use, {run['context']:,} tokens", run["foretold"], run["peak"]) for run in found["runs"]),
+        *((f"use, {run['context']:,} tokens", run["estimated"], run["peak"]) for run in found["runs"]),
     ]
     return [(name, what, f"{told:,}", f"{seen:,}", f"{seen / told:.4f}") for what, told, seen in lines]
 

@@ -29,7 +29,7 @@ def plan(run, checkpoint, text):  # noqa: F811
     return call
 
 
-def test_terms_add_up_to_the_device_and_are_foretold(plan, checkpoint):
+def test_terms_add_up_to_the_device_and_are_estimated(plan, checkpoint):
     code, out, err = plan("--gpu", "1MiB", "--context", "100", "--batch", "2", "--trials", "0", "--json")
     assert code == 0, err
     made = Plan.model_validate_json(out)

@@ -130,7 +130,7 @@ class TestModels:
                 got = logits(model, new_cache(model, kv_format, 2, LENGTH + 3), pieces)
                 assert torch.allclose(got, expected, atol=1e-5), (kv_format, pieces, (got - expected).abs().max())
 
-    def test_bytes_are_foretold_by_the_config(self, name):
+    def test_bytes_are_estimated_by_the_config(self, name):
         for dtype in (torch.float32, torch.bfloat16):
             model = build(name, dtype)
             facts = kv_facts(model.config, dtype)

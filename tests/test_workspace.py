@@ -1,4 +1,4 @@
-"""Memory foretold on meta tensors, against what torch's CPU allocator reports of a real run."""
+"""Memory estimated on meta tensors, against what torch's CPU allocator reports of a real run."""
 
 import copy
 
@@ -56,14 +56,14 @@ def used(model, workload: Workload) -> tuple[int, int]:
 
 @pytest.mark.parametrize("kv_format", ["native", "int8", "int4"])
 @pytest.mark.parametrize("name", DENSE)
-def test_foretold_is_what_a_run_takes(name, kv_format):
+def test_estimated_is_what_a_run_takes(name, kv_format):
     if name == "opt" and kv_format != "native":
         pytest.skip("its positions are read from data where the cache is preallocated")
     workload = Workload(context=100, batch=2, prefill_chunk=32, kv_format=kv_format)
-    foretold = estimate_memory(on_meta(name, torch.float32), workload, CPU)
+    estimated = estimate_memory(on_meta(name, torch.float32), workload, CPU)
     kept, most = used(tiny.build(name), workload)
-    assert foretold.kv_cache == kept
-    assert most <= foretold.workspace <= INSIDE * most * 1.01 + SMALL
+    assert estimated.kv_cache == kept
+    assert most <= estimated.workspace <= INSIDE * most * 1.01 + SMALL
 
 
 @pytest.mark.parametrize("format", ["int4-g64", "int3-g32", "int8", "fp8", "ternary-g64"])
@@ -78,16 +78,16 @@ def test_packed_weights_too(format):
         return model
 
     workload = Workload(context=64, batch=1, prefill_chunk=16)
-    foretold = estimate_memory(packed(on_meta("llama", torch.float32)), workload, CPU)
+    estimated = estimate_memory(packed(on_meta("llama", torch.float32)), workload, CPU)
     _, most = used(packed(tiny.build("llama")), workload)
-    assert most <= foretold.workspace <= INSIDE * most * 1.1 + SMALL
+    assert most <= estimated.workspace <= INSIDE * most * 1.1 + SMALL
 
 
 def test_experts():
     workload = Workload(context=64, batch=2, prefill_chunk=32)
-    foretold = estimate_memory(on_meta("mixtral", torch.bfloat16), workload, CPU)
+    estimated = estimate_memory(on_meta("mixtral", torch.bfloat16), workload, CPU)
     kept, most = used(tiny.build("mixtral", torch.bfloat16), workload)
-    assert foretold.kv_cache == kept and most <= foretold.workspace
+    assert estimated.kv_cache == kept and most <= estimated.workspace
 
 
 def test_a_gpus_allocator_rounds_up_and_its_blas_takes_its_part():
