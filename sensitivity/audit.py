@@ -17,7 +17,7 @@ from bitplan.formats.kv.cache import KV_FORMATS
 from bitplan.formats.scheme import QuantScheme, schemes_for
 from bitplan.formats.table import format_named
 from bitplan.sensitivity import ranks
-from bitplan.sensitivity.curvature import sampled
+from bitplan.sensitivity.curvature import evenly, sampled
 from bitplan.sensitivity.estimate import RUN_ROWS, estimate, gptq_ratio, relative_error, sample
 from bitplan.sensitivity.graph import Unit
 from bitplan.sensitivity.loss import Evaluation, Reference, finite
@@ -110,7 +110,7 @@ def measure_units(
     ranks share the pairs out."""
     units = session.swapper.units
     others = [(units[name], scheme) for name, scheme in around.schemes.items()] if around else []
-    reference = Reference(session.model, session.texts.search)
+    reference = session.search_reference
     label = f"-{sha256(around.label, repr(sorted(around.schemes.items())))[:8]}" if around else ""
     name = f"measured-{session.texts.search.fingerprint[:16]}{label}"
     journal = session.weight_cache.folder / f"{name}{f'-{ranks.rank()}' if ranks.world() > 1 else ''}.jsonl"
@@ -164,9 +164,7 @@ def sampled_pairs(wanted: Sequence[tuple[Unit, QuantScheme]], units: int) -> lis
     by_unit: dict[Unit, list[QuantScheme]] = defaultdict(list)
     for unit, scheme in wanted:
         by_unit[unit].append(scheme)
-    names = list(by_unit)
-    count = min(units, len(names))
-    picked = [names[(2 * i + 1) * len(names) // (2 * count)] for i in range(count)]
+    picked = evenly(list(by_unit), units)
     return [(unit, by_unit[unit][i % len(by_unit[unit])]) for i, unit in enumerate(picked)]
 
 
@@ -180,10 +178,10 @@ def gptq_ratios(session: Session, formats: Sequence[Format]) -> dict[str, float]
 
 def audit_cache(session: Session) -> tuple[CacheRow, ...]:
     """What each format of the KV cache costs by itself, where the model's cache can have it."""
-    reference, rows = Reference(session.model, session.texts.search), []
+    rows = []
     for name in progress([name for name in KV_FORMATS if name != "native"], desc="KV cache", unit="format"):
         try:
-            found = reference.evaluate(session.model, name)
+            found = session.search_reference.evaluate(session.model, name)
         except FormatUnavailable as reason:
             print(f"KV cache: {reason}", file=sys.stderr)
             break

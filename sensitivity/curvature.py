@@ -11,16 +11,16 @@ A = f_v and the gradients of the lookup's output.
 The pass forward keeps each block's input. The pass back runs one block again with gradients inside of it alone, so
 that one block's weights, activations and second moments are in memory at a time; of a moment only vectors stay
 (sensitivity.statistics). After each block its units' statistics and the gradient at its input are on disk: an
-interrupted pass goes on from there. Of several ranks, each takes
-a part of the text's blocks. May import: formats, sensitivity.
+interrupted pass goes on from there. Of several ranks, each takes a part of the text's blocks.
+May import: formats, sensitivity.
 """
 
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,21 +29,26 @@ from tqdm import tqdm
 from bitplan.formats.errors import RoundingFailed, UsageError
 from bitplan.sensitivity import ranks
 from bitplan.sensitivity.chain import Chain
+from bitplan.sensitivity.forward import inputs
 from bitplan.sensitivity.graph import Graph, Unit
 from bitplan.sensitivity.progress import progress
+from bitplan.sensitivity.resume import Back, Finished, Sums
 from bitplan.sensitivity.statistics import Statistics, StatisticsStore, pivots
-from bitplan.sensitivity.store import IN_MEMORY, States, load_tensors, locked, save_tensors, write_text
+from bitplan.sensitivity.store import IN_MEMORY, States, locked
 from bitplan.sensitivity.texts.text import Blocks
 from bitplan.sensitivity.trace import Trace, Use
 
+T = TypeVar("T")
 PASS_BYTES = 8 << 30
 """Second moments of one block that are gathered at once; a block of more experts is run again for the rest."""
 SAMPLED = 4
 """Units of which A is kept whole, to compare GPTQ's estimated loss with GPTQ's."""
 
 
-Sums = dict[str, dict[str, Tensor]]
-"""By a unit's name and the kind of sum."""
+def evenly(items: Sequence[T], count: int) -> list[T]:
+    """`count` of the items at most, at even distances."""
+    count = min(count, len(items))
+    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
 
 
 def sampled(units: Sequence[Unit]) -> tuple[Unit, ...]:
@@ -51,8 +56,7 @@ def sampled(units: Sequence[Unit]) -> tuple[Unit, ...]:
     products = [unit for unit in units if unit.kind in ("linear", "conv1d")]
     least = min((unit.columns for unit in products), default=0)
     narrow = [unit for unit in products if unit.columns == least]
-    count = min(SAMPLED, len(narrow))
-    return tuple(narrow[(2 * i + 1) * len(narrow) // (2 * count)] for i in range(count))
+    return tuple(evenly(narrow, SAMPLED))
 
 
 def gather(
@@ -61,7 +65,6 @@ def gather(
     units: Sequence[Unit],
     blocks: Blocks,
     store: StatisticsStore,
-    device: str = "cpu",
     seed: int = 0,
     memory: int = IN_MEMORY,
     moments: int = PASS_BYTES,
@@ -77,7 +80,7 @@ def gather(
         lacking = ranks.gathered(lacking)[0]
         missing = [unit for unit in units if unit.name in lacking]
         if missing:
-            _Pass(chain(), graph, missing, whole, blocks.ids, store, device, seed, memory, moments).run()
+            _Pass(chain(), graph, missing, whole, blocks.ids, store, seed, memory, moments).run()
             if ranks.rank() == 0:
                 _report_unreached({unit: store[unit].routed for unit in units})
     if any(unit not in store for unit in units):
@@ -94,7 +97,6 @@ class _Pass:
     whole: tuple[Unit, ...]
     ids: Tensor
     store: StatisticsStore
-    device: str
     seed: int
     memory: int
     moments: int
@@ -104,24 +106,27 @@ class _Pass:
         self.numbers = ranks.share(range(len(self.ids)))
         """Of this rank's text blocks among all."""
         self.ids = self.ids[self.numbers]
-        self.back = f"back-{ranks.rank()}-of-{ranks.world()}"
-        """Begins the names of what lies on disk while the pass goes on."""
+        self.device = self.chain.device
+        self.back = Back(self.store.folder)
 
     def run(self) -> None:
         if self.chain.why and ranks.rank() == 0:
             print(f"{self.chain.why}: the statistics are gathered with the whole model in memory", file=sys.stderr)
         last = len(self.chain) - 1
         lowest = min(segment for segment in range(last + 1) if self.watched(segment))
-        start, gradient, heads = self.resume(last, lowest)
-        if len(set(ranks.gathered(start))) > 1:  # one of them was stopped elsewhere than the others
-            start, gradient, heads = last, None, defaultdict(dict)
-        states = self.forward(start)
+        found = self.resume(last, lowest)
+        if len(set(ranks.gathered(found and found.segment))) > 1:  # one was stopped elsewhere than the others
+            found = None
+        start, gradient = (found.segment - 1, found.gradient) if found else (last, None)
+        heads: Sums = found.heads if found else {}
+        states = inputs(self.chain, self.ids, start, self.memory, self.refuse_not_finite)
         # By text blocks: a model that is not cut is one segment, and large ones take minutes each.
         bar = progress(total=(start - lowest + 1) * len(self.ids), desc="statistics", unit="block")
         for segment in range(start, lowest - 1, -1):
-            below = self.states(states[segment], segment) if segment > lowest else None
+            here = states[segment]
+            below = None if here is None or segment <= lowest else States(here.shape, self.back.path(segment))
             for part, units in enumerate(self.parts(self.watched(segment)) or [[]]):
-                sums = self.backward(segment, units, states[segment], gradient, below, None if part else bar)
+                sums = self.backward(segment, units, here, gradient, below, None if part else bar)
                 ranks.add(tensor for own in sums.values() for tensor in own.values())
                 for unit in units:
                     if segment == last and unit.kind == "tied" and self.chain.paths:
@@ -129,12 +134,14 @@ class _Pass:
                     else:
                         self.finish(unit, heads.get(unit.name, {}) | sums[unit.name])
             states[segment] = None
-            self.keep(segment, last, below, gradient, heads)
+            if below is not None:
+                if segment == last:
+                    self.back.keep_heads(heads)
+                self.back.keep(segment, gradient)
             gradient = below
         ranks.gathered(None)  # a file system may show rank 0's files late; nobody goes on before they are written
         bar.close()
-        for path in self.store.folder.glob(f"{self.back}*"):
-            path.unlink()
+        self.back.clear()
 
     def watched(self, segment: int) -> list[Unit]:
         """The missing units that are seen in a segment: a tied head after the blocks, its lookups before them."""
@@ -153,74 +160,24 @@ class _Pass:
             size += need
         return parts
 
-    # Resuming --------------------------------------------------------------------------------------------------------
-
-    def states(self, like: States | None, segment: int) -> States:
-        """Where the gradient at a segment's input goes."""
-        assert like is not None
-        return States(like.shape, self.store.folder / f"{self.back}-{segment}.raw")
-
-    def keep(self, segment: int, last: int, below: States | None, above: States | None, heads: Sums) -> None:
-        """Note on disk that a segment and all after it are done."""
-        if below is None or below.path is None:
-            return
-        if segment == last:
-            flat = {f"{name} {kind}": tensor for name, sums in heads.items() for kind, tensor in sums.items()}
-            save_tensors(self.store.folder / f"{self.back}-heads.safetensors", flat | {"": torch.zeros(0)})
-        write_text(self.store.folder / f"{self.back}-done.txt", str(segment))
-        if above is not None and above.path is not None:
-            above.path.unlink(missing_ok=True)
-
-    def resume(self, last: int, lowest: int) -> tuple[int, States | None, Sums]:
-        """The segment to go on with, the gradient at its output, and what is known of tied heads."""
-        heads: Sums = defaultdict(dict)
-        done, flat = self.store.folder / f"{self.back}-done.txt", self.store.folder / f"{self.back}-heads.safetensors"
-        tensors = load_tensors(flat, self.device)
-        if not done.exists() or tensors is None:
-            return last, None, heads
-        for key, tensor in tensors.items():
-            name, _, kind = key.partition(" ")
-            heads[name][kind] = tensor
-        segment = int(done.read_text(encoding="utf-8"))
+    def resume(self, last: int, lowest: int) -> Finished | None:
+        """Where to go on, unless something after that is missing."""
+        found = self.back.finished(self.ids, self.chain.device)
+        if found is None or found.segment <= lowest:
+            return None
         tied = [unit for unit in self.watched(last) if unit.kind == "tied"]
-        if segment <= lowest or any(unit.name not in heads for unit in tied):
-            return last, None, defaultdict(dict)
-        above = [unit for part in range(segment, last + 1) for unit in self.watched(part) if unit not in tied]
-        path = self.store.folder / f"{self.back}-{segment}.raw"
-        if above or not path.exists():
-            return last, None, defaultdict(dict)
-        count, length = self.ids.shape
-        return segment - 1, States((count, length, path.stat().st_size // (4 * count * length)), path), heads
+        above = [unit for part in range(found.segment, last + 1) for unit in self.watched(part) if unit not in tied]
+        return None if above or any(unit.name not in found.heads for unit in tied) else found
 
-    # Forward ---------------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def forward(self, segments: int) -> list[States | None]:
-        """The inputs of segments 0 (which has none) to `segments`."""
-        made: list[States | None] = [None]
-        for segment in progress(range(segments), desc="forward", unit="block"):
-            module, x = self.chain.module(segment, own=True), made[-1]
-            out: States | None = None
-            for i, row in enumerate(self.ids.to(self.device).split(1)):
-                hidden = row if x is None else x[i].unsqueeze(0).to(self.device)
-                hidden = self.chain.run(segment, module, hidden, row, {})
-                if not hidden.isfinite().all():
-                    raise RoundingFailed(self.culprit())
-                if out is None:
-                    count, width = len(self.ids), hidden.shape[1:].numel()
-                    total = 4 * count * width * segments
-                    out = States((count, *hidden.shape[1:]), in_memory=total <= self.memory)
-                out[i] = hidden[0]
-            made.append(out)
-        return made
+    def refuse_not_finite(self, hidden: Tensor) -> None:
+        if not hidden.isfinite().all():
+            raise RoundingFailed(self.culprit())
 
     def culprit(self) -> str:
         for name, parameter in self.chain.model.named_parameters():
             if not parameter.isfinite().all():
                 return f"{name} holds NaN or infinity: fetch or train the model again"
         return "the model's outputs hold NaN or infinity on the calibration text, though its weights do not"
-
-    # Back ------------------------------------------------------------------------------------------------------------
 
     def backward(
         self,
@@ -279,8 +236,7 @@ class _Pass:
             with torch.enable_grad(), trace:
                 part = x[:, at] if self.chain.paths else x
                 logits = self.chain.run(last, module, part, row[:, at], {})[0]
-                if not logits.isfinite().all():
-                    raise RoundingFailed(self.culprit())
+                self.refuse_not_finite(logits)
                 logits = logits[: length - 1 - at.start]  # the last token predicts none of the text
                 labels = draw(logits.detach(), draws[at][: len(logits)].to(self.device))
                 loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")

@@ -20,6 +20,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from bitplan.formats.base import Format
 from bitplan.formats.integers import Grid, IntegerFormat
 from bitplan.formats.rounding import Hessian
 from bitplan.formats.rounding.gptq import gptq_codes
@@ -112,15 +113,18 @@ def estimate(drawn: Sample, scheme: QuantScheme) -> float:
     """Predicted nats per token of a unit in a scheme, GPTQ's without κ; NaN or infinity where a value overflows."""
     format = format_named(scheme.format)
     if scheme.rounding == "nearest":
-        columns = drawn.weight.shape[-1]
-        rounded = format.dequantize(format.quantize(drawn.weight), columns, torch.float32)
-        return drawn.loss((rounded - drawn.weight).square())
+        return drawn.loss(_nearest(drawn.weight, format))
     assert isinstance(format, IntegerFormat)
     errors = torch.empty_like(drawn.weight)
     for expert in drawn.expert.unique().tolist():
         at = drawn.expert == expert
         errors[at] = _on_grid(drawn.weight[at], format, drawn.importance(expert))
     return drawn.loss(errors, pivots=True)
+
+
+def _nearest(weight: Tensor, format: Format) -> Tensor:
+    """Squared errors of rounding weight [n, columns] as the format does by itself."""
+    return (format.dequantize(format.quantize(weight), weight.shape[-1], torch.float32) - weight).square()
 
 
 def _on_grid(weight: Tensor, format: IntegerFormat, importance: Tensor) -> Tensor:
@@ -139,8 +143,7 @@ def relative_error(weight: Tensor, scheme: QuantScheme, rows: int = ROWS) -> flo
     drawn = weight[:: -(-len(weight) // rows)]
     format = format_named(scheme.format)
     if scheme.rounding == "nearest":
-        rounded = format.dequantize(format.quantize(drawn), drawn.shape[-1], torch.float32)
-        errors = (rounded - drawn).square()
+        errors = _nearest(drawn, format)
     else:
         assert isinstance(format, IntegerFormat)
         errors = _on_grid(drawn, format, torch.ones_like(drawn[0]))

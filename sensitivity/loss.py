@@ -99,15 +99,19 @@ class Reference:
         """A model, with its KV cache in a format where one is named."""
         return self.compare(lambda i: log_probabilities(model, self.blocks.ids[i : i + 1], kv_format))
 
+    def kl(self, block: int, log_q: Tensor) -> Tensor:
+        """KL(full precision || q) of a block by its number, nats per token: a scalar."""
+        log_p = self.log_p[block : block + 1].to(log_q.device)
+        return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
     def compare(self, log_probabilities_of: Callable[[int], Tensor]) -> Evaluation:
         """What gives log-probabilities float32 [1, length - 1, vocabulary] for a block's number."""
         nll, kl = [], []
         for i in range(len(self.blocks.ids)):
             ids = self.blocks.ids[i : i + 1]
             log_q = log_probabilities_of(i)
-            log_p = self.log_p[i : i + 1].to(log_q.device)
             nll.append(taken(log_q, ids).cpu()[0])
-            kl.append((log_p.exp() * (log_p - log_q)).sum(-1).mean().cpu())
+            kl.append(self.kl(i, log_q).cpu())
         nll_tokens, kl_blocks = torch.stack(nll), torch.stack(kl)
         delta = (nll_tokens - self.nll).mean(-1)
         return Evaluation(

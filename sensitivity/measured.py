@@ -14,10 +14,11 @@ from torch import Tensor
 
 from bitplan.formats.scheme import QuantScheme
 from bitplan.sensitivity.chain import Chain
+from bitplan.sensitivity.forward import inputs
 from bitplan.sensitivity.graph import Unit
 from bitplan.sensitivity.loss import Evaluation, Reference
 from bitplan.sensitivity.progress import progress
-from bitplan.sensitivity.store import IN_MEMORY, States, checked_json, unchecked_json
+from bitplan.sensitivity.store import checked_json, unchecked_json
 from bitplan.sensitivity.swapper import WeightSwapper
 from bitplan.sensitivity.weight_cache import WeightCache
 
@@ -30,16 +31,7 @@ class Prefixes:
     def __init__(self, chain: Chain, reference: Reference):
         self.chain, self.reference = chain, reference
         self.ids = reference.blocks.ids.to(chain.device)
-        self.states: list[States | None] = [None]
-        for segment in range(len(chain) - 1):
-            module, below, made = chain.module(segment, own=True), self.states[-1], None
-            for i, row in enumerate(self.ids.split(1)):
-                out = self._run(segment, module, below[i].unsqueeze(0) if below else row, row, {})
-                if made is None:
-                    total = 4 * len(self.ids) * out.numel() * len(chain)
-                    made = States((len(self.ids), *out.shape[1:]), in_memory=total <= IN_MEMORY)
-                made[i] = out[0]
-            self.states.append(made)
+        self.states = inputs(chain, self.ids, len(chain) - 1)
         self.at = {unit.parameter: i for i, units in enumerate(chain.units) for unit in units}
 
     @torch.no_grad()

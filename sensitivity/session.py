@@ -6,7 +6,7 @@ May import: formats, sensitivity, bitplan for its version.
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.chain import Chain, find_blocks
 from bitplan.sensitivity.curvature import gather
 from bitplan.sensitivity.graph import ON_REQUEST, Graph, Unit, build_graph
+from bitplan.sensitivity.loss import Reference
 from bitplan.sensitivity.moments import moments
 from bitplan.sensitivity.pages import page_out_after
 from bitplan.sensitivity.profile import ModelFacts, Provenance, TextFacts, TextPart
@@ -72,7 +73,12 @@ class Session:
         moments = sum(4 * unit.experts * unit.columns**2 for unit in leads.values())
         # A model in memory whose moments are small is not cut: that saves running every block a second time.
         chain = partial(self.chain, cut=not self.whole or moments > IN_MEMORY)
-        gather(chain, self.graph, units, self.texts.calibration, self.store, self.device, SEED, **part)
+        gather(chain, self.graph, units, self.texts.calibration, self.store, SEED, **part)
+
+    @cached_property
+    def search_reference(self) -> Reference:
+        """Full precision on the search text."""
+        return Reference(self.model, self.texts.search)
 
     @property
     def compared(self) -> Path:

@@ -33,7 +33,7 @@ class Objective:
     def __init__(self, session: Session, task: Task | None = None):
         self._task = task
         self._halves = task.halves() if task else None
-        self._search = Reference(session.model, session.texts.search)
+        self._search = session.search_reference
         self._heldout = Reference(session.model, session.texts.heldout)
         self._bases = tuple(score(session.model, half) for half in self._halves) if self._halves else None
 
@@ -74,11 +74,9 @@ class Objective:
         if self._halves is not None:
             yield self.loss(model)
             return
-        ids, log_p = self._search.blocks.ids, self._search.log_p
+        ids = self._search.blocks.ids
         for i in range(len(ids)):
-            log_q = log_probabilities(model, ids[i : i + 1])
-            here = log_p[i : i + 1].to(log_q.device)
-            yield float((here.exp() * (here - log_q)).sum(-1).mean())
+            yield float(self._search.kl(i, log_probabilities(model, ids[i : i + 1])))
 
     def heldout(self, model: PreTrainedModel, kv_format: str = "native") -> Measured:
         """The reported figures: on the held-out text, and on the task's other half. Raises OutputsNotFinite."""

@@ -56,7 +56,8 @@ class Trials:
         self.problem, self.budget, self.session = problem, budget, session
         self.objective, self.effort = objective, effort
         self.candidates = Candidates(session)
-        self.exact = knapsack.solve(problem.options, budget.weights - problem.profile.unquantized_bytes)
+        self.available = budget.weights - problem.profile.unquantized_bytes
+        self.exact = knapsack.solve(problem.options, self.available)
         self._finish = Finish("nearest" if finish.rounding == "nearest" else None)
         self.began = time.monotonic()
         self.rounding = self.running = self.longest = 0.0
@@ -66,15 +67,16 @@ class Trials:
 
     def run(self) -> Found:
         """The study, resumed where it was cut short."""
-        available = self.budget.weights - self.problem.profile.unquantized_bytes
         tokens = str(min(TOKENS, self.session.texts.calibration.ids.numel()))
-        key = sha256(repr(self.problem.options), str(available), self.objective.fingerprint, tokens, "in sequence")[:24]
+        key = sha256(
+            repr(self.problem.options), str(self.available), self.objective.fingerprint, tokens, "in sequence"
+        )[:24]
         studies = self.session.weight_cache.folder / "studies"
         journal = studies / f"{key}.log"
         with locked(studies / key):  # not the journal: Optuna waits 30 seconds for a file named like the journal's lock
             found, _ = search(
                 self.problem.options,
-                available,
+                self.available,
                 self.losses,
                 trials=self.effort.trials,
                 journal=journal,

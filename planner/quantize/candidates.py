@@ -15,7 +15,6 @@ from bitplan.formats.base import Tensors
 from bitplan.formats.table import format_named
 from bitplan.planner.plan import Plan
 from bitplan.planner.quantize.segment import Segment
-from bitplan.sensitivity.chain import Chain
 from bitplan.sensitivity.graph import Unit
 from bitplan.sensitivity.session import Session
 from bitplan.sensitivity.store import IN_MEMORY
@@ -50,7 +49,7 @@ class Candidates:
         ids = session.texts.calibration.ids
         few = Blocks(ids[: max(1, tokens // ids.shape[1])])
         self._session = replace(session, texts=replace(session.texts, calibration=few))
-        self._chain = Chain(session.model, session.graph, session.device)
+        self._chain = session.chain()
         self._true: list[Tensor | None] = [None]
         """Hidden states of the full-precision model in front of the segments so far."""
         kept = 4 * few.ids.numel() * sum(unit.columns for unit in session.graph.units)
