@@ -7,6 +7,7 @@ import struct
 
 import pytest
 import torch
+from filelock import FileLock, Timeout
 
 import bitplan.planner.evaluate.compare
 from bitplan import QuantizationManager
@@ -65,15 +66,26 @@ def test_tasks_pages_and_finished_rows(run, checkpoint, text, tasks, tmp_path, m
     assert json.loads(run(*arguments)[1])["rows"] == rows
 
 
+def is_held(path) -> bool:
+    try:
+        with FileLock(path).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
 def test_a_comparison_goes_on_where_it_was_cut_off(run, checkpoint, text, monkeypatch):  # noqa: F811
     arguments = ("compare", checkpoint("qwen3"), "--text", text, *LITTLE, "--formats", "fp32,bf16,fp8", "--json")
     measured, calls = bitplan.planner.evaluate.compare._measured, []
 
-    def once(name, *rest):
+    def once(name, row, session, *rest):
         calls.append(name)
+        # Another process would wait for this row.
+        held = [is_held(path) for path in session.compared.glob("*.lock")]
+        assert sum(held) == 1
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return measured(name, *rest)
+        return measured(name, row, session, *rest)
 
     monkeypatch.setattr(bitplan.planner.evaluate.compare, "_measured", once)
     assert run(*arguments)[0] == 130

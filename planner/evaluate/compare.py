@@ -25,7 +25,7 @@ from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.loss import Evaluation, Reference, finite, refuse_not_finite
 from bitplan.sensitivity.session import Session, pick_device
 from bitplan.sensitivity.source import Source
-from bitplan.sensitivity.store import read_row, sha256, write_row
+from bitplan.sensitivity.store import locked, read_row, sha256, write_row
 from bitplan.sensitivity.tasks.paired import Paired, paired
 from bitplan.sensitivity.tasks.score import Scores, score
 from bitplan.sensitivity.tasks.task import Task
@@ -110,7 +110,7 @@ def compare(
     refused: Mapping[str, str] | None = None,
 ) -> Iterator[ComparisonRow]:
     """Yield a line per format and plan (name → plan) as each is measured. The session's model is given up first; the
-    plans' codes must be in the cache (`materialize.make_codes`), but for those `refused` (name → why).
+    plans' codes must be in the cache (`round_missing`), but for those `refused` (name → why).
 
     A row that fails for a reason of its own, memory among them, says so in `note`, and the others still run.
     """
@@ -144,11 +144,12 @@ def compare(
         elif name in refused:
             yield ComparisonRow(name, note=refused[name])
         else:
-            line = _measured(name, row, session, device, reference, tasks, scores)
-            if line.note is None:
-                write_row(journal, asdict(line))
-                if tasks:  # also without tasks, for comparisons that have none
-                    write_row(_journal(session, row, (), device), asdict(replace(line, tasks=())))
+            with locked(journal):  # another process may have measured it by now
+                line = _recalled(name, journal) or _measured(name, row, session, device, reference, tasks, scores)
+                if line.note is None:
+                    write_row(journal, asdict(line))
+                    if tasks:  # also without tasks, for comparisons that have none
+                        write_row(_journal(session, row, (), device), asdict(replace(line, tasks=())))
             yield line
 
 
