@@ -2,7 +2,7 @@
 
 Each row is a process of its own: seconds without loading the model, and peak resident memory. "forward + backward" is
 one plain pass over the same text with transformers alone, in float32, as the audit computes: the ratio is to it.
-`--sizes` takes millions of parameters (60, 250, 1500), `--tiers` the rows. May import: everything.
+A rank has one thread, the other rows two. `--sizes` takes millions of parameters (60, 250, 1500), `--tiers` the rows. May import: everything.
 """
 
 import argparse
@@ -18,7 +18,15 @@ from benchmarks.machine import described
 
 SIZES = {60: (512, 1408, 14, 8192), 250: (1024, 2816, 20, 8192), 1500: (2048, 5632, 32, 32000)}
 """Millions of parameters → hidden size, intermediate size, layers, vocabulary."""
-TIERS = ("forward + backward", "curvature", "curvature, 2 GiB", "curvature, two ranks", "weights", "measured")
+TIERS = (
+    "forward + backward",
+    "curvature",
+    "curvature, 2 GiB",
+    "curvature, one rank",
+    "curvature, two ranks",
+    "weights",
+    "measured",
+)
 FORMATS = "int8,int6-g64,int5-g64,int4-g32,int4-g64,int4-g128,int3-g32,int3-g64,int3-g128,int2-g32,int2-g64,nf4"
 
 
@@ -74,7 +82,8 @@ def work(model: Path, tier: str, tokens: int) -> None:
 
 def measured(model: Path, tier: str, tokens: int) -> tuple[float, float]:
     """Seconds, and peak resident MiB of the largest process."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if "ranks" in tier else []
+    processes = "2" if "two ranks" in tier else "1"
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if "rank" in tier else []
     command = [sys.executable, *launch, "-m", "benchmarks.audit", "--work", tier, "--model", str(model)]
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "BITPLAN_CACHE": cache, "OMP_NUM_THREADS": "1" if launch else "2"}

@@ -132,9 +132,9 @@ class IntegerFormat(Format):
             elif self.zero_point == "float_zero":  # shrunken about the middle of the range
                 zero = self.at_zero((1 + factor) / 2 * low_end + (1 - factor) / 2 * high_end, scale)
             grid = Grid(scale, zero)
-            error = ((self.decode(self.encode(weight, grid), grid) - weight).square() * importance).sum(
-                -1, keepdim=True
-            )
+            # In place: this loop is bound by memory. The values are those of decode(encode(weight)).
+            off = self.encode(weight, grid).sub_(grid.zero).mul_(grid.scale).sub_(weight)
+            error = off.square_().mul_(importance).sum(-1, keepdim=True)
             better = error < least
             least = torch.where(better, error, least)
             best = Grid(torch.where(better, scale, best.scale), torch.where(better, zero, best.zero))
@@ -173,7 +173,7 @@ class IntegerFormat(Format):
 
     def encode(self, weight: Tensor, grid: Grid) -> Tensor:
         """Nearest codes, as floats, of weight [rows, n] on a grid [rows, 1 or n]."""
-        return (weight / grid.scale.clamp(min=1e-12) + grid.zero).round().clamp(0, self.top)
+        return (weight / grid.scale.clamp(min=1e-12)).add_(grid.zero).round_().clamp_(0, self.top)
 
     def quantize(self, weight: Tensor) -> Tensors:
         step = self.group or weight.shape[1]

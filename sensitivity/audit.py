@@ -38,25 +38,25 @@ class Around:
     schemes: dict[str, QuantScheme]
 
 
-def sizes(session: Session, menu: tuple[str, ...], rounding: str | None = None) -> Profile:
+def sizes(session: Session, formats: tuple[str, ...], rounding: str | None = None) -> Profile:
     """A profile of bytes alone, every loss 0: what is needed to know whether a budget can be met at all."""
     rows = {
-        (unit.name, choice): {"bytes": unit.nbytes(choice.format), "predicted_nll": 0.0}
+        (unit.name, scheme): {"bytes": unit.nbytes(scheme.format), "predicted_nll": 0.0}
         for unit in session.graph.units
-        for choice in schemes_for(unit.native, menu, rounding)
+        for scheme in schemes_for(unit.native, formats, rounding)
     }
     return _profile(session, rows)
 
 
 def audit(
     session: Session,
-    menu: tuple[str, ...],
+    formats: tuple[str, ...],
     rounding: str | None = None,
     tier: str = "curvature",
     around: Around | None = None,
     check: int = 0,
 ) -> Profile:
-    """Score every unit in every format of the menu. `tier`: "curvature" predicts losses from second moments, "measured"
+    """Score every unit in every one of the formats. `tier`: "curvature" predicts losses from second moments, "measured"
     also measures each, with all other units unquantized or as `around` has them, and "weights" takes the weights'
     relative errors for losses, without any text. `check`: units that are measured to check and rescale what is
     predicted. Raises RoundingFailed."""
@@ -64,26 +64,41 @@ def audit(
         session.gather()
     rows: Rows = {}
     wanted: list[tuple[Unit, QuantScheme]] = []
-    ratios = gptq_ratios(session, [format_named(name) for name in menu]) if tier != "weights" else {}
-    for unit in progress(session.graph.units, desc="formats", unit="unit"):
-        weight = session.swapper.weight(unit)
-        drawn = sample(unit, weight, session.store[unit]) if tier != "weights" else None
-        for scheme in schemes_for(unit.native, menu, rounding):
-            loss = 0.0
-            if scheme.format != unit.native:
-                loss = relative_error(weight, scheme) if drawn is None else estimate(drawn, scheme)
-                if scheme.rounding == "gptq" and unit.kind != "embedding":
-                    loss *= ratios.get(scheme.format, 1.0)
-                wanted.append((unit, scheme))
-            if math.isfinite(loss):
-                rows[unit.name, scheme] = {"bytes": unit.nbytes(scheme.format), "predicted_nll": max(0.0, loss)}
-            else:
+    ratios = gptq_ratios(session, [format_named(name) for name in formats]) if tier != "weights" else {}
+    own = {
+        unit.name: _scored(session, unit, schemes_for(unit.native, formats, rounding), ratios, tier)
+        for unit in progress(ranks.share(session.graph.units), desc="formats", unit="unit")
+    }
+    losses = {name: scored for part in ranks.gathered(own) for name, scored in part.items()}
+    for unit in session.graph.units:
+        for scheme, loss in losses[unit.name].items():
+            if not math.isfinite(loss):
                 print(f"{unit.name} cannot take {scheme}: a value overflows", file=sys.stderr)
-    wanted = [(unit, scheme) for unit, scheme in wanted if (unit.name, scheme) in rows]
+                continue
+            rows[unit.name, scheme] = {"bytes": unit.nbytes(scheme.format), "predicted_nll": max(0.0, loss)}
+            if scheme.format != unit.native:
+                wanted.append((unit, scheme))
     if tier == "measured":
         return _measured(session, rows, wanted, around)
     profile = _profile(session, rows).model_copy(update={"tier": tier})
     return checked(session, profile, wanted, check) if check and tier == "curvature" else profile
+
+
+def _scored(
+    session: Session, unit: Unit, schemes: Sequence[QuantScheme], ratios: dict[str, float], tier: str
+) -> dict[QuantScheme, float]:
+    """The unit's loss in each scheme, as `tier` predicts it; `ratios` are those of `gptq_ratios`."""
+    weight = session.swapper.weight(unit)
+    drawn = sample(unit, weight, session.store[unit]) if tier != "weights" else None
+    losses = {}
+    for scheme in schemes:
+        loss = 0.0
+        if scheme.format != unit.native:
+            loss = relative_error(weight, scheme) if drawn is None else estimate(drawn, scheme)
+            if scheme.rounding == "gptq" and unit.kind != "embedding":
+                loss *= ratios.get(scheme.format, 1.0)
+        losses[scheme] = loss
+    return losses
 
 
 def _measured(session: Session, rows: Rows, wanted: list[tuple[Unit, QuantScheme]], around: Around | None) -> Profile:
@@ -194,9 +209,9 @@ def _profile(session: Session, rows: Rows, full_precision_nll: float | None = No
         provenance=session.provenance,
         full_precision_nll=full_precision_nll,
         units=tuple(unit_entry(unit) for unit in session.graph.units),
-        unquantized=tuple(unquantized_entry(kept) for kept in session.graph.unquantized),
+        unquantized=tuple(unquantized_entry(tensor) for tensor in session.graph.unquantized),
         rows=tuple(
-            ProfileRow(unit=name, format=choice.format, rounding=choice.rounding, **row)
-            for (name, choice), row in rows.items()
+            ProfileRow(unit=name, format=scheme.format, rounding=scheme.rounding, **row)
+            for (name, scheme), row in rows.items()
         ),
     )

@@ -128,18 +128,20 @@ class _Pass:
             for part, units in enumerate(self.parts(self.watched(segment)) or [[]]):
                 sums = self.backward(segment, units, here, gradient, below, None if part else bar)
                 ranks.add(tensor for own in sums.values() for tensor in own.values())
+                ready: Sums = {}
                 for unit in units:
                     if segment == last and unit.kind == "tied" and self.chain.paths:
                         heads[unit.name] = sums[unit.name]  # its lookups are still to come
                     else:
-                        self.finish(unit, heads.get(unit.name, {}) | sums[unit.name])
+                        ready[unit.name] = heads.get(unit.name, {}) | sums[unit.name]
+                self.finish([unit for unit in units if unit.name in ready], ready)
+            ranks.gathered(None)  # what a rank goes on from names only statistics that all ranks have written
             states[segment] = None
             if below is not None:
                 if segment == last:
                     self.back.keep_heads(heads)
                 self.back.keep(segment, gradient)
             gradient = below
-        ranks.gathered(None)  # a file system may show rank 0's files late; nobody goes on before they are written
         bar.close()
         self.back.clear()
 
@@ -282,11 +284,26 @@ class _Pass:
             raise RoundingFailed(f"{use.parameter}: what it puts out follows from no token, so that it has no gradient")
         use.output.register_hook(partial(_add_squares, squares))
 
-    def finish(self, unit: Unit, sums: dict[str, Tensor]) -> None:
-        """Means over tokens, and what is kept of the moment, on disk."""
-        for kind, tensor in sums.items():
-            if not tensor.isfinite().all():
-                raise RoundingFailed(f"{unit.name}: its {kind} hold NaN or infinity on the calibration text")
+    def finish(self, units: list[Unit], sums: Sums) -> None:
+        """Write the units' statistics. The ranks share them out, those of one moment together."""
+        for unit in units:
+            for kind, tensor in sums[unit.name].items():
+                if not tensor.isfinite().all():
+                    raise RoundingFailed(f"{unit.name}: its {kind} hold NaN or infinity on the calibration text")
+        together: dict[int, list[Unit]] = {}
+        for unit in units:
+            own = sums[unit.name]
+            together.setdefault(id(own.get("moment", own)), []).append(unit)
+        for readers in ranks.share(list(together.values())):
+            costs: Tensor | None = None
+            for unit in readers:
+                found = self.statistics(unit, sums[unit.name], costs)
+                if found.frequencies is None:
+                    costs = found.pivots
+                self.store.write(unit, found)
+
+    def statistics(self, unit: Unit, sums: dict[str, Tensor], costs: Tensor | None) -> Statistics:
+        """Means over tokens, and what is kept of the moment; `costs` are the pivots of a unit that reads the same."""
         found = Statistics()
         if "frequencies" in sums:
             found = replace(
@@ -298,14 +315,14 @@ class _Pass:
             moment, routed = sums["moment"] / self.tokens, sums["routed"]
             gradients = sums["gradients"] / routed.clamp(min=1).unsqueeze(-1)
             found = replace(found, inputs=moment.diagonal(dim1=-2, dim2=-1).clone(), gradients=gradients, routed=routed)
-            hessians = found.hessians(moment)
-            costs = torch.stack([pivots(hessian, form) for hessian, form in zip(hessians, moment, strict=True)])
+            if costs is None or found.frequencies is not None:
+                hessians = found.hessians(moment)
+                costs = torch.stack([pivots(hessian, form) for hessian, form in zip(hessians, moment, strict=True)])
+                if found.lookup_gradients is not None:
+                    lookups = torch.diag(found.lookup_gradients)
+                    found = replace(found, lookup_pivots=pivots(hessians[0], lookups))
             found = replace(found, pivots=costs, moment=moment if unit in self.whole else None)
-            if found.lookup_gradients is not None:
-                lookups = torch.diag(found.lookup_gradients)
-                found = replace(found, lookup_pivots=pivots(hessians[0], lookups))
-        if ranks.rank() == 0:
-            self.store.write(unit, found)
+        return found
 
 
 def _report_unreached(routed: Mapping[Unit, Tensor | None]) -> None:

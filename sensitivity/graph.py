@@ -110,7 +110,7 @@ def build_graph(model: PreTrainedModel, keep: tuple[str, ...] = ()) -> Graph:
     for module in model.modules():
         if is_experts(module):  # one product per expert, which is what can be traced
             module.config._experts_implementation = "eager"  # type: ignore[union-attr]
-    units, kept = find_units(model)
+    units, unquantized = find_units(model)
     for glob in keep:
         if not any(fnmatchcase(unit.name, glob) for unit in units):
             raise UsageError(
@@ -134,7 +134,7 @@ def build_graph(model: PreTrainedModel, keep: tuple[str, ...] = ()) -> Graph:
         elif _alike(unit) not in order:
             reasons[unit.name] = "no text runs through it, or not by a product or lookup"
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    kept += [_kept(u.parameter, parameters[u.parameter], reasons[u.name]) for u in units if u.name in reasons]
+    unquantized += [_kept(u.parameter, parameters[u.parameter], reasons[u.name]) for u in units if u.name in reasons]
     units = [u for u in units if u.name not in reasons]
     ties = find_ties(units, uses)
     units.sort(key=lambda unit: order[_alike(unit)])
@@ -143,13 +143,13 @@ def build_graph(model: PreTrainedModel, keep: tuple[str, ...] = ()) -> Graph:
     for component in nx.connected_components(ties):
         leaders.update(dict.fromkeys(component, min(component, key=place.__getitem__)))
     ordered = tuple(replace(unit, group=leaders[unit.name], order=i) for i, unit in enumerate(units))
-    return Graph(ordered, tuple(kept), ties, find_readers(ordered, uses))
+    return Graph(ordered, tuple(unquantized), ties, find_readers(ordered, uses))
 
 
 def find_units(model: nn.Module) -> tuple[list[Unit], list[Unquantized]]:
-    """Units and kept tensors of a model, on any device (meta included), in the model's own order; no groups yet."""
+    """Units and unquantized tensors of a model, on any device (meta included), in the model's order; no groups yet."""
     units: list[Unit] = []
-    kept: list[Unquantized] = []
+    unquantized: list[Unquantized] = []
     holders: dict[int, int] = {}
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
@@ -166,10 +166,10 @@ def find_units(model: nn.Module) -> tuple[list[Unit], list[Unquantized]]:
             if unit:
                 units.append(unit)
             else:
-                kept.append(_kept(full, parameter, reason))
+                unquantized.append(_kept(full, parameter, reason))
     persistent = model.state_dict(keep_vars=True)
-    kept += [_kept(n, b, "a buffer") for n, b in model.named_buffers() if n in persistent]
-    return units, kept
+    unquantized += [_kept(n, b, "a buffer") for n, b in model.named_buffers() if n in persistent]
+    return units, unquantized
 
 
 def _as_unit(path: str, name: str, module: nn.Module, parameter: Tensor) -> tuple[Unit | None, str]:

@@ -261,8 +261,10 @@ def unit_entry(unit: Unit) -> UnitEntry:
     return UnitEntry(**facts | {"dtype": str(unit.dtype).removeprefix("torch.")})
 
 
-def unquantized_entry(kept: Unquantized) -> UnquantizedEntry:
-    return UnquantizedEntry(name=kept.name, shape=kept.shape, dtype=kept.dtype, bytes=kept.nbytes, reason=kept.reason)
+def unquantized_entry(tensor: Unquantized) -> UnquantizedEntry:
+    return UnquantizedEntry(
+        name=tensor.name, shape=tensor.shape, dtype=tensor.dtype, bytes=tensor.nbytes, reason=tensor.reason
+    )
 
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -51,8 +51,8 @@ def mark_workspace(folder: Path, model: str) -> None:
         write_text(folder / MARKER, json.dumps({"model": model}))
 
 
-def codes_path(folder: Path, unit: str, choice: QuantScheme) -> Path:
-    return folder / "codes" / unit / f"{choice.format}.{choice.rounding}.safetensors"
+def codes_path(folder: Path, unit: str, scheme: QuantScheme) -> Path:
+    return folder / "codes" / unit / f"{scheme.format}.{scheme.rounding}.safetensors"
 
 
 class WeightCache:
@@ -118,25 +118,25 @@ class WeightCache:
             raise RoundingFailed(f"{unit.name}: its weights hold NaN or infinity, so no format can hold them")
         return weight
 
-    def tensors(self, unit: Unit, choice: QuantScheme) -> Tensors:
-        """Stored tensors of a unit in a choice. Raises RoundingFailed, CodesMissing."""
-        rounding = ROUNDINGS[choice.rounding]
+    def tensors(self, unit: Unit, scheme: QuantScheme) -> Tensors:
+        """Stored tensors of a unit in a scheme. Raises RoundingFailed, CodesMissing."""
+        rounding = ROUNDINGS[scheme.rounding]
         if not rounding.needs_text:
-            assert rounding.alone is not None, choice
-            return rounding.alone(self._finite(unit), format_named(choice.format), [])
-        path = codes_path(self.folder, unit.name, choice)
+            assert rounding.alone is not None, scheme
+            return rounding.alone(self._finite(unit), format_named(scheme.format), [])
+        path = codes_path(self.folder, unit.name, scheme)
         if (kept := load_tensors(path)) is None:
-            self.prepare([(unit, choice)])
+            self.prepare([(unit, scheme)])
             kept = load_tensors(path)
         if kept is None:
             raise CodesMissing(f"{unit.name}: its codes have gone from the cache: run the same command again")
         return from_file(kept)
 
-    def dequantized(self, unit: Unit, choice: QuantScheme) -> Tensor:
-        """A unit's weight in a choice, float32 [experts * rows, columns]."""
-        if choice.format == unit.native:
+    def dequantized(self, unit: Unit, scheme: QuantScheme) -> Tensor:
+        """A unit's weight in a scheme, float32 [experts * rows, columns]."""
+        if scheme.format == unit.native:
             return self.weight(unit)
-        return format_named(choice.format).dequantize(self.tensors(unit, choice), unit.columns, torch.float32)
+        return format_named(scheme.format).dequantize(self.tensors(unit, scheme), unit.columns, torch.float32)
 
 
 def for_file(tensors: Tensors) -> Tensors:
