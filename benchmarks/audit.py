@@ -1,8 +1,9 @@
 """What an audit takes, by tier, over the size of a model of random weights. `make bench-audit`.
 
 Each row is a process of its own: seconds without loading the model, and peak resident memory. "forward + backward" is
-one plain pass over the same text with transformers alone, in float32, as the audit computes: the ratio is to it.
-A rank has one thread, the other rows two. `--sizes` takes millions of parameters (60, 250, 1500), `--tiers` the rows. May import: everything.
+one pass over the same text as training makes it, with transformers alone, in float32 as the audit computes: the ratio
+is to it. A rank has one thread, the other rows two. `--sizes` takes millions of parameters (60, 250, 1500), `--tiers`
+the rows. May import: everything.
 """
 
 import argparse
@@ -66,8 +67,7 @@ def work(model: Path, tier: str, tokens: int) -> None:
     texts = read_texts(source, tokens=tokens, length=512)
     device = ranks.start("cpu")
     if tier == "forward + backward":
-        whole = sources.load_model(source).float()
-        whole.get_input_embeddings().register_forward_hook(lambda m, a, out: out.requires_grad_())
+        whole = sources.load_model(source).float().requires_grad_()
         began = time.perf_counter()
         for ids in texts.calibration.ids.split(1):
             logits = whole(input_ids=ids, use_cache=False).logits[0, :-1].float()

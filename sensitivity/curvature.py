@@ -317,8 +317,10 @@ class _Pass:
             found = replace(found, inputs=moment.diagonal(dim1=-2, dim2=-1).clone(), gradients=gradients, routed=routed)
             if costs is None or found.frequencies is not None:
                 hessians = found.hessians(moment)
-                costs = torch.stack([pivots(hessian, form) for hessian, form in zip(hessians, moment, strict=True)])
-                if found.lookup_gradients is not None:
+                if found.lookup_gradients is None:
+                    costs = torch.stack([pivots(hessian) for hessian in hessians])
+                else:
+                    costs = pivots(hessians[0], moment[0]).unsqueeze(0)
                     lookups = torch.diag(found.lookup_gradients)
                     found = replace(found, lookup_pivots=pivots(hessians[0], lookups))
             found = replace(found, pivots=costs, moment=moment if unit in self.whole else None)

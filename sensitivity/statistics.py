@@ -53,17 +53,21 @@ class Statistics:
         return [Hessian(self.gradients[0].mean() * moment[0] + lookups)]
 
 
-def pivots(hessian: Hessian, form: Tensor) -> Tensor:
+def pivots(hessian: Hessian, form: Tensor | None = None) -> Tensor:
     """d [columns] such that errors e_j, made by GPTQ with `hessian` at each column's turn, cost Σ_j e_j² d_j by the
-    quadratic form `form` [columns, columns], which is A or another.
+    quadratic form `form` [columns, columns], by default H itself.
 
     With H⁻¹ = Uᵀ U, the change of a weight row that GPTQ makes is Σ_j (e_j / U_jj) U_j: errors of different columns
     are nearly independent, so that d_j = (U form Uᵀ)_jj / U_jj², which is 1 / U_jj² for form = H.
     """
-    order, upper = hessian.order, hessian.factor
-    ordered = form[order][:, order].to(upper)
-    costs = ((upper @ ordered) * upper).sum(-1) / upper.diagonal().square()
-    return costs.clamp(min=0)[order.argsort()]
+    upper, added = hessian.damped
+    if form is None:  # U (A + added) Uᵀ is the identity
+        costs = 1 - upper.square() @ added.float()
+    else:
+        ordered = form[hessian.order][:, hessian.order].to(upper)
+        costs = ((upper @ ordered) * upper).sum(-1)
+    costs /= upper.diagonal().square()
+    return costs.clamp(min=0)[hessian.order.argsort()]
 
 
 class StatisticsStore:

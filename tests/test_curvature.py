@@ -122,6 +122,13 @@ def test_pivots_are_what_an_error_at_a_columns_turn_costs():
     assert_close(cost, ((change @ other) * change).sum(-1).mean(), rtol=0.15, atol=0)
 
 
+def test_pivots_by_the_moment_itself_need_no_product():
+    moment = correlated(64)
+    moment[5] = moment[:, 5] = 0  # a column that no input reached
+    hessian = Hessian(moment)
+    assert_close(pivots(hessian), pivots(hessian, moment), rtol=1e-4, atol=1e-6)
+
+
 class TestEstimate:
     def drawn(self, rows=1024, kept=10**9):
         generator = torch.Generator().manual_seed(1)

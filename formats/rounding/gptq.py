@@ -19,6 +19,8 @@ from bitplan.formats.integers import Grid, IntegerFormat
 DAMPING = (0.01, 0.1, 1.0)
 AIM_DAMPING = 0.05
 BLOCK = 128
+PANEL = 512
+"""Columns of U that are solved for at once."""
 
 
 class Hessian:
@@ -42,20 +44,25 @@ class Hessian:
         return self.matrix.diagonal().argsort(descending=True, stable=True)
 
     @cached_property
-    def factor(self) -> Tensor:
-        """U of the damped H, rows and columns in `order`: float32 [columns, columns]. Raises RoundingFailed if H is not
-        positive definite at any damping."""
-        for damping in DAMPING:  # with two float64 matrices in memory at a time
-            lower, failed = torch.linalg.cholesky_ex(self._ordered(damping))
-            if failed:
-                continue
-            inverse = torch.cholesky_inverse(lower)
-            del lower
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            del inverse
+    def damped(self) -> tuple[Tensor, Tensor]:
+        """U of the damped H, rows and columns in `order`: float32 [columns, columns]; and what damping added to H's
+        diagonal, in `order`: float64 [columns]. Raises RoundingFailed if H is not positive definite at any damping."""
+        for damping in DAMPING:
+            added = (self.dead.double() + damping * self._ridge())[self.order]
+            # With the order reversed, H = L Lᵀ gives U as the inverse of L, reversed again.
+            backwards = self.order.flip(0)
+            matrix = self._whole(self.matrix[backwards][:, backwards])
+            matrix.diagonal().add_(added.flip(0))
+            lower, failed = torch.linalg.cholesky_ex(matrix)
+            del matrix
             if not failed:
-                return upper.float()
+                return _inverse(lower).flip(0, 1), added
         raise RoundingFailed(f"the inputs' second moment is not positive definite at any damping in {DAMPING}")
+
+    @property
+    def factor(self) -> Tensor:
+        """U of `damped`."""
+        return self.damped[0]
 
     @cached_property
     def aim(self) -> Tensor | None:
@@ -71,11 +78,6 @@ class Hessian:
         change = self.cross.double() - self.matrix.double()
         return torch.cholesky_solve(change.T, lower).T.float()
 
-    def _ordered(self, damping: float) -> Tensor:
-        matrix = self._whole(self.matrix[self.order][:, self.order])
-        matrix.diagonal().add_(self.dead[self.order].double()).add_(damping * self._ridge())
-        return matrix
-
     @staticmethod
     def _whole(matrix: Tensor) -> Tensor:
         if not matrix.isfinite().all():
@@ -86,6 +88,15 @@ class Hessian:
         """The mean of the diagonal over columns that are not dead: float64."""
         diagonal = self.matrix.diagonal().double()
         return diagonal[~self.dead].mean() if not self.dead.all() else torch.ones_like(diagonal).mean()
+
+
+def _inverse(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangular float64 matrix, float32: by columns, so that one such matrix is in memory."""
+    inverse = torch.zeros(lower.shape, device=lower.device)
+    for at in range(0, len(lower), PANEL):
+        identity = torch.eye(len(lower) - at, min(PANEL, len(lower) - at)).to(lower)
+        inverse[at:, at : at + PANEL] = torch.linalg.solve_triangular(lower[at:, at:], identity, upper=False)
+    return inverse
 
 
 def gptq(weight: Tensor, format: Format, hessians: Sequence[Hessian]) -> Tensors:
