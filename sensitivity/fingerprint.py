@@ -14,7 +14,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from bitplan.formats.errors import BitplanError, ModelUnreadable
+from huggingface_hub import snapshot_download
+
+from bitplan.formats.errors import BitplanError, ModelUnreadable, first_line
 from bitplan.sensitivity.config import read_config
 from bitplan.sensitivity.progress import progress
 from bitplan.sensitivity.reading import CONFIG_LIMIT, open_regular, parse_json, read_bytes
@@ -137,16 +139,35 @@ def _hashed(path: Path) -> dict[str, str]:
 
 
 def config_fingerprint(folder: Path, trust_remote_code: bool = False) -> str:
-    """sha256 of config.json's content and, where the model runs code of its repository, of that code.
+    """sha256 of config.json's content and, where the model runs code of its repository or of another, of that code.
 
-    Raises ModelUnreadable where there is no config.json, or it is no JSON object.
+    Raises ModelUnreadable where there is no config.json, it is no JSON object, or the code cannot be fetched.
     """
     content = {key: value for key, value in read_config(folder).items() if key not in NO_CONTENT}
     code: list[bytes | str] = []
     if trust_remote_code and "auto_map" in content:
-        for path in sorted(folder.rglob("*.py")):
-            code += [str(path.relative_to(folder)), read_bytes(path, CONFIG_LIMIT, ModelUnreadable)]
+        for place in (folder, *_other_repositories(content["auto_map"])):
+            for path in sorted(place.rglob("*.py")):
+                code += [str(path.relative_to(place)), read_bytes(path, CONFIG_LIMIT, ModelUnreadable)]
     return sha256(json.dumps(content, sort_keys=True), *code)
+
+
+def _other_repositories(auto_map: dict[str, Any]) -> list[Path]:
+    """Folders of the code that auto_map takes from elsewhere, as "owner/name--module.Class". On the hub, that is the
+    newest commit, whose code is then fetched whole."""
+    classes = [name for value in auto_map.values() for name in (value if isinstance(value, list) else [value])]
+    names = sorted({name.split("--")[0] for name in classes if isinstance(name, str) and "--" in name})
+    return [Path(name) if Path(name).is_dir() else _fetched(name) for name in names]
+
+
+def _fetched(repository: str) -> Path:
+    try:
+        return Path(snapshot_download(repository, allow_patterns=["*.py"]))
+    except (OSError, ValueError) as reason:  # the hub's errors are OSErrors; ValueError: no name of a repository
+        raise ModelUnreadable(
+            f"config.json takes code from {repository[:200]!r}, which cannot be fetched ({first_line(reason)}): save"
+            " that code beside the model, or fetch it while the hub can be reached"
+        ) from None
 
 
 # Older plans and profiles know weights by samples, and the config by its file's bytes.

@@ -7,7 +7,7 @@ import re
 import stat
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -78,9 +78,10 @@ def find(model: str | Path, revision: str | None = None, trust_remote_code: bool
 def of_files(files: Sequence[Path], facts: ModelFacts) -> Source:
     """The model of checkpoint files that transformers loads; its code counts where it did for a plan's `facts`."""
     folder = files[0].parent
-    plain, trusted = (
-        Source(facts.id, folder, None, tuple(files), config_fingerprint(folder, t), t) for t in (False, True)
-    )
+    plain = Source(facts.id, folder, None, tuple(files), config_fingerprint(folder))
+    if plain.config_sha256 == facts.config_sha256 or "auto_map" not in plain.config:
+        return plain
+    trusted = replace(plain, config_sha256=config_fingerprint(folder, True), trust_remote_code=True)
     return trusted if trusted.config_sha256 == facts.config_sha256 else plain
 
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from bitplan.formats.errors import BitplanError, PlanMismatch
+from bitplan.formats.errors import BitplanError, ModelUnreadable, PlanMismatch
 from bitplan.planner.assemble import uniform_plan
 from bitplan.planner.hf.quantizer import PlanConfig
 from bitplan.planner.load import check_plan_fits
@@ -95,6 +95,19 @@ class TestFingerprint:
         without, first = found(False), found(True)
         (model / "own.py").write_text("a = 2", encoding="utf-8")
         assert len({plain, without, first, found(True)}) == 4 and found(False) == without
+
+    def test_code_of_another_repository(self, model, tmp_path):
+        """auto_map can name one, as folder or on the hub."""
+        (tmp_path / "other").mkdir()
+        code = tmp_path / "other" / "own.py"
+        code.write_text("a = 1", encoding="utf-8")
+        change_config(model, auto_map={"AutoModelForCausalLM": f"{tmp_path / 'other'}--own.Model"})
+        first = sources.find(model, trust_remote_code=True).config_sha256
+        code.write_text("a = 2", encoding="utf-8")
+        assert sources.find(model, trust_remote_code=True).config_sha256 != first
+        change_config(model, auto_map={"AutoModelForCausalLM": "not/here--own.Model"})
+        with pytest.raises(ModelUnreadable, match="'not/here', which cannot be fetched"):
+            sources.find(model, trust_remote_code=True)
 
 
 class TestPlansOfOtherModels:
