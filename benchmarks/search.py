@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from bitplan.planner.demo import CALIBRATION, HELDOUT, MODEL
 from bitplan.planner.evaluate.objective import Objective
 from bitplan.planner.evaluate.trials import Effort, Trials
 from bitplan.planner.load import load_planned
-from bitplan.planner.plan import Budget, Measured
+from bitplan.planner.plan import Budget, Measured, Plan
 from bitplan.planner.quantize.distillation import round_missing
 from bitplan.planner.report.tables import table
 from bitplan.search.corrections import Allocation, Corrections
@@ -87,6 +88,16 @@ class PriorSampler(PosteriorSampler):
         return self.corrections.draw(self.corrections.fit([]), self.generator) if self.evaluated() else zero
 
 
+@dataclass
+class Work:
+    """Segments and blocks of text that an arm's trials consist of, and those of them that have to be run."""
+
+    segments: int = 0
+    blocks: int = 0
+    run: int = 0
+    rounded: set[tuple] = field(default_factory=set)
+
+
 class Case:
     """A model with its texts, at a budget of bits per weight over all parameters."""
 
@@ -104,6 +115,7 @@ class Case:
         self._losses: dict[str, tuple[list[float], float]] = {}
         self._finished: dict[str, tuple[float, Measured, float]] = {}
         self.seconds = 0.0
+        self.work = Work()
 
     def losses(self, allocation: Allocation) -> Iterator[float]:
         """Blocks of text, all of them evaluated so that arms can share them; `seconds` grows by what it took."""
@@ -113,14 +125,31 @@ class Case:
             self._losses[key] = list(self.trials.losses(allocation)), time.perf_counter() - began
         losses, seconds = self._losses[key]
         self.seconds += seconds
-        yield from losses
+        prefixes = self.trials.candidates.prefixes(self.plan(allocation))
+        self.work.segments += len(prefixes)
+        self.work.blocks += len(losses)
+        self.work.rounded |= set(prefixes)
+        for loss in losses:
+            self.work.run += 1
+            yield loss
+
+    def plan(self, allocation: Allocation) -> Plan:
+        return allocated_plan(self.problem, allocation, self.budget, self.trials.exact, Finish())
+
+    def skipped(self) -> float:
+        """The share of an arm's trials that sharing and dropping saves in `bitplan plan`, in seconds."""
+        work, trials, candidates = self.work, self.trials, self.trials.candidates
+        segment = trials.rounding / max(1, candidates.segments - candidates.shared)
+        block = trials.running / max(1, trials.blocks)
+        whole = work.segments * segment + work.blocks * block
+        return 1 - (len(work.rounded) * segment + work.run * block) / whole if whole else 0.0
 
     def finished(self, allocation: Allocation) -> tuple[float, Measured]:
         """KL on the search text, and the figures on held-out text."""
         key = repr(sorted(allocation.items()))
         if key not in self._finished:
             began = time.perf_counter()
-            plan = allocated_plan(self.problem, allocation, self.budget, self.trials.exact, Finish())
+            plan = self.plan(allocation)
             round_missing(plan, self.session)
             model = load_planned(plan, self.session.source, "cpu")
             found = self.objective.kl(model), self.objective.heldout(model)
@@ -179,13 +208,14 @@ def arms_table(cases: Iterable[Case], arms: list[tuple[str, int]], seeds: int) -
     for case in cases:
         base = case.finished(case.trials.exact.allocation)[1].kl
         for name, job in jobs(case, arms, seeds):
-            case.seconds = 0.0
+            case.seconds, case.work = 0.0, Work()
             allocation = job()
             kl, error = (found := case.finished(allocation)[1]).kl, found.kl_se
             figures = (f"{kl:.5f}", f"{error:.5f}", f"{kl / base:.3f}", f"{case.seconds:.0f}")
+            figures += (f"{case.skipped():.0%}" if case.work.segments else "",)
             rows.append((case.name, case.budget.requested, name, f"{case.problem.nbytes(allocation):,}", *figures))
             print(*rows[-1], file=sys.stderr, flush=True)
-    head = ("model", "budget", "arm", "bytes", "held-out KL", "± se", "of knapsack", "seconds")
+    head = ("model", "budget", "arm", "bytes", "held-out KL", "± se", "of knapsack", "seconds", "work skipped")
     return table(head, rows, left=3)
 
 
@@ -195,7 +225,7 @@ def main() -> None:
     parser.add_argument("--also", nargs=3, action="append", default=[], metavar=("MODEL", "TEXT", "HELDOUT"))
     parser.add_argument("--only-also", action="store_true", help="without the embedded model")
     parser.add_argument("--bpw", type=float, nargs="+", default=[2.5, 3.2, 4.0], metavar="BITS")
-    parser.add_argument("--arms", default="search:10,search:30,random:30", metavar="ARM:TRIALS,…")
+    parser.add_argument("--arms", default="search:5,search:20,random:20", metavar="ARM:TRIALS,…")
     parser.add_argument("--seeds", type=int, default=1)
     arguments = parser.parse_args()
     if arguments.knapsack:

@@ -121,6 +121,12 @@ class Corrections:
                 break
         return Fit(theta, np.linalg.cholesky(np.linalg.inv(hessian)))
 
+    def fitted(self, evaluated: Sequence[tuple[Allocation, float]]) -> Options:
+        """The problem with the losses that fit allocations and their losses best; those that are not finite say
+        nothing."""
+        fit = self.fit([(each, loss) for each, loss in evaluated if 0 < loss < np.inf])
+        return self.corrected(self.named(fit.mean))
+
     def draw(self, fit: Fit, generator: np.random.Generator, width: float = 1.0) -> dict[str, float]:
         """θ from the posterior, with its standard deviations multiplied by `width`."""
         return self.named(fit.mean + width * fit.root @ generator.standard_normal(len(self.names)))

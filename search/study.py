@@ -50,6 +50,8 @@ class Found:
     trials: int
     dropped: int
     """Trials that ended before their last block."""
+    evaluated: tuple[tuple[Allocation, float], ...] = ()
+    """What each trial evaluated and its loss, in their order."""
 
     @property
     def best(self) -> Candidate:
@@ -170,4 +172,5 @@ def _found(trials: list[FrozenTrial], allocation_in: Callable[[FrozenTrial], All
             " weights that overflow unquantized by --keep"
         )
     dropped = sum(trial.state == TrialState.PRUNED for trial in trials)
-    return Found(tuple(ranked), _loss(trials[0]), len(trials), dropped)
+    evaluated = tuple((allocation_in(trial), _loss(trial)) for trial in trials)
+    return Found(tuple(ranked), _loss(trials[0]), len(trials), dropped, evaluated)

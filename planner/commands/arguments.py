@@ -178,14 +178,24 @@ def _finish(parser: argparse.ArgumentParser) -> None:
 
 
 def _planned(plan: argparse.ArgumentParser) -> None:
-    budget = plan.add_argument_group("memory budget for all of the model's tensors; exactly one of the first four")
-    budget.add_argument("--budget", metavar="SIZE", help="size, such as 3MiB, 6GB or 1234567B")
-    budget.add_argument("--bpw", type=float, metavar="BITS", help="bits per weight, over all parameters")
-    budget.add_argument("--fraction", type=float, metavar="PART", help="fraction of the bf16 size")
+    budget = plan.add_argument_group(
+        "memory budget for all of the model's tensors, or a loss; exactly one of the first six, of which the first"
+        " three may be repeated for several plans"
+    )
+    more: dict[str, Any] = {"action": "append"}
+    budget.add_argument("--budget", metavar="SIZE", **more, help="size, such as 3MiB, 6GB or 1234567B")
+    budget.add_argument("--bpw", type=float, metavar="BITS", **more, help="bits per weight, over all parameters")
+    budget.add_argument("--fraction", type=float, metavar="PART", **more, help="fraction of the bf16 size")
     budget.add_argument(
         "--gpu",
         metavar="SIZE",
         help="memory of the GPU, such as 24GiB, or auto for its free memory; KV cache and workspace are subtracted",
+    )
+    budget.add_argument(
+        "--max-loss", type=float, metavar="NATS", help="fewest bytes whose KL is at most this, in nats per token"
+    )
+    budget.add_argument(
+        "--max-ppl-increase", metavar="PERCENT", help="fewest bytes whose perplexity is at most 1%% higher, or 0.5%%"
     )
     _use(budget)
     budget.add_argument("--reserve", metavar="SIZE", help="memory of the device to leave unused (default: 2%% of it)")
@@ -202,7 +212,8 @@ def _planned(plan: argparse.ArgumentParser) -> None:
         "--trials",
         type=int,
         metavar="N",
-        help="plans to evaluate on the search text (default: by --effort); 0: use predictions only, measure nothing",
+        help="plans to evaluate on the search text (default: by --effort); 0: use predictions only, and measure nothing"
+        " where there is a budget",
     )
     plan.add_argument("--time", metavar="TIME", help="end the trials so that the plan is made within 30m, or 2h")
     _task(plan)

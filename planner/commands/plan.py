@@ -3,27 +3,22 @@
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from bitplan.formats.errors import FormatUnavailable, UsageError
 from bitplan.formats.table import FORMATS
 from bitplan.planner.assemble import Finish, quick_plan
 from bitplan.planner.commands.common import candidate_formats, emit, log, seconds_in, tasks_of, texts_of
+from bitplan.planner.commands.goals import budgets_of, limit_of, outputs_of
 from bitplan.planner.evaluate.trials import EFFORTS, Effort
-from bitplan.planner.memory.budget import (
-    CONTEXT,
-    DeviceBudget,
-    budget_bytes,
-    device_budget,
-    refuse_unclear,
-    requested_workload,
-)
+from bitplan.planner.memory.budget import CONTEXT, DeviceBudget, device_budget, requested_workload
 from bitplan.planner.memory.device import find_device
-from bitplan.planner.plan import Budget
+from bitplan.planner.plan import Budget, Plan, Workload
 from bitplan.planner.report.memory import device_budget_text, kv_cache_text
 from bitplan.planner.report.show import plan_text
-from bitplan.planner.select import make_plan
+from bitplan.planner.select import LossLimit, Selection
 from bitplan.search.overrides import Override, followers, parse_overrides
-from bitplan.search.problem import problem_of, refuse_infeasible
+from bitplan.search.problem import Problem, problem_of, refuse_infeasible
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.audit import audit, sizes
 from bitplan.sensitivity.graph import ON_REQUEST
@@ -36,17 +31,13 @@ from bitplan.sensitivity.texts.text import Texts
 
 
 def run(arguments: Namespace) -> None:
-    refuse_overwrite(arguments.output, arguments.force)
     effort = _effort(arguments)
-    if arguments.task and not effort.trials:
-        raise UsageError("--task evaluates whole plans, and --trials 0 evaluates none: give --trials 1 or more")
-    refuse_unclear({f"--{name}": getattr(arguments, name) for name in ("budget", "bpw", "fraction", "gpu")})
+    limit = limit_of(arguments)
+    outputs = outputs_of(arguments.output, budgets_of(arguments, 1))  # raises for invalid values, before any work
+    for output in outputs:
+        refuse_overwrite(output, arguments.force)
     overrides = parse_overrides(arguments.keep, arguments.set, arguments.at_least)
     found = find_device(arguments.gpu, arguments.device) if arguments.gpu else None
-    if found is None:
-        budget_bytes(
-            arguments.budget, arguments.bpw, arguments.fraction, 1
-        )  # raises for invalid values, before any work
     formats = candidate_formats(arguments)
     source = sources.find(arguments.model, trust_remote_code=arguments.trust_remote_code)
     task = next(iter(tasks_of(arguments, source)), None)
@@ -61,62 +52,71 @@ def run(arguments: Namespace) -> None:
         exactly=arguments.context is not None,
     )
 
-    def budget_of(profile: Profile, formats: tuple[str, ...] | None) -> Budget:
+    def goals_of(profile: Profile, formats: tuple[str, ...] | None) -> Sequence[Budget | LossLimit]:
         def report(terms: DeviceBudget) -> None:
             log(device_budget_text(terms))
             log(kv_cache_text(source, profile.provenance.model.dtype))
 
         problem = problem_of(profile, formats, overrides)
+        if limit is not None:
+            return [limit]
         if found is not None:
-            return device_budget(found, arguments.reserve, source, problem, workload, report)
-        size, requested = budget_bytes(
-            arguments.budget, arguments.bpw, arguments.fraction, profile.provenance.model.parameters
-        )
-        budget = Budget(requested=requested, weights=size)
-        refuse_infeasible(problem, budget.weights, budget.requested)
-        return budget
+            return [device_budget(found, arguments.reserve, source, problem, workload, report)]
+        budgets = budgets_of(arguments, profile.provenance.model.parameters)
+        for budget in budgets:
+            refuse_infeasible(problem, budget.weights, budget.requested)
+        return budgets
 
+    offered = formats if arguments.formats or not arguments.profile else None
     if arguments.profile:
         profile, session = read(arguments.profile, Profile), None
         profile = _check_profile(profile, source, formats if arguments.formats else ())
-        budget = budget_of(profile, formats if arguments.formats else None)
-        if effort.trials:
+        goals = goals_of(profile, offered)
+        if effort.trials or limit:
             session = open_session(source, _profile_texts(arguments, profile, source), _kept(profile), arguments.device)
     else:
         session = open_session(source, texts_of(arguments, source), device=arguments.device)
         audited = tuple(dict.fromkeys((*formats, *_named(overrides, session))))
-        budget = budget_of(sizes(session, audited, arguments.rounding), formats)
+        goals = goals_of(sizes(session, audited, arguments.rounding), formats)
         profile = audit(session, audited, arguments.rounding)
     remember(profile)  # for `bitplan explain`
-    problem = problem_of(profile, formats if arguments.formats or not arguments.profile else None, overrides)
+    problem = problem_of(profile, offered, overrides)
+    _report_followers(profile, overrides)
+    finish = Finish(arguments.rounding, bool(arguments.heal))
+    plans: list[Plan] = []
+    if session is not None and (effort.trials or limit):
+        made_of = Selection(
+            problem, session, finish, effort, device=arguments.device, workload=workload, task=task
+        ).made
+    else:
+        made_of = partial(_quick, problem, finish, workload)
+    for goal, output in zip(goals, outputs, strict=True):
+        plans.append(made := made_of(goal))
+        if output:
+            write(output, made)
+            log(f"plan written to {output}")
+    data = [made.model_dump(mode="json") for made in plans]
+    emit(arguments, data if len(data) > 1 else data[0], "\n\n".join(plan_text(made) for made in plans))
+
+
+def _report_followers(profile: Profile, overrides: Sequence[Override]) -> None:
     for override in overrides:
         if follow := followers(profile, override):
             more = f" and {len(follow) - 3} more" if len(follow) > 3 else ""
             log(f"{override} also holds for {', '.join(follow[:3])}{more}, which share a group with what it names")
-    finish = Finish(arguments.rounding, bool(arguments.heal))
-    if effort.trials and session is not None:
-        made = make_plan(
-            problem,
-            budget,
-            session,
-            finish,
-            effort,
-            device=arguments.device,
-            workload=workload,
-            task=task,
-        )
-    else:
-        made = quick_plan(problem, budget, finish, workload)
-    if arguments.output:
-        write(arguments.output, made)
-        log(f"plan written to {arguments.output}")
-    emit(arguments, made.model_dump(mode="json"), plan_text(made))
+
+
+def _quick(problem: Problem, finish: Finish, workload: Workload, goal: Budget | LossLimit) -> Plan:
+    assert isinstance(goal, Budget)  # a loss is measured
+    return quick_plan(problem, goal, finish, workload)
 
 
 def _effort(arguments: Namespace) -> Effort:
     """Raises UsageError."""
     if arguments.trials is not None and arguments.trials < 0:
         raise UsageError(f"--trials {arguments.trials}: it must be 0 or more")
+    if arguments.task and arguments.trials == 0:
+        raise UsageError("--task evaluates whole plans, and --trials 0 evaluates none: give --trials 1 or more")
     effort = EFFORTS[arguments.effort] if arguments.trials is None else Effort.of(arguments.trials)
     return replace(effort, seconds=seconds_in("--time", arguments.time)) if arguments.time else effort
 

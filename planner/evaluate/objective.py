@@ -56,9 +56,13 @@ class Objective:
         """The number of `blocks`."""
         return 1 if self._halves else len(self._search.blocks.ids)
 
+    def evaluate(self, model: PreTrainedModel) -> Evaluation:
+        """On the search text."""
+        return self._search.evaluate(model)
+
     def kl(self, model: PreTrainedModel) -> float:
         """Nats per token on the search text."""
-        return self._search.evaluate(model).kl
+        return self.evaluate(model).kl
 
     def loss(self, model: PreTrainedModel) -> float:
         """The search's objective: the task's mean loss per item on its search half, or `kl` without a task."""

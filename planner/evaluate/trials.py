@@ -51,11 +51,20 @@ class Trials:
     time."""
 
     def __init__(
-        self, problem: Problem, budget: Budget, session: Session, objective: Objective, finish: Finish, effort: Effort
+        self,
+        problem: Problem,
+        budget: Budget,
+        session: Session,
+        objective: Objective,
+        finish: Finish,
+        effort: Effort,
+        candidates: Candidates | None = None,
     ):
         self.problem, self.budget, self.session = problem, budget, session
         self.objective, self.effort = objective, effort
-        self.candidates = Candidates(session)
+        self.candidates = candidates or Candidates(session)
+        self._before = self.candidates.segments, self.candidates.shared
+        """Of the searches before, with which this one may share its candidates."""
         self.available = budget.weights - problem.profile.unquantized_bytes
         self.exact = knapsack.solve(problem.options, self.available)
         self._finish = Finish("nearest" if finish.rounding == "nearest" else None)
@@ -106,12 +115,16 @@ class Trials:
     def _put(self, allocation: Allocation) -> None:
         self.candidates.put(allocated_plan(self.problem, allocation, self.budget, self.exact, self._finish))
 
-    def kl(self, allocation: Allocation) -> float:
-        """Of an allocation, rounded in sequence, on the search text."""
+    def kl(self, allocation: Allocation, found: Found | None = None) -> float:
+        """Of an allocation, rounded in sequence, on the search text; not run again where a trial's loss is that."""
+        if found is not None and self.objective.task is None:
+            for each in found.ranked:
+                if each.allocation == allocation:
+                    return each.loss
         self._put(allocation)
-        found = self.objective.kl(self.session.model)
+        loss = self.objective.kl(self.session.model)
         self.candidates.restore()
-        return found
+        return loss
 
     def best_uniform(self) -> tuple[QuantScheme, Allocation] | None:
         """The uniform allocation within the budget that loses least on the search text, with its scheme."""
@@ -170,7 +183,8 @@ class Trials:
 
     def _skipped(self) -> str:
         """The share of the work that was not done, in the seconds that it would have taken."""
-        segments, shared = self.candidates.segments, self.candidates.shared
+        segments = self.candidates.segments - self._before[0]
+        shared = self.candidates.shared - self._before[1]
         per_segment, per_block = self.rounding / max(1, segments - shared), self.running / max(1, self.blocks)
         blocks = self.evaluated * self.objective.count
         whole = segments * per_segment + blocks * per_block

@@ -61,12 +61,10 @@ class Candidates:
         """Round a plan's units and exchange the model's weights for theirs. Raises RoundingFailed."""
         self.restore()  # segments are rounded from the full-precision weights
         schemes = {unit.name: unit.scheme for unit in plan.units}
-        key: tuple = ()
         before: Rounded | None = None
         first: dict[str, Tensor] = {}
         made: list[tuple[Unit, Tensors]] = []
-        for index, units in enumerate(self._chain.units):
-            key = (*key, tuple((unit.name, schemes[unit.name]) for unit in units))
+        for index, (units, key) in enumerate(zip(self._chain.units, self.prefixes(plan), strict=True)):
             self.segments += 1
             self.shared += key in self._cache
             if key not in self._cache:
@@ -79,6 +77,12 @@ class Candidates:
             format = format_named(schemes[unit.name].format)
             weight = format.dequantize(tensors, unit.columns, torch.float32)
             self._session.swapper.exchange(unit, weight.to(self._session.device))
+
+    def prefixes(self, plan: Plan) -> list[tuple]:
+        """For each segment what its codes follow from: the schemes of its units and of all before it."""
+        schemes = {unit.name: unit.scheme for unit in plan.units}
+        parts = [tuple((unit.name, schemes[unit.name]) for unit in units) for units in self._chain.units]
+        return [tuple(parts[: index + 1]) for index in range(len(parts))]
 
     def restore(self) -> None:
         """Put the full-precision weights back."""
