@@ -105,8 +105,9 @@ def _alike(unit: Unit) -> tuple[str, str]:
     return (found[0], found[2]) if found else (unit.name, "")
 
 
-def build_graph(model: PreTrainedModel, keep: tuple[str, ...] = ()) -> Graph:
-    """Walk and probe a loaded causal LM. `keep`: globs over unit names; UsageError where one matches none."""
+def build_graph(model: PreTrainedModel, keep: tuple[str, ...] = (), per_expert: bool = False) -> Graph:
+    """Walk and probe a loaded causal LM. `keep`: globs over unit names; UsageError where one matches none.
+    `per_expert`: the experts of a block may take different formats, where each is a module of its own."""
     for module in model.modules():
         if is_experts(module):  # one product per expert, which is what can be traced
             module.config._experts_implementation = "eager"  # type: ignore[union-attr]
@@ -136,7 +137,7 @@ def build_graph(model: PreTrainedModel, keep: tuple[str, ...] = ()) -> Graph:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     unquantized += [_kept(u.parameter, parameters[u.parameter], reasons[u.name]) for u in units if u.name in reasons]
     units = [u for u in units if u.name not in reasons]
-    ties = find_ties(units, uses)
+    ties = find_ties(units, uses, per_expert)
     units.sort(key=lambda unit: order[_alike(unit)])
     place = {unit.name: i for i, unit in enumerate(units)}
     leaders = {}
@@ -245,8 +246,9 @@ def find_readers(units: tuple[Unit, ...], uses: list[Use]) -> dict[str, str]:
     return readers
 
 
-def find_ties(units: list[Unit], uses: list[Use]) -> nx.Graph:
-    """Join siblings that read the very same tensor under one parent (q/k/v, gate/up), and the experts of a block."""
+def find_ties(units: list[Unit], uses: list[Use], per_expert: bool = False) -> nx.Graph:
+    """Join siblings that read the very same tensor under one parent (q/k/v, gate/up), and the experts of a block;
+    `per_expert`: where they are in a list, the parts of each expert alone."""
     ties = nx.Graph()
     ties.add_nodes_from(unit.name for unit in units)
     names = {unit.parameter: unit for unit in units}
@@ -262,10 +264,10 @@ def find_ties(units: list[Unit], uses: list[Use]) -> nx.Graph:
     blocks: dict[str, str] = {}
     for unit in units:
         block = unit.name.rpartition(".")[0] if unit.kind == "experts" else None
-        listed = listed_expert(unit.name)
-        block = listed[0] if listed else block
+        if listed := listed_expert(unit.name):
+            block = f"{listed[0]}.{listed[1]}" if per_expert else listed[0]
         if block:
             first = blocks.setdefault(block, unit.name)
             if first != unit.name:
-                ties.add_edge(first, unit.name, why="experts of one block")
+                ties.add_edge(first, unit.name, why="one expert" if listed and per_expert else "experts of one block")
     return ties

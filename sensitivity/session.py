@@ -109,10 +109,13 @@ def open_session(
     device: str = "auto",
     whole: bool = True,
     memory: int | None = None,
+    per_expert: bool = False,
 ) -> Session:
     """Load the model, in float32 on a CPU and in its own type elsewhere; not `whole`: as the checkpoint has it, for
     work that takes one block at a time to the device. `memory`: bytes that this process may take; the model is then not
-    whole, and what has been read of its file is given back. Raises ModelUnreadable, UsageError."""
+    whole, and what has been read of its file is given back. `per_expert`: as `build_graph` has it.
+
+    Raises ModelUnreadable, UsageError."""
     sources.refuse_quantized(source)
     device = pick_device(device)
     whole = whole and memory is None
@@ -122,7 +125,7 @@ def open_session(
         _refuse_memory(model, blocks_of, memory)
         page_out_after(blocks_of)
     dtype = str(model.dtype).removeprefix("torch.")
-    graph = build_graph(model, keep)
+    graph = build_graph(model, keep, per_expert)
     if not graph.units:
         raise ModelUnreadable(f"{source.model} has no weight that can take a format")
     if whole:

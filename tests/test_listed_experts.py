@@ -27,9 +27,15 @@ def test_audit_plan_apply_and_reload(run, model, text, tmp_path):  # noqa: F811
     read = Profile.model_validate_json(profile.read_text(encoding="utf-8"))
     experts = {unit.name for unit in read.units if ".experts." in unit.name}
     assert len(experts) == 2 * 8 * 3
+    assert len({unit.group for unit in read.units if unit.name in experts}) == 2
     scores = {row.unit: row.predicted_nll for row in read.rows if row.format == "int4-g32"}
     assert all(math.isfinite(scores[name]) for name in experts)
     assert all((scores[name] == 0) for name in experts if ".experts.7." in name)
+
+    code, _, err = run("audit", model, *options, "--per-expert", "-o", profile, "--force")
+    assert code == 0, err
+    groups = Profile.model_validate_json(profile.read_text(encoding="utf-8")).units
+    assert len({unit.group for unit in groups if unit.name in experts}) == 2 * 8
 
     code, _, err = run("plan", model, *options, "--rounding", "gptq", "--bpw", "5.5", "--trials", "0", "-o", plan)
     assert code == 0, err

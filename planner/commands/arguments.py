@@ -28,28 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     audit = command(
         "audit", "Predict the loss of each unit in each format, in nats per token.", _model, _text, _candidates, _device
     )
-    audit.add_argument(
-        "--tier",
-        choices=("curvature", "measured", "weights"),
-        default="curvature",
-        help="curvature: losses predicted from one pass over the text (default); measured: also the loss with each unit"
-        " alone quantized (slow); weights: the weights' relative errors, without a pass (rough)",
-    )
-    audit.add_argument(
-        "--max-memory",
-        metavar="SIZE",
-        help="memory of this process, such as 2GiB: weights are read a block at a time; nothing is measured",
-    )
-    audit.add_argument(
-        "--around", metavar="WHAT", help="with --tier measured: all other units in this format, or as in this plan file"
-    )
-    audit.add_argument(
-        "--check",
-        type=int,
-        default=24,
-        metavar="N",
-        help="with --tier curvature: units to measure, to check and rescale what is predicted (default: 24; 0: none)",
-    )
+    _audited(audit)
     _sheets(audit, "figures and sortable tables", "a line for each unit and format")
     audit.add_argument("--all", action="store_true", help="print every unit in every format, nothing folded")
     _output(audit, "profile.json")
@@ -175,6 +154,36 @@ def _finish(parser: argparse.ArgumentParser) -> None:
             action=argparse.BooleanOptionalAction,
             help="after rounding, distill from the full-precision model into scales and unquantized vectors",
         )
+
+
+def _audited(audit: argparse.ArgumentParser) -> None:
+    audit.add_argument(
+        "--tier",
+        choices=("curvature", "measured", "weights"),
+        default="curvature",
+        help="curvature: losses predicted from one pass over the text (default); measured: also the loss with each unit"
+        " alone quantized (slow); weights: the weights' relative errors, without a pass (rough)",
+    )
+    audit.add_argument(
+        "--max-memory",
+        metavar="SIZE",
+        help="memory of this process, such as 2GiB: weights are read a block at a time; nothing is measured",
+    )
+    audit.add_argument(
+        "--per-expert",
+        action="store_true",
+        help="experts of a block may take different formats, where each is a module of its own",
+    )
+    audit.add_argument(
+        "--around", metavar="WHAT", help="with --tier measured: all other units in this format, or as in this plan file"
+    )
+    audit.add_argument(
+        "--check",
+        type=int,
+        default=24,
+        metavar="N",
+        help="with --tier curvature: units to measure, to check and rescale what is predicted (default: 24; 0: none)",
+    )
 
 
 def _planned(plan: argparse.ArgumentParser) -> None:

@@ -49,21 +49,24 @@ def run(arguments: Namespace) -> None:
         raise UsageError(f"--check {arguments.check}: it must be 0 or more")
     if arguments.around and arguments.tier != "measured":
         raise UsageError("--around says what all other units are while one is measured: give --tier measured too")
-    menu = candidate_formats(arguments)
+    formats = candidate_formats(arguments)
     source = sources.find(arguments.model, trust_remote_code=arguments.trust_remote_code)
     memory = parse_size(arguments.max_memory) if arguments.max_memory else None
     if memory and arguments.tier == "measured":
         raise UsageError("--tier measured runs the whole model: leave --max-memory out, or take another --tier")
     device = ranks.start(pick_device(arguments.device))
-    session = open_session(source, texts_of(arguments, source), tuple(arguments.keep), device, memory=memory)
+    texts, keep = texts_of(arguments, source), tuple(arguments.keep)
+    session = open_session(source, texts, keep, device, memory=memory, per_expert=arguments.per_expert)
+    if arguments.per_expert and (whole := [unit.name for unit in session.graph.units if unit.kind == "experts"]):
+        log(f"--per-expert: {len(whole)} units, such as {whole[0]}, hold all experts of a block, which share a format")
     ranks.refuse_disagreement(
         model=session.source.weights_sha256 + session.source.config_sha256,
         text=session.texts.calibration.fingerprint + session.texts.search.fingerprint,
-        formats=str(menu),
+        formats=str(formats),
         versions=str(session.provenance.versions),
     )
     around = around_of(arguments.around, session, arguments.rounding) if arguments.around else None
-    profile = audit(session, menu, arguments.rounding, arguments.tier, around, 0 if memory else arguments.check)
+    profile = audit(session, formats, arguments.rounding, arguments.tier, around, 0 if memory else arguments.check)
     if ranks.rank():
         return
     if memory:
