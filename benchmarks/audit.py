@@ -2,8 +2,8 @@
 
 Each row is a process of its own: seconds without loading the model, and peak resident memory. "forward + backward" is
 one pass over the same text as training makes it, with transformers alone, in float32 as the audit computes: the ratio
-is to it. A rank has one thread, the other rows two. `--sizes` takes millions of parameters (60, 250, 1500), `--tiers`
-the rows. May import: everything.
+is to it, of processor time. Each process has one thread. `--sizes` takes millions of parameters (60, 250, 1500),
+`--tiers` the rows. May import: everything.
 """
 
 import argparse
@@ -68,25 +68,24 @@ def work(model: Path, tier: str, tokens: int) -> None:
     device = ranks.start("cpu")
     if tier == "forward + backward":
         whole = sources.load_model(source).float().requires_grad_()
-        began = time.perf_counter()
+        began, busy = time.perf_counter(), time.process_time()
         for ids in texts.calibration.ids.split(1):
             logits = whole(input_ids=ids, use_cache=False).logits[0, :-1].float()
             torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
     else:
         session = open_session(source, texts, device=device, memory=2 << 30 if "GiB" in tier else None)
-        began = time.perf_counter()
+        began, busy = time.perf_counter(), time.process_time()
         audit(session, tuple(FORMATS.split(",")), tier=tier.partition(",")[0])
     if ranks.rank() == 0:
-        print(json.dumps(time.perf_counter() - began))
+        print(json.dumps([time.perf_counter() - began, time.process_time() - busy]))
 
 
-def measured(model: Path, tier: str, tokens: int) -> tuple[float, float]:
-    """Seconds, and peak resident MiB of the largest process."""
-    processes = "2" if "two ranks" in tier else "1"
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if "rank" in tier else []
+def measured(model: Path, tier: str, tokens: int) -> tuple[float, float, float]:
+    """Seconds, seconds of processor time (of the first process), and peak resident MiB of the largest process."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if "ranks" in tier else []
     command = [sys.executable, *launch, "-m", "benchmarks.audit", "--work", tier, "--model", str(model)]
     with tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, "BITPLAN_CACHE": cache, "OMP_NUM_THREADS": "1" if launch else "2"}
+        environment = {**os.environ, "BITPLAN_CACHE": cache, "OMP_NUM_THREADS": "1"}
         child = subprocess.Popen(
             [*command, "--tokens", str(tokens)], stdout=subprocess.PIPE, env=environment, encoding="utf-8"
         )
@@ -95,7 +94,7 @@ def measured(model: Path, tier: str, tokens: int) -> tuple[float, float]:
         _, status, usage = os.wait4(child.pid, 0)
     if status:
         raise SystemExit(f"{tier} on {model.name} failed")
-    return json.loads(out.strip().splitlines()[-1]), usage.ru_maxrss / 1024
+    return *json.loads(out.strip().splitlines()[-1]), usage.ru_maxrss / 1024
 
 
 def main() -> None:
@@ -110,16 +109,16 @@ def main() -> None:
         work(arguments.model, arguments.work, arguments.tokens)
         return
     print(f"{described()}; {arguments.tokens} calibration tokens, {FORMATS.count(',') + 1} formats")
-    print(f"{'million parameters':>18}  {'tier':22} {'seconds':>9} {'ratio':>6} {'peak MiB':>9}")
+    print(f"{'million parameters':>18}  {'tier':22} {'seconds':>9} {'of CPU':>7} {'ratio':>6} {'peak MiB':>9}")
     for millions in arguments.sizes:
         with tempfile.TemporaryDirectory() as folder:
             make(Path(folder), millions)
             plain = None
             for tier in arguments.tiers:
-                seconds, peak = measured(Path(folder), tier, arguments.tokens)
-                plain = plain or (seconds if tier == "forward + backward" else None)
-                ratio = f"{seconds / plain:.2f}" if plain else "–"
-                print(f"{millions:>18}  {tier:22} {seconds:>9.1f} {ratio:>6} {peak:>9.0f}", flush=True)
+                seconds, busy, peak = measured(Path(folder), tier, arguments.tokens)
+                plain = plain or (busy if tier == "forward + backward" else None)
+                ratio = f"{busy / plain:.2f}" if plain else "–"
+                print(f"{millions:>18}  {tier:22} {seconds:>9.1f} {busy:>7.1f} {ratio:>6} {peak:>9.0f}", flush=True)
 
 
 if __name__ == "__main__":

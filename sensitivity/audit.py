@@ -25,7 +25,7 @@ from bitplan.sensitivity.measured import Measured, Prefixes, known, measure
 from bitplan.sensitivity.profile import CacheRow, Check, CheckRow, Profile, ProfileRow, unit_entry, unquantized_entry
 from bitplan.sensitivity.progress import progress
 from bitplan.sensitivity.session import Session
-from bitplan.sensitivity.store import locked, sha256
+from bitplan.sensitivity.store import IN_MEMORY, locked, sha256
 
 Rows = dict[tuple[str, QuantScheme], dict[str, Any]]
 
@@ -125,7 +125,8 @@ def measure_units(
     ranks share the pairs out."""
     units = session.swapper.units
     others = [(units[name], scheme) for name, scheme in around.schemes.items()] if around else []
-    reference = session.search_reference
+    limited = session.memory is not None
+    reference = None if limited else session.search_reference  # before others are exchanged
     label = f"-{sha256(around.label, repr(sorted(around.schemes.items())))[:8]}" if around else ""
     name = f"measured-{session.texts.search.fingerprint[:16]}{label}"
     journal = session.weight_cache.folder / f"{name}{f'-{ranks.rank()}' if ranks.world() > 1 else ''}.jsonl"
@@ -136,11 +137,13 @@ def measure_units(
         for unit, scheme in others:
             session.swapper.exchange(unit, session.weight_cache.dequantized(unit, scheme))
         try:
-            prefixes = Prefixes(session.chain(), reference)
+            prefixes = Prefixes(
+                session.chain(), session.texts.search, reference, session.part if limited else IN_MEMORY
+            )
             parts = ranks.gathered(measure(session.swapper, session.weight_cache, prefixes, mine, journal, done))
             whole = {pair: evaluation for part in parts for pair, evaluation in part.items()}
             found = {pair: whole[pair] for pair in ((unit.name, scheme) for unit, scheme in wanted)}
-            return found, reference, prefixes.evaluate(None, None) if around else None
+            return found, prefixes.reference, prefixes.evaluate(None, None) if around else None
         finally:
             for unit, _ in others:
                 session.swapper.restore(unit)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bitplan.formats.errors import OutputsNotFinite, UsageError
 from bitplan.formats.kv.cache import new_cache
-from bitplan.sensitivity.store import scratch
+from bitplan.sensitivity.store import States, scratch
 from bitplan.sensitivity.texts.text import Blocks
 
 
@@ -84,15 +84,21 @@ def refuse_not_finite(evaluation: Evaluation, model: Any) -> Evaluation:
 class Reference:
     """The full-precision model's log-probabilities on some blocks, kept so that others can be judged against them."""
 
-    def __init__(self, model: nn.Module, blocks: Blocks):
+    def __init__(self, model: nn.Module, blocks: Blocks, of_block: Callable[[int], Tensor] | None = None):
+        """`of_block`: gives log-probabilities by a block's number, where the model cannot run whole; they then lie in
+        a file, read a block at a time."""
         self.blocks = blocks
         count, length = blocks.ids.shape
-        first = log_probabilities(model, blocks.ids[:1]).cpu()
-        self.log_p = scratch((count, length - 1, first.shape[-1]))
-        self.log_p[0] = first[0]
-        for i in range(1, count):
-            self.log_p[i] = log_probabilities(model, blocks.ids[i : i + 1]).cpu()[0]
-        self.nll = taken(self.log_p, blocks.ids)
+        run = of_block or (lambda i: log_probabilities(model, blocks.ids[i : i + 1]))
+        first = run(0).cpu()
+        shape = (count, length - 1, first.shape[-1])
+        self.log_p: Tensor | States = scratch(shape) if of_block is None else States(shape)
+        nll = []
+        for i in range(count):
+            log_p = run(i).cpu() if i else first
+            self.log_p[i] = log_p[0]
+            nll.append(taken(log_p, blocks.ids[i : i + 1])[0])
+        self.nll = torch.stack(nll)
         """Full-precision nats of each token: float32 [blocks, length - 1]."""
 
     def evaluate(self, model: nn.Module, kv_format: str = "native") -> Evaluation:
@@ -101,7 +107,7 @@ class Reference:
 
     def kl(self, block: int, log_q: Tensor) -> Tensor:
         """KL(full precision || q) of a block by its number, nats per token: a scalar."""
-        log_p = self.log_p[block : block + 1].to(log_q.device)
+        log_p = self.log_p[block].unsqueeze(0).to(log_q.device)
         return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
     def compare(self, log_probabilities_of: Callable[[int], Tensor]) -> Evaluation:

@@ -5,7 +5,7 @@ computed once, and a candidate starts from them. Each result is a line of a file
 interrupted measurement goes on where it was. May import: formats.scheme, sensitivity.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,44 +18,58 @@ from bitplan.sensitivity.forward import inputs
 from bitplan.sensitivity.graph import Unit
 from bitplan.sensitivity.loss import Evaluation, Reference
 from bitplan.sensitivity.progress import progress
-from bitplan.sensitivity.store import checked_json, unchecked_json
+from bitplan.sensitivity.store import IN_MEMORY, checked_json, unchecked_json
 from bitplan.sensitivity.swapper import WeightSwapper
+from bitplan.sensitivity.texts.text import Blocks
 from bitplan.sensitivity.weight_cache import WeightCache
 
 Measured = dict[tuple[str, QuantScheme], Evaluation]
 
 
 class Prefixes:
-    """The chain's hidden states at each segment's input on the reference's text, int64 [blocks, length]."""
+    """The chain's hidden states at each segment's input on some text, int64 [blocks, length], and its `reference`;
+    where none is given, the chain makes it. States of more than `memory` bytes lie in files."""
 
-    def __init__(self, chain: Chain, reference: Reference):
-        self.chain, self.reference = chain, reference
-        self.ids = reference.blocks.ids.to(chain.device)
-        self.states = inputs(chain, self.ids, len(chain) - 1)
+    def __init__(self, chain: Chain, blocks: Blocks, reference: Reference | None = None, memory: int = IN_MEMORY):
+        self.chain = chain
+        self.rows = blocks.ids.to(chain.device).split(1)
+        self.states = inputs(chain, blocks.ids.to(chain.device), len(chain) - 1, memory)
         self.at = {unit.parameter: i for i, units in enumerate(chain.units) for unit in units}
+        self.reference = reference or Reference(chain.model, blocks, self._as_it_is())
 
     @torch.no_grad()
     def _run(self, segment: int, module: torch.nn.Module, x: Tensor, row: Tensor, weights: dict[str, Tensor]) -> Tensor:
         return self.chain.run(segment, module, x.to(self.chain.device), row, weights)
 
+    def _hidden(self, segment: int) -> list[Tensor]:
+        below = self.states[segment]
+        return list(self.rows) if below is None else [below[i].unsqueeze(0) for i in range(len(self.rows))]
+
+    def _as_it_is(self) -> Callable[[int], Tensor]:
+        """Log-probabilities float32 [1, length - 1, vocabulary] by a block's number."""
+        return self._after(self._hidden(len(self.chain) - 1), {})
+
+    def _after(self, hidden: list[Tensor], weights: dict[str, Tensor]) -> Callable[[int], Tensor]:
+        last = len(self.chain) - 1
+        module = self.chain.module(last)
+
+        def log_probabilities(block: int) -> Tensor:
+            return self._run(last, module, hidden[block], self.rows[block], weights)[:, :-1].log_softmax(-1)
+
+        return log_probabilities
+
     def evaluate(self, parameter: str | None, weight: Tensor | None) -> Evaluation:
         """The model with one parameter exchanged for `weight`, of the parameter's own shape; with none, as it is."""
         chain, last = self.chain, len(self.chain) - 1
         first = last if parameter is None else self.at[parameter] if chain.paths else last
-        below, rows = self.states[first], self.ids.split(1)
-        hidden = list(rows) if below is None else [below[i].unsqueeze(0) for i in range(len(rows))]
+        hidden = self._hidden(first)
         exchanged = {} if parameter is None or weight is None else {parameter: weight.to(chain.device, torch.float32)}
         for segment in range(first, last):
             module = chain.module(segment, own=True)
             own = exchanged if segment == first else {}
-            hidden = [self._run(segment, module, x, row, own) for x, row in zip(hidden, rows, strict=True)]
-        module = chain.module(last)
-        own = exchanged if first in (0, last) else {}  # a tied embedding is the head too
-
-        def logits(block: int) -> Tensor:
-            return self._run(last, module, hidden[block], rows[block], own)[:, :-1].log_softmax(-1)
-
-        return self.reference.compare(logits)
+            hidden = [self._run(segment, module, x, row, own) for x, row in zip(hidden, self.rows, strict=True)]
+        # A tied embedding is the head too.
+        return self.reference.compare(self._after(hidden, exchanged if first in (0, last) else {}))
 
 
 def known(journals: Iterable[Path]) -> Measured:

@@ -31,7 +31,7 @@ from bitplan.sensitivity.store import IN_MEMORY
 from bitplan.sensitivity.swapper import WeightSwapper
 from bitplan.sensitivity.texts import text as texts
 from bitplan.sensitivity.texts.text import Blocks, Texts
-from bitplan.sensitivity.weight_cache import WeightCache, mark_workspace, workspace
+from bitplan.sensitivity.weight_cache import MOMENT_BYTES, WeightCache, mark_workspace, workspace
 
 SEED = 0
 PROGRAM = 600 << 20
@@ -68,12 +68,18 @@ class Session:
     def gather(self, units: Sequence[Unit] | None = None) -> None:
         """Make sure of the statistics of all units, or of these. Raises RoundingFailed."""
         units = self.graph.units if units is None else units
-        part = {} if self.memory is None else {"memory": self.memory // PART, "moments": self.memory // PART}
+        part = {} if self.memory is None else {"memory": self.part, "moments": self.part}
         leads = {self.graph.readers.get(unit.name, unit.name): unit for unit in self.graph.units}
         moments = sum(4 * unit.experts * unit.columns**2 for unit in leads.values())
         # A model in memory whose moments are small is not cut: that saves running every block a second time.
         chain = partial(self.chain, cut=not self.whole or moments > IN_MEMORY)
         gather(chain, self.graph, units, self.texts.calibration, self.store, SEED, **part)
+
+    @property
+    def part(self) -> int:
+        """Bytes that hidden states may take, where memory is limited, and as many for second moments."""
+        assert self.memory is not None
+        return self.memory // PART
 
     @cached_property
     def search_reference(self) -> Reference:
@@ -122,7 +128,7 @@ def open_session(
     model = sources.load_model(source, device if whole else "cpu")
     if memory is not None:
         blocks_of = [model.get_submodule(path) for path in find_blocks(model)]
-        _refuse_memory(model, blocks_of, memory)
+        _refuse_memory(model, blocks_of, memory, session_texts.search.ids.shape[1])
         page_out_after(blocks_of)
     dtype = str(model.dtype).removeprefix("torch.")
     graph = build_graph(model, keep, per_expert)
@@ -146,26 +152,31 @@ def open_session(
     swapper = WeightSwapper(model, graph.units, paged)
 
     def whole_moments(units: list[Unit]) -> Iterator[tuple[Unit, Tensor]]:
-        yield from moments(Chain(model, graph, device, paged), graph, units, session_texts.calibration.ids)
+        chain, limit = Chain(model, graph, device, paged), IN_MEMORY if memory is None else memory // PART
+        yield from moments(chain, graph, units, session_texts.calibration.ids, limit)
 
-    weight_cache = WeightCache(folder, swapper.weight, store, whole_moments)
+    weight_cache = WeightCache(
+        folder, swapper.weight, store, whole_moments, MOMENT_BYTES if memory is None else memory // PART
+    )
     facts = _describe(source, session_texts, dtype, model.num_parameters(), device)
     return Session(
         source, session_texts, model, graph, swapper, weight_cache, store, facts, device, folder, whole, memory
     )
 
 
-def _refuse_memory(model: PreTrainedModel, blocks: Sequence[nn.Module], memory: int) -> None:
-    """Raises UsageError where what lies outside of the blocks, the largest block, its largest second moment with its
-    factors, and this program itself take more than `memory` bytes."""
+def _refuse_memory(model: PreTrainedModel, blocks: Sequence[nn.Module], memory: int, length: int) -> None:
+    """Raises UsageError where what lies outside of the blocks, the larger one of the largest block with its largest
+    second moment and factors and of `length` tokens' logits, and this program itself take more than `memory` bytes."""
     sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
     outside = sum(p.numel() for p in model.parameters()) - sum(sizes)
     widest = max((p.shape[-1] for block in blocks for p in block.parameters() if p.ndim > 1), default=0)
-    need = PROGRAM + 4 * outside + 6 * max(sizes, default=0) + 4 * 4 * widest**2
+    block = 6 * max(sizes, default=0) + 4 * 4 * widest**2
+    logits = 4 * 4 * length * int(model.config.get_text_config().vocab_size)
+    need = PROGRAM + 4 * outside + max(block, logits)
     if need > memory:
         raise UsageError(
             f"--max-memory {format_bytes(memory)}: this model needs about {format_bytes(need)} (its largest block, what"
-            " lies outside of its blocks, and second moments): give that, or leave the limit out"
+            " lies outside of its blocks, second moments and logits): give that, or leave the limit out"
         )
 
 

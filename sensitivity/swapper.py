@@ -32,13 +32,12 @@ class WeightSwapper:
 
     def exchange(self, unit: Unit, weight: Tensor) -> None:
         """Put a float weight [experts * rows, columns] in the place of the unit's."""
-        self._parameters[unit.name].data = self.shaped(unit, weight)
+        self._parameters[unit.name].data = self.shaped(unit, weight).to(self._originals[unit.name])
 
     def shaped(self, unit: Unit, weight: Tensor) -> Tensor:
-        """A float weight [experts * rows, columns] in the shape, dtype and on the device of the unit's parameter."""
-        original = self._originals[unit.name]
-        weight = weight.to(original)
-        weight = weight.unflatten(0, (unit.experts, unit.rows)) if original.ndim == 3 else weight
+        """A weight [experts * rows, columns] in the shape of the unit's parameter."""
+        whole = self._originals[unit.name].ndim == 3
+        weight = weight.unflatten(0, (unit.experts, unit.rows)) if whole else weight
         return weight.transpose(-1, -2).contiguous() if self._transposed[unit.name] else weight
 
     def restore(self, unit: Unit) -> None:

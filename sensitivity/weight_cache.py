@@ -65,13 +65,15 @@ class WeightCache:
         weight: Callable[[Unit], Tensor],
         statistics: StatisticsStore,
         moments: Callable[[list[Unit]], Iterable[tuple[Unit, Tensor]]],
+        moment_bytes: int = MOMENT_BYTES,
     ):
         self.folder = folder
         self.weight = weight
         self.statistics = statistics
         self.moments = moments
+        self.moment_bytes = moment_bytes
         self._moments: dict[str, Tensor] = {}
-        """The last second moments, as far as MOMENT_BYTES go."""
+        """The last second moments, as far as `moment_bytes` go."""
 
     def prepare(self, wanted: Iterable[tuple[Unit, QuantScheme]]) -> None:
         """Make those codes that need text and are not on disk, with one pass over the text at most. Raises
@@ -108,7 +110,7 @@ class WeightCache:
             return
         for unit, moment in self.moments(unseen):
             distinct = {tensor.data_ptr(): tensor.nbytes for tensor in (*self._moments.values(), moment)}
-            if sum(distinct.values()) <= MOMENT_BYTES:
+            if sum(distinct.values()) <= self.moment_bytes:
                 self._moments[unit.name] = moment
             yield unit, moment
 

@@ -9,8 +9,10 @@ import torch
 from torch.testing import assert_close
 
 from bitplan.formats.errors import UsageError
+from bitplan.formats.scheme import QuantScheme
 from bitplan.planner.cli import main
 from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.audit import measure_units
 from bitplan.sensitivity.profile import Profile, read
 from bitplan.sensitivity.session import open_session, read_texts
 
@@ -62,6 +64,11 @@ def test_a_model_read_a_block_at_a_time_gives_the_same(checkpoint, tmp_path, mon
                 assert_close(getattr(ours, field), getattr(theirs, field), rtol=1e-4, atol=1e-7)
     for unit in whole.graph.units:
         assert torch.equal(whole.swapper.weight(unit), paged.swapper.weight(unit))
+    schemes = [QuantScheme("int2-g64", rounding) for rounding in ("nearest", "gptq")]
+    pairs = [(unit, schemes[i % 2]) for i, unit in enumerate(whole.graph.units) if unit.kind != "embedding"]
+    (expected, *_), (measured, *_) = measure_units(whole, pairs), measure_units(paged, pairs)
+    for pair, evaluation in expected.items():
+        assert_close(measured[pair].kl, evaluation.kl, rtol=1e-3, atol=1e-7)
 
 
 def test_too_little_memory_is_refused_with_what_is_needed(checkpoint):

@@ -167,7 +167,7 @@ def _audited(audit: argparse.ArgumentParser) -> None:
     audit.add_argument(
         "--max-memory",
         metavar="SIZE",
-        help="memory of this process, such as 2GiB: weights are read a block at a time; nothing is measured",
+        help="memory of this process, such as 2GiB: weights are read a block at a time",
     )
     audit.add_argument(
         "--per-expert",

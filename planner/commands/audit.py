@@ -52,8 +52,8 @@ def run(arguments: Namespace) -> None:
     formats = candidate_formats(arguments)
     source = sources.find(arguments.model, trust_remote_code=arguments.trust_remote_code)
     memory = parse_size(arguments.max_memory) if arguments.max_memory else None
-    if memory and arguments.tier == "measured":
-        raise UsageError("--tier measured runs the whole model: leave --max-memory out, or take another --tier")
+    if memory and arguments.around:
+        raise UsageError("--around holds all other units' weights in memory: leave it or --max-memory out")
     device = ranks.start(pick_device(arguments.device))
     texts, keep = texts_of(arguments, source), tuple(arguments.keep)
     session = open_session(source, texts, keep, device, memory=memory, per_expert=arguments.per_expert)
@@ -66,11 +66,11 @@ def run(arguments: Namespace) -> None:
         versions=str(session.provenance.versions),
     )
     around = around_of(arguments.around, session, arguments.rounding) if arguments.around else None
-    profile = audit(session, formats, arguments.rounding, arguments.tier, around, 0 if memory else arguments.check)
+    profile = audit(session, formats, arguments.rounding, arguments.tier, around, arguments.check)
     if ranks.rank():
         return
     if memory:
-        log("--max-memory: nothing is measured, neither a sample of units nor the KV cache's formats")
+        log("--max-memory: the KV cache's formats are not measured, for that the model runs whole")
     elif arguments.tier != "weights":
         profile = profile.model_copy(update={"kv_cache": audit_cache(session)})
     if arguments.output:

@@ -121,7 +121,7 @@ class Distillation:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * group["rate"]
             drawn = torch.randperm(len(ids), generator=torch.Generator().manual_seed(SEED + done))[:batch]
-            aim = calibration.log_p[drawn].to(device)
+            aim = torch.stack([calibration.log_p[i] for i in drawn.tolist()]).to(device)
             log_q = self.model(input_ids=ids[drawn].to(device), use_cache=False).logits[:, :-1].float().log_softmax(-1)
             loss = torch.nn.functional.kl_div(log_q.flatten(0, 1), aim.flatten(0, 1), reduction="none", log_target=True)
             loss = loss.sum(-1).mean()
