@@ -1,7 +1,7 @@
 """How long do ten rows of `bitplan compare` take, from an empty cache? `python -m benchmarks.compare`.
 
-Seven formats and the three plans of the embedded model, on the bundled task: codes are made, models loaded, judged and
-timed. The picture of the frontier in the README is drawn from the rows. Exit code 1 where it takes longer than
+Seven formats and the three plans of the embedded model, on the bundled task: codes are made, models loaded, evaluated
+and timed. The picture of the frontier in the README is drawn from the rows. Exit code 1 where it takes longer than
 GOAL or a row has no figures. May import: everything.
 """
 

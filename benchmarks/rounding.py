@@ -88,7 +88,7 @@ def _owner(model: torch.nn.Module, name: str) -> torch.nn.Module:
 
 
 def peer(case: Case, method: str, bits: int, tokens: int) -> dict[str, Any]:
-    """Round by a peer in its own environment, judge here."""
+    """Round by a peer in its own environment, evaluate here."""
     tool = method.removesuffix("-best")
     texts = case.texts(tokens)
     with tempfile.TemporaryDirectory() as name:

@@ -12,7 +12,7 @@ from bitplan.sensitivity.weight_cache import workspace
 
 
 def codes_folder(plan: Plan) -> Path:
-    """Where the cache keeps the codes of this plan, which hang on each other."""
+    """Where the cache keeps the codes of this plan, which depend on each other."""
     facts = plan.provenance
     model = facts.model
     folder = workspace(model.weights_sha256, model.config_sha256, facts.text.calibration.sha256, facts.seed)

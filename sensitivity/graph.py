@@ -25,7 +25,7 @@ from bitplan.formats.table import NATIVE, stored_bytes
 from bitplan.sensitivity.trace import Trace, Use
 
 GENERIC = ("modeling_utils.py", "module.py")
-"""Files of transformers and torch that ask all parameters alike for their type or device."""
+"""Files of transformers and torch that ask every parameter for its type or device."""
 ON_REQUEST = "unquantized on request"
 """Why a unit that --keep names takes no format."""
 

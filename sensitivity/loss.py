@@ -82,7 +82,7 @@ def refuse_not_finite(evaluation: Evaluation, model: Any) -> Evaluation:
 
 
 class Reference:
-    """The full-precision model's log-probabilities on some blocks, kept so that others can be judged against them."""
+    """The full-precision model's log-probabilities on some blocks, kept so that others can be compared with them."""
 
     def __init__(self, model: nn.Module, blocks: Blocks, of_block: Callable[[int], Tensor] | None = None):
         """`of_block`: gives log-probabilities by a block's number, where the model cannot run whole; they then lie in

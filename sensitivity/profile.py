@@ -45,7 +45,7 @@ class TextPart(Strict):
 class TextFacts(Strict):
     source: Text
     tokens: Size
-    """Calibration tokens that were asked for: with the files, what is needed to cut the same parts again."""
+    """Calibration tokens, as requested: with the files, what is needed to cut the same parts again."""
     calibration: TextPart
     search: TextPart
     heldout: TextPart

@@ -181,7 +181,7 @@ def _refuse_memory(model: PreTrainedModel, blocks: Sequence[nn.Module], memory: 
 
 
 def load_reference(source: Source, device: str = "auto") -> PreTrainedModel:
-    """The full-precision model that others are judged against, as `open_session` has it."""
+    """The full-precision model that others are compared with, as `open_session` has it."""
     device = pick_device(device)
     return _widen(sources.load_model(source, device), device)
 

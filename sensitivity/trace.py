@@ -1,7 +1,7 @@
 """Sees every place where a unit's weight meets an input, whatever module wrote it.
 
 Inside `Trace`, products and lookups are recognised by the weight's storage: so a tied head, an expert's slice of a
-3-D parameter and a subclassed embedding are seen alike. May import: torch only.
+3-D parameter and a subclassed embedding are all seen. May import: torch only.
 """
 
 from collections import defaultdict

@@ -233,31 +233,31 @@ class TestGenerate:
     @pytest.mark.parametrize("name", ["llama", "gpt2", "window"])
     def test_beams(self, name):
         model = build(name)
-        told = {"num_beams": 3, "max_new_tokens": 6, **GREEDY}
-        expected = model.generate(IDS, past_key_values=Rounding(model.config, "int4"), **told)
+        options = {"num_beams": 3, "max_new_tokens": 6, **GREEDY}
+        expected = model.generate(IDS, past_key_values=Rounding(model.config, "int4"), **options)
         use_kv_format(model, "int4")
-        assert torch.equal(model.generate(IDS, **told), expected)
+        assert torch.equal(model.generate(IDS, **options), expected)
 
     @pytest.mark.parametrize("name", ["llama", "window"])
     def test_prompts_in_chunks(self, name):
         model = build(name)
         use_kv_format(model, "int4")
-        told = {"max_new_tokens": 3, "output_logits": True, "return_dict_in_generate": True, **GREEDY}
-        whole = model.generate(IDS, **told)
-        chunked = model.generate(IDS, prefill_chunk_size=6, **told)
+        options = {"max_new_tokens": 3, "output_logits": True, "return_dict_in_generate": True, **GREEDY}
+        whole = model.generate(IDS, **options)
+        chunked = model.generate(IDS, prefill_chunk_size=6, **options)
         assert torch.equal(whole.sequences, chunked.sequences)
         assert torch.allclose(torch.stack(whole.logits), torch.stack(chunked.logits), atol=1e-5)
 
     def test_what_the_call_says_goes_first(self):
         model = build("llama")
         use_kv_format(model, "int8")
-        told = {"max_new_tokens": 2, "return_dict_in_generate": True, **GREEDY}
+        options = {"max_new_tokens": 2, "return_dict_in_generate": True, **GREEDY}
         own = DynamicCache(config=model.config)
-        assert model.generate(IDS, past_key_values=own, **told).past_key_values is own
-        assert type(model.generate(IDS, cache_implementation="static", **told).past_key_values) is StaticCache
-        assert model.generate(IDS, use_cache=False, **told).past_key_values is None
+        assert model.generate(IDS, past_key_values=own, **options).past_key_values is own
+        assert type(model.generate(IDS, cache_implementation="static", **options).past_key_values) is StaticCache
+        assert model.generate(IDS, use_cache=False, **options).past_key_values is None
         use_kv_format(model, "native")
-        assert type(model.generate(IDS, **told).past_key_values) is DynamicCache
+        assert type(model.generate(IDS, **options).past_key_values) is DynamicCache
         assert "_prepare_cache_for_generation" not in vars(model)
 
     def test_assisted_generation_takes_tokens_back(self):

@@ -81,8 +81,8 @@ def test_links_lead_somewhere(page):
 
 def table_of_formats() -> dict[str, str]:
     """Names as docs/formats.md has them → the formula of their bytes."""
-    told = re.search(r"## What is stored\n(.*?)\n## ", PAGES["formats.md"], re.S).group(1)
-    rows = [line.split("|")[1:-1] for line in told.splitlines() if line.startswith("| `")]
+    section = re.search(r"## What is stored\n(.*?)\n## ", PAGES["formats.md"], re.S).group(1)
+    rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| `")]
     return {name: cells[-1] for cells in rows for name in re.findall(r"`(\S+)`", cells[0])}
 
 
@@ -114,9 +114,9 @@ def test_the_table_of_formats_has_them_all_and_their_bytes():
 
 def test_the_rules_and_the_kernels_are_told_of_every_kind_of_format():
     for heading in ("Which, and when", "What runs it"):
-        told = re.search(rf"## {heading}\n(.*?)\n## ", PAGES["formats.md"], re.S).group(1)
+        section = re.search(rf"## {heading}\n(.*?)\n## ", PAGES["formats.md"], re.S).group(1)
         plain = [name for name in table_of_formats() if not name.startswith("intB")]
-        assert all(f"`{name}" in told for name in plain), heading
+        assert all(f"`{name}" in section for name in plain), heading
 
 
 @pytest.mark.parametrize(("column", "on"), [(1, "cpu"), (2, "cuda:8.9")])
@@ -126,8 +126,8 @@ def test_the_table_of_kernels_is_right(column, on):
     from bitplan.formats.kernels.dispatch import choose, named_machine
     from bitplan.formats.table import FORMATS
 
-    told = re.search(r"## What runs it\n(.*?)\n## ", PAGES["formats.md"], re.S).group(1)
-    rows = [line.split("|")[1:-1] for line in told.splitlines() if line.startswith("| `")]
+    section = re.search(r"## What runs it\n(.*?)\n## ", PAGES["formats.md"], re.S).group(1)
+    rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| `")]
     kernels = {name: cells[column].strip() for cells in rows for name in re.findall(r"`(\S+)`", cells[0])}
     for name, format in FORMATS.items():
         like = re.sub(r"-(g\d+|row)", "-gN", re.sub(r"^int\d-(g|row)", r"intB-\1", name))

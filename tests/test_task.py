@@ -67,11 +67,11 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("entries", "told"), BAD, ids=[told for _, told in BAD])
-def test_bad_lines_are_named(entries, told, task_of):
+@pytest.mark.parametrize(("entries", "sentence"), BAD, ids=[sentence for _, sentence in BAD])
+def test_bad_lines_are_named(entries, sentence, task_of):
     with pytest.raises(UsageError) as error:
         task_of(*entries)
-    assert told in str(error.value)
+    assert sentence in str(error.value)
     assert "mine.jsonl:" in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -318,8 +318,10 @@ class TestHarness:
         (folder / "data.jsonl").write_text(
             f"{json.dumps(CHOICE)}\n{json.dumps({**CHOICE, 'choices': None})}\n", encoding="utf-8"
         )
-        told = (folder / "own.yaml").read_text(encoding="utf-8").replace("own_completion", "own_broken")
-        (folder / "broken.yaml").write_text(told.replace(str(BUNDLED), str(folder / "data.jsonl")), encoding="utf-8")
+        sentence = (folder / "own.yaml").read_text(encoding="utf-8").replace("own_completion", "own_broken")
+        (folder / "broken.yaml").write_text(
+            sentence.replace(str(BUNDLED), str(folder / "data.jsonl")), encoding="utf-8"
+        )
         with pytest.raises(UsageError, match="lm-evaluation-harness cannot put the questions of own_broken: "):
             harness_questions("own_broken", 5, folder)
 

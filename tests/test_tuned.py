@@ -129,9 +129,9 @@ class TestTune:
         seen: list[tuple[float, torch.Tensor]] = []
 
         def whole() -> float:
-            told = [5.0, 4.0, 1.0, 3.0, 2.0][len(seen)]
-            seen.append((told, learned.weight().detach().clone()))
-            return told
+            loss = [5.0, 4.0, 1.0, 3.0, 2.0][len(seen)]
+            seen.append((loss, learned.weight().detach().clone()))
+            return loss
 
         tune([learned], lambda _: loss(), whole, 40)
         assert len(seen) == 5

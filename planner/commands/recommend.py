@@ -53,8 +53,8 @@ def run(arguments: Namespace) -> None:
     command = fitted.command(plan)
     notes = ((f"make it: {command}",) if command else ()) + advice.notes
     advice = replace(advice, format=fitted.format or "none", why=fitted.answer, notes=notes)
-    told = advice_text(advice, advice.to_measure(model, _typed(arguments, asks)), model)
-    emit(arguments, {**advice.as_dict(), **fitted.as_dict(plan)}, f"{fit_text(fitted)}\n{told}")
+    advised = advice_text(advice, advice.to_measure(model, _typed(arguments, asks)), model)
+    emit(arguments, {**advice.as_dict(), **fitted.as_dict(plan)}, f"{fit_text(fitted)}\n{advised}")
 
 
 def _typed(arguments: Namespace, names: Sequence[str]) -> str:

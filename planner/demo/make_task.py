@@ -2,8 +2,8 @@
 
 Each item is some lines of a held-out module of the standard library and four candidates for the line after them: the
 one that follows, whose names the prompt mostly has, and three from other places of the module, of like length and
-indented like it. The beginnings of
-the modules, which `text/heldout.txt` has, are left out: a plan that this task chose can still be judged on that text.
+indented like it. The beginnings of the modules, which `text/heldout.txt` has, are left out: a plan that this task chose
+can still be evaluated on that text.
 May import: sensitivity.texts.stdlib.
 """
 
@@ -26,9 +26,9 @@ PROMPT = 280
 """Characters of a prompt at most, in whole lines: some 90 tokens of the embedded model."""
 LINE = (16, 48)
 """Characters of a candidate, without its indentation, at least and at most."""
-ALIKE = 0.25
+SIMILAR = 0.25
 """A distractor's length is within this part of the right line's."""
-TOLD = 0.5
+SHARED = 0.5
 """Part of the right line's names, two or more, that occur in the prompt: what nobody could guess asks nothing."""
 
 
@@ -56,7 +56,7 @@ def names(text: str) -> set[str]:
 
 
 def items_of(document: str, generator: random.Random) -> list[dict]:
-    """An item for each line of a module that can be told and has three distractors, in a random order."""
+    """An item for each line of a module that its prompt points to and has three distractors, in a random order."""
     lines, code, made = document.split("\n"), code_lines(document), []
     indented: dict[int, set[str]] = {}
     for line in code.values():
@@ -68,15 +68,15 @@ def items_of(document: str, generator: random.Random) -> list[dict]:
             {
                 line
                 for line in indented[indentation(right)]
-                if abs(len(line.strip()) - size) <= ALIKE * size and line not in near
+                if abs(len(line.strip()) - size) <= SIMILAR * size and line not in near
             }
         )
         start = number
         while start and sum(len(line) + 1 for line in lines[start - 1 : number]) <= PROMPT:
             start -= 1
         prompt = "".join(f"{line}\n" for line in lines[start:number])
-        told = len(names(right) & names(prompt))
-        if len(others) < 3 or len(prompt) < PROMPT // 2 or told < max(2, TOLD * len(names(right))):
+        shared = len(names(right) & names(prompt))
+        if len(others) < 3 or len(prompt) < PROMPT // 2 or shared < max(2, SHARED * len(names(right))):
             continue
         choices = [right, *generator.sample(others, 3)]
         generator.shuffle(choices)

@@ -85,7 +85,7 @@ def held_out_loss(model: LlamaForCausalLM, ids: torch.Tensor) -> float:
 
 
 def write_texts(folder: Path) -> None:
-    """The demo's own text, so that its figures do not hang on which Python runs it: part of the training modules, to
+    """The demo's own text, so that its figures do not depend on which Python runs it: part of the training modules, to
     calibrate and to choose with, and the beginnings of the held-out ones."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "calibration.txt").write_text(stdlib.calibration_text(260_000), encoding="utf-8")

@@ -44,7 +44,7 @@ CALMEST = 0.005
 
 
 def round_missing(plan: Plan, session: Session) -> None:
-    """Make the codes of the plan that the cache lacks, and heal them where the plan says so. Raises RoundingFailed."""
+    """Make the codes of the plan that the cache lacks, distilled where the plan says so. Raises RoundingFailed."""
     if not missing_codes(plan):
         return
     undistilled = plan.model_copy(update={"distilled": False})
@@ -102,7 +102,7 @@ class Distillation:
             self._checkpoint()
 
     def _checkpoint(self) -> None:
-        """Run blocks again in the backward pass instead of keeping their weights. Only the blocks themselves are told
+        """Run blocks again in the backward pass instead of keeping their weights. Only the blocks themselves are given
         that they train: their dropouts are not."""
         self.model.gradient_checkpointing_enable({"use_reentrant": False})
         for module in self.model.modules():

@@ -134,7 +134,7 @@ class Segment:
 
         for at in self._batches():
             now = inputs(self.got, at, self.now)
-            uses = uses or len(now)  # the first batch told after how many the rest of the block need not run
+            uses = uses or len(now)  # the first batch showed after how many the rest of the block need not run
             if crossed is None:
                 true = now
             elif self.true_inputs is None:

@@ -94,9 +94,9 @@ def _figures(plan: Plan) -> list[str]:
 
 def _on_task(task: TaskFacts, m: TaskMeasured) -> str:
     accuracy = task.kind != "text"
-    told = with_interval(accuracy, m.quantized, m.difference, m.low, m.high)
+    score = with_interval(accuracy, m.quantized, m.difference, m.low, m.high)
     return (
-        f"measured on {m.items} held-out items of {task.name}: {'accuracy' if accuracy else 'nats per token'} {told},"
+        f"measured on {m.items} held-out items of {task.name}: {'accuracy' if accuracy else 'nats per token'} {score},"
         f" loss {m.loss:.5f} ± {m.loss_se:.5f}; in brackets the difference from full precision, 95 % interval"
     )
 

@@ -43,8 +43,8 @@ def layers(names: Sequence[str]) -> str:
             runs[-1][1] = number
         else:
             runs.append([number, number])
-    told = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-    return told if len(names) == max(1, len(numbers)) else f"{told} (×{len(names)})"
+    listed = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return listed if len(names) == max(1, len(numbers)) else f"{listed} (×{len(names)})"
 
 
 def with_error(value: str, error: float | None, digits: int = 5) -> str:

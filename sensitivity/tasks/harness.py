@@ -1,7 +1,7 @@
 """Tasks of lm-evaluation-harness by name: its questions, prompts and few-shot examples, scored by us.
 
 What has choices and one right answer is read: output_type multiple_choice, without scoring of its own. Tasks that let
-a model write and filter what it wrote (generate_until) are refused, since their marks hang on each task's own filters.
+a model write and filter what it wrote (generate_until) are refused, since their scores depend on each task's filters.
 May import: formats.errors, sensitivity.tasks.question; lm_eval where it is installed.
 """
 

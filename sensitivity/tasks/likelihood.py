@@ -43,10 +43,10 @@ def log_likelihoods(model: Any, rows: list[TokenRow], kv_format: str = "native",
     limit = AT_ONCE // model.config.get_text_config().vocab_size
     found: dict[TokenRow, float] = {}
     with progress(total=len(shared) + len(alone), desc=name, unit="row") as bar:
-        for batch in _batches(shared, limit, alike=True):
+        for batch in _batches(shared, limit, same_length=True):
             found |= zip(batch, _after_context(model, batch), strict=True)
             bar.update(len(batch))
-        for batch in _batches(alone, limit, alike=False):
+        for batch in _batches(alone, limit, same_length=False):
             ids = _filled([row.ids for row in batch])
             found |= zip(batch, _sums(log_probabilities(model, ids, kv_format), ids, batch, 0), strict=True)
             bar.update(len(batch))
@@ -61,13 +61,13 @@ def _keeps_plainly(model: Any) -> bool:
     )
 
 
-def _batches(rows: list[TokenRow], limit: int, alike: bool) -> Iterator[list[TokenRow]]:
-    """At most ROWS rows and `limit` tokens; `alike`: of contexts of one length, so that no context is filled up."""
+def _batches(rows: list[TokenRow], limit: int, same_length: bool) -> Iterator[list[TokenRow]]:
+    """At most ROWS rows and `limit` tokens; `same_length`: of contexts of one length, so that none is padded."""
     batch: list[TokenRow] = []
     for row in rows:
         longest = max(len(other.ids) for other in [*batch, row])
         full = len(batch) == ROWS or (len(batch) + 1) * longest > limit
-        if batch and (full or (alike and len(row.context) != len(batch[0].context))):
+        if batch and (full or (same_length and len(row.context) != len(batch[0].context))):
             yield batch
             batch = []
         batch.append(row)

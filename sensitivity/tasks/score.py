@@ -134,6 +134,6 @@ def verdict(text: str, answer: str, ended: bool) -> bool | None:
 
 
 def _end_tokens(model: Any, task: Task) -> set[int]:
-    told = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    told = told if isinstance(told, list) else [told]
-    return {token for token in (*told, task.tokenizer.eos_token_id) if token is not None}
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = ends if isinstance(ends, list) else [ends]
+    return {token for token in (*ends, task.tokenizer.eos_token_id) if token is not None}

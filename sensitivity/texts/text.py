@@ -61,7 +61,7 @@ class Texts:
     source: str
     """Where the text came from, in words."""
     tokens: int
-    """Calibration tokens that were asked for."""
+    """Calibration tokens, as requested."""
 
 
 def read_dataset(name: str, characters: int) -> str:

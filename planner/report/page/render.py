@@ -54,7 +54,7 @@ class Page:
 
 
 def refuse_without_report(path: Path | None) -> None:
-    """Raises BitplanError where a page is asked for and what draws it is not installed; asked before any work."""
+    """Raises BitplanError where a page is requested and matplotlib is not installed; called before any work."""
     missing = [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
     if path is not None and missing:
         raise BitplanError(f"--html needs {' and '.join(missing)}: pip install 'bitplan[report]'")
