@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 
 .PHONY: setup test test-all zoo fuzz lint demo wheel-smoke test-lowest plans bench-prediction bench-rounding bench-one-bit bench-layout \
-	bench-exports bench-audit bench-memory bench-speed bench-compare bench-interval bench-search
+	bench-exports bench-audit bench-memory bench-speed bench-compare bench-interval bench-search bench-real
 
 setup: $(VENV)/.done
 
@@ -67,6 +67,15 @@ plans: setup
 # ALSO="--also MODEL TEXT HELDOUT" adds models to the embedded one.
 bench-rounding: setup
 	$(BIN)/python -m benchmarks.rounding $(ALSO)
+
+# The same on SmolLM2-135M from the registry, beside a mixed plan of the same bytes (hours; each row is kept when done).
+# TEXT and HELDOUT are text files; METHODS="yaqa" BITS=4 makes one row.
+METHODS ?= nearest,gptq,yaqa,plan,bitsandbytes,hqq,gptqmodel,auto-round
+BITS ?= 4,3,2
+bench-real: setup
+	$(BIN)/pip install -q -c constraints.txt -e ".[gguf]"
+	$(BIN)/python -m benchmarks.rounding --only-also --also "$$($(BIN)/python -m benchmarks.real_model)" $(TEXT) $(HELDOUT) \
+	  --tokens 8192 --methods $(METHODS) --bits $(BITS)
 
 # Whether a model below 2 bits per weight beats a bigram of its calibration text (about 2 minutes).
 bench-one-bit: setup

@@ -25,21 +25,25 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from bitplan.planner.assemble import uniform_plan
+from bitplan.formats.table import DEFAULT_FORMATS
+from bitplan.planner.assemble import Finish, quick_plan, uniform_plan
 from bitplan.planner.demo import CALIBRATION, HELDOUT, MODEL
 from bitplan.planner.load import load_planned
+from bitplan.planner.plan import Budget, Plan
 from bitplan.planner.quantize.distillation import round_missing
 from bitplan.planner.report.tables import table
+from bitplan.search.problem import problem_of
 from bitplan.sensitivity import source as sources
-from bitplan.sensitivity.loss import Reference
-from bitplan.sensitivity.session import load_reference, open_session, read_texts
+from bitplan.sensitivity.audit import audit
+from bitplan.sensitivity.loss import Evaluation, Reference
+from bitplan.sensitivity.session import Session, load_reference, open_session, read_texts
 from bitplan.sensitivity.texts.text import Texts
 
 HERE = Path(__file__).parent
 RESULTS = HERE / ".results"
-OURS = ("nearest", "awq", "gptq", "tuned", "tuned+healed")
-WHOLE = ("nearest", "gptq")
-"""What the second table shows, of everything planned."""
+OURS = ("nearest", "awq", "gptq", "yaqa", "tuned", "tuned+healed")
+WHOLE = ("nearest", "gptq", "plan")
+"""What the second table shows, of everything planned. `plan` is a mixed plan at the bytes of ends kept."""
 PEERS = ("bitsandbytes", "hqq", "gptqmodel", "auto-round", "auto-round-best")
 BLOCK = 256
 GROUP = 64
@@ -63,24 +67,49 @@ def ours(case: Case, method: str, bits: int, tokens: int, whole: bool) -> dict[s
     """Round by bitplan in this process. `whole`: embeddings and head too."""
     texts = case.texts(tokens)
     rounding, _, distilled = method.partition("+")
-    session = open_session(case.source, texts, device="cpu")
-    if not whole:
-        ends = (session.model.get_input_embeddings(), session.model.get_output_embeddings())
-        kept = [u.name for u in session.graph.units if u.kind == "embedding" or _owner(session.model, u.name) in ends]
-        session = open_session(case.source, texts, tuple(kept), device="cpu")
+    session = open_session(case.source, texts, device="cpu") if whole else _ends_kept(case, texts)
     plan = uniform_plan(session, f"int{bits}-g{GROUP}", rounding, bool(distilled))
     began = time.perf_counter()
     round_missing(plan, session)
-    seconds = time.perf_counter() - began
+    return judged(session, plan, case, time.perf_counter() - began)
+
+
+def planned(case: Case, bits: int, tokens: int) -> dict[str, Any]:
+    """The knapsack's plan at the bytes of the uniform one whose ends are kept; its seconds are those of the audit, the
+    solution and the rounding."""
+    texts = case.texts(tokens)
+    limit = uniform_plan(_ends_kept(case, texts), f"int{bits}-g{GROUP}").bytes
+    session = open_session(case.source, texts, device="cpu")
+    began = time.perf_counter()
+    problem = problem_of(audit(session, DEFAULT_FORMATS))
+    plan = quick_plan(problem, Budget(requested=f"{limit} bytes", weights=limit), Finish())
+    round_missing(plan, session)
+    return judged(session, plan, case, time.perf_counter() - began)
+
+
+def _ends_kept(case: Case, texts: Texts) -> Session:
+    """A session in which embeddings and head are no units."""
+    session = open_session(case.source, texts, device="cpu")
+    ends = (session.model.get_input_embeddings(), session.model.get_output_embeddings())
+    kept = [u.name for u in session.graph.units if u.kind == "embedding" or _owner(session.model, u.name) in ends]
+    return open_session(case.source, texts, tuple(kept), device="cpu")
+
+
+def judged(session: Session, plan: Plan, case: Case, seconds: float) -> dict[str, Any]:
+    """Figures of a plan whose codes are in the cache, on the held-out text."""
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    evaluation = Reference(session.model, texts.heldout).evaluate(load_planned(plan, case.source, "cpu"))
-    facts = {
+    evaluation = Reference(session.model, session.texts.heldout).evaluate(load_planned(plan, case.source, "cpu"))
+    return {**figures(evaluation), "seconds": seconds, "peak_bytes": peak, "bytes": plan.bytes, "note": ""}
+
+
+def figures(evaluation: Evaluation) -> dict[str, Any]:
+    return {
         "nats": evaluation.delta_nll,
         "nats_se": evaluation.delta_nll_se,
         "kl": evaluation.kl,
+        "kl_se": evaluation.kl_se,
         "ppl": evaluation.ppl,
     }
-    return {**facts, "seconds": seconds, "peak_bytes": peak, "bytes": plan.bytes, "note": ""}
 
 
 def _owner(model: torch.nn.Module, name: str) -> torch.nn.Module:
@@ -109,13 +138,7 @@ def peer(case: Case, method: str, bits: int, tokens: int) -> dict[str, Any]:
         evaluation = reference.evaluate(
             AutoModelForCausalLM.from_pretrained(folder / "out", dtype=torch.float32).eval()
         )
-    facts = {
-        "nats": evaluation.delta_nll,
-        "nats_se": evaluation.delta_nll_se,
-        "kl": evaluation.kl,
-        "ppl": evaluation.ppl,
-    }
-    return {**facts, "seconds": result["seconds"], "peak_bytes": result["peak_bytes"], "note": result["note"]}
+    return {**figures(evaluation), **{name: result[name] for name in ("seconds", "peak_bytes", "note")}}
 
 
 def cell(case: Case, method: str, bits: int, tokens: int, whole: bool, redo: bool) -> dict[str, Any]:
@@ -168,6 +191,7 @@ def means(found: dict[tuple[str, int], list[dict[str, Any]]], chosen: list[int])
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--also", nargs=3, action="append", default=[], metavar=("MODEL", "TEXT", "HELDOUT"))
+    parser.add_argument("--only-also", action="store_true", help="without the embedded model")
     parser.add_argument("--methods", default=",".join((*OURS, *PEERS)), metavar="A,B,…")
     parser.add_argument("--bits", default=",".join(map(str, BITS)), metavar="4,3,2")
     parser.add_argument("--tokens", type=int, default=32768)
@@ -178,12 +202,17 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.one:
         method, bits = arguments.one
-        print(json.dumps(ours(Case(*arguments.case), method, int(bits), arguments.tokens, arguments.whole)))
+        case = Case(*arguments.case)
+        if method == "plan":
+            print(json.dumps(planned(case, int(bits), arguments.tokens)))
+        else:
+            print(json.dumps(ours(case, method, int(bits), arguments.tokens, arguments.whole)))
         return
     methods = arguments.methods.split(",")
     for tool in sorted({method.removesuffix("-best") for method in methods if method in PEERS}):
         subprocess.run([HERE / "peers" / "make.sh", tool], check=True, stdout=sys.stderr)
-    cases = [Case(str(MODEL), str(CALIBRATION), str(HELDOUT)), *(Case(*files) for files in arguments.also)]
+    cases = [] if arguments.only_also else [Case(str(MODEL), str(CALIBRATION), str(HELDOUT))]
+    cases += [Case(*files) for files in arguments.also]
     redo = arguments.redo.split(",")
     rows, whole, notes = [], [], {}
     found: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
@@ -191,6 +220,8 @@ def main() -> None:
     for bits in chosen:
         for case in cases:
             for method in methods:
+                if method == "plan":
+                    continue
                 result = cell(case, method, bits, arguments.tokens, False, method in redo)
                 rows.append((str(bits), case.name, method, *shown(result)))
                 found[method, bits].append(result)
@@ -199,9 +230,10 @@ def main() -> None:
             for method in WHOLE:
                 if method in methods:
                     result = cell(case, method, bits, arguments.tokens, True, method in redo)
-                    kept = cell(case, method, bits, arguments.tokens, False, False)
                     whole.append((str(bits), case.name, method, f"{result['bytes']:,}", *shown(result)[:3]))
-                    whole.append(("", "", "  ends kept", f"{kept['bytes']:,}", *shown(kept)[:3]))
+                    if method != "plan":
+                        kept = cell(case, method, bits, arguments.tokens, False, False)
+                        whole.append(("", "", "  ends kept", f"{kept['bytes']:,}", *shown(kept)[:3]))
     head = ("bits", "model", "method", "nats above full precision", "± se", "KL", "seconds", "peak MiB")
     print(table(head, rows, left=3))
     print("\nMeans over the models, for methods that can do them all:\n")

@@ -17,7 +17,7 @@ May import: formats, sensitivity.
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -212,7 +212,9 @@ class _Pass:
                 x.requires_grad_()
                 trace = Trace(watched, seen)
                 if last:
-                    self.lose(module, x, row, trace, i)
+                    backward_of_loss(
+                        self.chain, module, x, row, self.seed, self.numbers[i], trace, self.refuse_not_finite
+                    )
                 else:
                     assert above is not None
                     with torch.enable_grad(), trace:
@@ -227,22 +229,6 @@ class _Pass:
             for handle in handles:
                 handle.remove()
         return sums
-
-    def lose(self, module: nn.Module, x: Tensor, row: Tensor, trace: Trace, index: int) -> None:
-        """Run the last segment and the loss back, some tokens at a time."""
-        draws = torch.rand(
-            row.shape[1], generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.numbers[index])
-        )
-        length, last = row.shape[1], len(self.chain) - 1
-        for at in self.chain.pieces(last, length):
-            with torch.enable_grad(), trace:
-                part = x[:, at] if self.chain.paths else x
-                logits = self.chain.run(last, module, part, row[:, at], {})[0]
-                self.refuse_not_finite(logits)
-                logits = logits[: length - 1 - at.start]  # the last token predicts none of the text
-                labels = draw(logits.detach(), draws[at][: len(logits)].to(self.device))
-                loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-            loss.backward()
 
     def zeros(self, units: list[Unit], lookups: bool, products: bool) -> Sums:
         """What a segment's uses are added to. Units that read the same tensor share one moment."""
@@ -336,6 +322,31 @@ def _report_unreached(routed: Mapping[Unit, Tensor | None]) -> None:
             f" in rounding; more text (--tokens) may reach them: {', '.join(names)}",
             file=sys.stderr,
         )
+
+
+def backward_of_loss(
+    chain: Chain,
+    module: nn.Module,
+    x: Tensor,
+    row: Tensor,
+    seed: int,
+    number: int,
+    trace: AbstractContextManager = nullcontext(),  # noqa: B008 (it holds nothing)
+    check: Callable[[Tensor], None] = lambda logits: None,
+) -> None:
+    """Run the last segment on hidden states x [1, length, width] of the text block row [1, length], and the summed loss
+    back, some tokens at a time. Labels are drawn from the model's predictions by `seed` and the block's `number`."""
+    draws = torch.rand(row.shape[1], generator=torch.Generator().manual_seed(seed * 1_000_003 + number))
+    length, last = row.shape[1], len(chain) - 1
+    for at in chain.pieces(last, length):
+        with torch.enable_grad(), trace:
+            part = x[:, at] if chain.paths else x
+            logits = chain.run(last, module, part, row[:, at], {})[0]
+            check(logits)
+            logits = logits[: length - 1 - at.start]  # the last token predicts none of the text
+            labels = draw(logits.detach(), draws[at][: len(logits)].to(chain.device))
+            loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        loss.backward()  # type: ignore[no-untyped-call]
 
 
 def draw(logits: Tensor, draws: Tensor) -> Tensor:

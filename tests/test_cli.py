@@ -295,7 +295,7 @@ class TestBadInput:
         wanted = ("--formats", "nf4,fp8", "--rounding", "tuned")
         refused(2, "nf4, fp8 cannot be rounded by 'tuned', only by nearest", "plan", model, "--bpw", "9", *wanted)
         refused(2, "nf4, fp8 cannot be rounded by 'tuned', only by nearest", "audit", model, *wanted)
-        refused(2, "there are nearest, gptq, awq, tuned", "plan", model, "--bpw", "4", "--rounding", "magic")
+        refused(2, "there are nearest, gptq, awq, yaqa, tuned", "plan", model, "--bpw", "4", "--rounding", "magic")
         refused(2, "unrecognized arguments: --heal", "audit", model, "--heal")
         floats = ("--formats", "nf4", "--trials", "0")
         assert run("plan", model, *LITTLE, *floats, "--bpw", "6", "-o", plan)[0] == 0

@@ -225,7 +225,7 @@ def test_names():
     assert format_named("binary") is FORMATS["binary-g64"]
     with pytest.raises(UnknownFormat, match="int4-g64"):
         format_named("int4-g46")
-    with pytest.raises(UsageError, match="nearest, gptq, awq, tuned"):
+    with pytest.raises(UsageError, match="nearest, gptq, awq, yaqa, tuned"):
         rounding_named("best")
 
 
@@ -234,7 +234,7 @@ def test_roundings_of_a_format():
     assert rounding_for(FORMATS["int4-g64"]) == rounding_alone(FORMATS["int4-g64"]) == "gptq"
     assert rounding_for(FORMATS["int8"]) == rounding_alone(FORMATS["int8"]) == "nearest"
     # Those that need a block are scored on a unit alone as gptq is.
-    for name in ("awq", "tuned"):
+    for name in ("awq", "yaqa", "tuned"):
         assert rounding_for(FORMATS["int8"], name) == name
         assert rounding_alone(FORMATS["int8"], name) == "gptq"
         assert rounding_alone(FORMATS["nf4"], name) == "nearest"

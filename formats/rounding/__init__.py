@@ -42,6 +42,7 @@ ROUNDINGS = {
         Rounding("nearest", False, lambda format: True, lambda weight, format, _: format.quantize(weight)),
         Rounding("gptq", True, _integer, gptq),
         Rounding("awq", True, _integer),
+        Rounding("yaqa", True, _integer),
         Rounding("tuned", True, _integer),
     )
 }

@@ -64,6 +64,13 @@ class Hessian:
         """U of `damped`."""
         return self.damped[0]
 
+    @property
+    def objective(self) -> Tensor:
+        """H with that damping, in the columns' own order: float32 [columns, columns]."""
+        matrix = self.matrix.float().clone()
+        matrix.diagonal().add_((self.damped[1][self.order.argsort()] - self.dead.double()).float())
+        return matrix
+
     @cached_property
     def aim(self) -> Tensor | None:
         """M such that (W + W M) x approximates W x0 by ridge regression: M = (cross - H) (H + ridge)^-1, float32
@@ -117,12 +124,23 @@ def gptq_codes(weight: Tensor, format: IntegerFormat, hessians: Sequence[Hessian
 
 
 def _round(weight: Tensor, format: IntegerFormat, hessian: Hessian) -> tuple[Tensor, Grid, Tensor]:
-    """`gptq_codes` of one expert. Columns whose inputs were always zero are rounded as zeros."""
-    left = weight.float().clone()
-    columns = left.shape[1]
+    """`gptq_codes` of one expert."""
+    return spread(aimed(weight, hessian), format, hessian)
+
+
+def aimed(weight: Tensor, hessian: Hessian) -> Tensor:
+    """What a float weight [rows, columns] should become, float32: corrected by the Hessian's `aim`, and zero in columns
+    whose inputs were always zero."""
+    target = weight.float().clone()
     if hessian.aim is not None:
-        left += left @ hessian.aim.to(left)
-    left[:, hessian.dead.to(left.device)] = 0
+        target += target @ hessian.aim.to(target)
+    target[:, hessian.dead.to(target.device)] = 0
+    return target
+
+
+def spread(left: Tensor, format: IntegerFormat, hessian: Hessian) -> tuple[Tensor, Grid, Tensor]:
+    """`gptq_codes` of float32 [rows, columns]."""
+    columns = left.shape[1]
     grid = format.fitted_grids(left, hessian.matrix.diagonal().to(left))
     upper, order = hessian.factor.to(left.device), hessian.order.to(left.device)
     # Transposed, so that a column's weights are contiguous.

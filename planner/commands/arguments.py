@@ -146,7 +146,7 @@ def _finish(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rounding",
         metavar="NAME",
-        help="rounding of integer formats: nearest, gptq, awq or tuned (default: gptq, and nearest for int8)",
+        help="rounding of integer formats: nearest, gptq, awq, yaqa or tuned (default: gptq, and nearest for int8)",
     )
     if not parser.prog.endswith(" audit"):
         parser.add_argument(

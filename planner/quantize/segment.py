@@ -4,6 +4,7 @@ full-precision model's inputs would have made (Li et al. 2025, GPTAQ). May impor
 
 from collections import defaultdict
 from contextlib import suppress
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,14 @@ from bitplan.formats.modules import canonical, is_transposed
 from bitplan.formats.rounding.awq import clipped_codes
 from bitplan.formats.rounding.gptq import Hessian, gptq_codes
 from bitplan.formats.rounding.tuned import STEPS, Learned, tune
+from bitplan.formats.rounding.yaqa import yaqa_codes
 from bitplan.formats.scheme import QuantScheme
 from bitplan.formats.table import format_named
 from bitplan.planner.plan import Plan
 from bitplan.sensitivity.chain import BATCH, Chain
 from bitplan.sensitivity.graph import Unit
 from bitplan.sensitivity.session import SEED, Session
-from bitplan.sensitivity.store import scratch
+from bitplan.sensitivity.store import States, scratch
 from bitplan.sensitivity.trace import Trace, Use
 
 
@@ -33,7 +35,8 @@ class Segment:
     """A segment on the device: `true` and `got` are the hidden states that the full-precision model and the rounded one
     give it; `now` holds what its units' parameters have become. `rounded` are the weights of the first segment, which
     the last may read again (tied heads). `true_inputs`, a dict that several segments share, keeps the full-precision
-    inputs of their units, so that they are computed once."""
+    inputs of their units, so that they are computed once. `gradients` are the loss's at the full-precision segment's
+    output, of some of the text's blocks."""
 
     def __init__(
         self,
@@ -45,8 +48,9 @@ class Segment:
         got: Tensor | None,
         rounded: dict[str, Tensor],
         true_inputs: dict[tuple[str, int], list[Tensor]] | None = None,
+        gradients: States | None = None,
     ):
-        self.true_inputs = true_inputs
+        self.true_inputs, self.gradients = true_inputs, gradients
         self.index, self.true, self.got = index, true, got
         self.session, self.chain, self.ids = session, chain, session.texts.calibration.ids
         self.planned, self.device = {unit.name: unit for unit in plan.units}, session.device
@@ -154,6 +158,30 @@ class Segment:
             crossed /= counts.clamp(min=1)
         return [Hessian(moment, crossed) for moment in moments]
 
+    def output_moments(self, units: list[Unit]) -> dict[str, Hessian]:
+        """Unit → E[g g^T] over the loss's gradients g at its outputs in the full-precision model, float32 [rows, rows];
+        none where `gradients` are missing, and none for experts."""
+        units = [unit for unit in units if not unit.routed]
+        if self.gradients is None or self.true is None or not units:
+            return {}
+        sums = {unit.parameter: torch.zeros(unit.rows, unit.rows, device=self.device) for unit in units}
+        counts = dict.fromkeys(sums, 0)
+
+        def seen(use: Use) -> None:
+            use.output.register_hook(partial(add, use.parameter))
+
+        def add(parameter: str, gradient: Tensor) -> None:
+            g = gradient.detach().float().flatten(0, -2)
+            sums[parameter].addmm_(g.T, g)
+            counts[parameter] += len(g)
+
+        for i in range(self.gradients.shape[0]):
+            x = self.true[i : i + 1].to(self.device).requires_grad_()
+            with torch.enable_grad(), Trace({name: self.originals[name] for name in sums}, seen):
+                out = self.chain.run(self.index, self.module, x, self.ids[i : i + 1].to(self.device), {})
+            out.backward(self.gradients[i].unsqueeze(0).to(out))  # type: ignore[no-untyped-call]
+        return {unit.name: Hessian(sums[unit.parameter] / max(1, counts[unit.parameter])) for unit in units}
+
     # Rounding -------------------------------------------------------------------------------------------------------
 
     def put(self, unit: Unit, tensors: Tensors) -> None:
@@ -184,6 +212,7 @@ class Segment:
             return self._lookups(units)
         made: dict[str, Tensors] = {}
         learned: dict[str, Learned] = {}
+        outputs = self.output_moments([unit for unit in units if self.rounding(unit) == "yaqa"])
         steps: dict[str, list[Unit]] = defaultdict(list)
         for unit in units:
             steps[self.session.graph.readers.get(unit.name, unit.name)].append(unit)
@@ -192,7 +221,7 @@ class Segment:
             hessians = self.hessians(to_round, cross=self.rounding(to_round[0]) != "awq") if to_round else []
             for unit in together:
                 try:
-                    made[unit.name] = self._round_one(unit, hessians, learned)
+                    made[unit.name] = self._round_one(unit, hessians, outputs.get(unit.name), learned)
                 except RoundingFailed as error:
                     raise RoundingFailed(f"{self.chain.name(self.index)}: {unit.name}: {error}") from error
                 self.put(unit, made[unit.name])
@@ -216,7 +245,9 @@ class Segment:
             self.put(unit, made[unit.name])
         return made
 
-    def _round_one(self, unit: Unit, hessians: list[Hessian], learned: dict[str, Learned]) -> Tensors:
+    def _round_one(
+        self, unit: Unit, hessians: list[Hessian], outputs: Hessian | None, learned: dict[str, Learned]
+    ) -> Tensors:
         weight, rounding = self.weight(unit), self.rounding(unit)
         if rounding == "nearest":
             return format_named(self.planned[unit.name].format).quantize(weight)
@@ -226,6 +257,8 @@ class Segment:
             codes = [clipped_codes(part, format, hessian.matrix.diagonal()) for part, hessian in parts]
             scale, zero = (torch.cat([getattr(grid, name) for _, grid in codes]) for name in ("scale", "zero"))
             return format.store(torch.cat([code for code, _ in codes]), type(codes[0][1])(scale, zero))
+        if rounding == "yaqa":
+            return format.store(*yaqa_codes(weight, format, hessians, outputs))
         codes_, grid, aimed = gptq_codes(weight, format, hessians)
         if rounding == "tuned":
             learned[unit.name] = Learned(format, aimed, grid)

@@ -11,14 +11,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bitplan.planner.codes import codes_folder, unit_path, unquantized_path
+from bitplan.planner.codes import codes_folder, missing_codes, unit_path, unquantized_path
 from bitplan.planner.plan import Plan
 from bitplan.planner.quantize.folding import fold_scales
 from bitplan.planner.quantize.segment import Segment
 from bitplan.sensitivity.chain import Chain
+from bitplan.sensitivity.gradients import TOKENS, output_gradients
 from bitplan.sensitivity.progress import progress
-from bitplan.sensitivity.session import Session
-from bitplan.sensitivity.store import load_tensors, save_tensors
+from bitplan.sensitivity.session import SEED, Session
+from bitplan.sensitivity.store import States, load_tensors, save_tensors
 from bitplan.sensitivity.weight_cache import for_file, from_file
 
 
@@ -35,6 +36,8 @@ class Sequence:
         self.chain = Chain(session.model, graph, self.device)
         self.unfolded: list[str] = []
         """Units before which awq found nothing to fold a scale into."""
+        self.gradients: list[States | None] = [None] * len(self.chain)
+        """The loss's at the output of each full-precision segment, where the rounding uses them."""
         self.rounded: dict[str, Tensor] = {}
         """Weights of the first segment's units, which the last may read again (tied heads)."""
         if self.chain.why:
@@ -43,6 +46,7 @@ class Sequence:
     def run(self) -> None:
         true: Tensor | None = None
         got: Tensor | None = None
+        self.gradients = self._gradients()
         for segment in progress(range(len(self.chain)), desc="rounding", unit="block"):
             true, got = self._segment(segment, true, got)
         if self.unfolded:
@@ -53,7 +57,18 @@ class Sequence:
             )
 
     def segment(self, index: int, true: Tensor | None, got: Tensor | None) -> Segment:
-        return Segment(self.plan, self.session, self.chain, index, true, got, self.rounded)
+        return Segment(
+            self.plan, self.session, self.chain, index, true, got, self.rounded, gradients=self.gradients[index]
+        )
+
+    def _gradients(self) -> list[States | None]:
+        missing = {unit.name for unit in missing_codes(self.plan)}
+        if not any(unit.rounding == "yaqa" and unit.name in missing for unit in self.plan.units):
+            return self.gradients
+        if self.chain.why:
+            print("yaqa: errors are spread over columns only", file=sys.stderr)
+        ids = self.session.texts.calibration.ids
+        return output_gradients(self.chain, ids[: max(1, TOKENS // ids.shape[1])], SEED)
 
     # One segment ----------------------------------------------------------------------------------------------------
 
