@@ -12,7 +12,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -83,7 +83,7 @@ def knapsack_table() -> str:
 class PriorSampler(PosteriorSampler):
     """The control: corrections from the prior, whatever was evaluated."""
 
-    def _draw(self) -> dict[str, float]:
+    def _draw(self, first: bool = False, elsewhere: Sequence[Allocation] = ()) -> dict[str, float]:
         zero = self.corrections.named(np.zeros(len(self.corrections.names)))
         return self.corrections.draw(self.corrections.fit([]), self.generator) if self.evaluated() else zero
 

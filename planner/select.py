@@ -15,7 +15,7 @@ from bitplan.formats.sizes import format_bytes
 from bitplan.planner.assemble import Finish, uniform_facts
 from bitplan.planner.evaluate.finished import FinishedPlans
 from bitplan.planner.evaluate.objective import Objective
-from bitplan.planner.evaluate.trials import EFFORTS, Effort, Trials
+from bitplan.planner.evaluate.trials import EFFORTS, Effort, StudyPlace, Trials
 from bitplan.planner.plan import NATIVE_WORKLOAD, Budget, Finalist, KVCacheLoss, Measured, Plan, Search, Workload
 from bitplan.planner.quantize.candidates import Candidates
 from bitplan.search import knapsack
@@ -58,9 +58,10 @@ class Selection:
         device: str = "auto",
         workload: Workload = NATIVE_WORKLOAD,
         task: Task | None = None,
+        place: StudyPlace | None = None,
     ):
         self.problem, self.session, self.finish, self.effort = problem, session, finish, effort
-        self.workload = workload
+        self.workload, self.place = workload, place
         self.objective = Objective(session, task)
         session.gather()
         self.candidates = Candidates(session)
@@ -140,9 +141,8 @@ class Selection:
     # Steps ----------------------------------------------------------------------------------------------------------
 
     def _trials(self, budget: Budget) -> Trials:
-        return Trials(
-            self.problem, budget, self.session, self.objective, self.finish, self.effort, candidates=self.candidates
-        )
+        shared = {"candidates": self.candidates, "place": self.place}
+        return Trials(self.problem, budget, self.session, self.objective, self.finish, self.effort, **shared)  # type: ignore[arg-type]
 
     def _race(self, trials: Trials, found: Found) -> list[tuple[Finalist, Allocation]]:
         """The finalists by rising loss on the search text. A single one is not run."""

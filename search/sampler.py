@@ -18,7 +18,8 @@ MEAN_EVERY = 3
 
 
 class PosteriorSampler(optuna.samplers.BaseSampler):
-    """Draws θ. `evaluated()` gives the allocations so far with their losses, `solve(θ)` the allocation of a θ."""
+    """Draws θ. `evaluated()` gives the allocations so far with their losses, `solve(θ)` the allocation of a θ.
+    `elsewhere(trial)` tells whether no other worker has the first trial, and what the others are evaluating."""
 
     def __init__(
         self,
@@ -26,8 +27,9 @@ class PosteriorSampler(optuna.samplers.BaseSampler):
         evaluated: Callable[[], Sequence[tuple[Allocation, float]]],
         solve: Callable[[dict[str, float]], Allocation],
         seed: Sequence[int],
+        elsewhere: Callable[[int], tuple[bool, Sequence[Allocation]]] = lambda number: (False, ()),
     ):
-        self.corrections, self.evaluated, self.solve = corrections, evaluated, solve
+        self.corrections, self.evaluated, self.solve, self.elsewhere = corrections, evaluated, solve, elsewhere
         self.generator = np.random.default_rng(list(seed))
         self.single: dict[str, float] = {}
         """The last draw's corrections of single groups, which are no parameters of the study: a storage writes each
@@ -37,16 +39,16 @@ class PosteriorSampler(optuna.samplers.BaseSampler):
         return dict(distributions(self.corrections))
 
     def sample_relative(self, study: Any, trial: Any, search_space: Any) -> dict[str, Any]:
-        theta = self._draw()
+        theta = self._draw(*self.elsewhere(trial.number))
         self.single = {name: theta[name] for name in self.corrections.names if name not in search_space}
         return {name: theta[name] for name in search_space}
 
-    def _draw(self) -> dict[str, float]:
+    def _draw(self, first: bool = False, elsewhere: Sequence[Allocation] = ()) -> dict[str, float]:
         evaluated = self.evaluated()
         zero = self.corrections.named(np.zeros(len(self.corrections.names)))
-        if not evaluated:
+        if first:
             return zero
-        known = [allocation for allocation, _ in evaluated]
+        known = [*(allocation for allocation, _ in evaluated), *elsewhere]
         fit = self.corrections.fit([(each, loss) for each, loss in evaluated if 0 < loss < np.inf])
         theta, width = zero, 1.0
         for attempt in range(TRIES):

@@ -3,33 +3,35 @@
 A trial's parameters are corrections (`search.corrections`); the knapsack is solved under them, so every
 candidate fits the budget, and the candidate is evaluated as a whole, one block of text after the other. A candidate
 that is worse than the best one on the same blocks (Wilcoxon's signed-rank test) is dropped, and its loss estimated from
-the blocks that were run. The first trial has no corrections. Trials lie in a journal file: a study that was cut short
-goes on, and ends as it would have. May import: formats.errors, search.corrections/knapsack/sampler,
-sensitivity.progress.
+the blocks that were run. The first trial has no corrections. Trials lie in a storage (`search.storage`): a study that
+was cut short goes on, with one worker as it would have, and several workers share its trials.
+May import: formats.errors, search.corrections/knapsack/storage/worker, sensitivity.progress.
 """
 
 import math
+import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
-from bitplan.formats.errors import BitplanError
-from bitplan.search.corrections import Allocation, Corrections
-from bitplan.search.knapsack import GAP, Options, Solution, solve
-from bitplan.search.sampler import PosteriorSampler, distributions
+from bitplan.formats.errors import BitplanError, UsageError
+from bitplan.search.corrections import Allocation
+from bitplan.search.knapsack import Options, Solution, solve
+from bitplan.search.storage import Storage
+from bitplan.search.worker import ENDED, Surplus, Worker, loss_of
 from bitplan.sensitivity.progress import progress
 
 WORSE = 0.05
 """p-value of the signed-rank test below which a candidate is dropped; five blocks, all worse, have 0.03."""
-
-ROUGH = 1e-2
-"""The knapsack's gap under corrections, which are uncertain by more than that."""
+LOOK = 1.0
+"""Seconds between two looks at trials that other workers are running."""
+FACTS = "bitplan"
+"""The study's attribute that holds what it was made for."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Found:
     ranked: tuple[Candidate, ...]
     """Different allocations that were evaluated on all blocks, the least loss first."""
     first_loss: float
-    """Of the first trial, the knapsack's own solution."""
+    """Of the knapsack's own solution, the first trial."""
     trials: int
     dropped: int
     """Trials that ended before their last block."""
@@ -64,8 +66,10 @@ def search(
     evaluate: Callable[[Allocation], Iterable[float]],
     *,
     trials: int,
-    journal: Path,
+    journal: Path | str,
     name: str,
+    shared: bool = False,
+    facts: Mapping[str, str] | None = None,
     seed: int = 0,
     enough: Callable[[int], bool] = lambda done: False,
     sampler: Callable[[int], optuna.samplers.BaseSampler] | None = None,
@@ -74,103 +78,75 @@ def search(
     found, and the knapsack's solution without corrections.
 
     `evaluate(allocation)` gives the losses of blocks of text, whose mean is to be least: KL on the search text, or a
-    task's nats as a single block. A loss that is not finite counts as infinitely bad. `sampler(finished trials)`
-    replaces Thompson sampling. Raises BudgetInfeasible, and BitplanError where no trial has a finite loss.
+    task's nats as a single block. A loss that is not finite counts as infinitely bad. `journal` is a file, or the URL
+    of a database; `shared`: other processes may work on the study, too. `facts` say what the study is for, by name.
+    `sampler(finished trials)` replaces Thompson sampling.
+
+    Raises BudgetInfeasible; UsageError where the study has other facts; BitplanError where no trial has a finite loss,
+    or the storage cannot be used.
     """
     exact = solve(problem, budget)
-    corrections = Corrections(problem)
-    ranges = distributions(corrections)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    backend = JournalFileBackend(str(journal), lock_obj=JournalFileOpenLock(str(journal)))
+    storage = Storage(journal, shared)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         pruner = optuna.pruners.WilcoxonPruner(p_threshold=WORSE)
-    study = optuna.create_study(storage=JournalStorage(backend), study_name=name, pruner=pruner, load_if_exists=True)
-    options = {group: [option.scheme for option in options] for group, options in problem.items()}
-    solved: dict[tuple[float, ...], Allocation] = {}
-
-    def allocation_of(theta: dict[str, float]) -> Allocation:
-        key = tuple(theta.get(name, 0.0) for name in corrections.names)
-        if key not in solved:
-            gap = ROUGH if any(key) else GAP
-            solved[key] = solve(corrections.corrected(theta), budget, gap).allocation
-        return solved[key]
-
-    def finished() -> list[FrozenTrial]:
-        return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
-
-    def allocation_in(trial: FrozenTrial) -> Allocation:
-        return {g: options[g][i] for g, i in zip(problem, trial.user_attrs["indices"], strict=True)}
-
-    def evaluated() -> list[tuple[Allocation, float]]:
-        return [(allocation_in(trial), _loss(trial)) for trial in finished()]
-
-    def objective(trial: optuna.Trial) -> float:
-        theta = {name: trial.suggest_float(name, each.low, each.high) for name, each in ranges.items()}
-        single = study.sampler.single if isinstance(study.sampler, PosteriorSampler) else {}
-        allocation = allocation_of(theta | single)
-        trial.set_user_attr("indices", [options[group].index(scheme) for group, scheme in allocation.items()])
-        for other in finished():
-            if allocation_in(other) == allocation:
-                return _repeat(trial, other)
-        best = next((t for t in sorted(finished(), key=_loss) if t.state == TrialState.COMPLETE), None)
-        losses: list[float] = []
-        for step, loss in enumerate(evaluate(allocation)):
-            if not math.isfinite(loss):
-                return math.inf  # Optuna fails a trial that returns NaN, and failed trials are not counted
-            losses.append(loss)
-            trial.report(loss, step)
-            if best is not None and math.isfinite(_loss(best)) and trial.should_prune():
-                beside = sum(best.intermediate_values[i] for i in range(len(losses)))
-                trial.set_user_attr("loss", _loss(best) * sum(losses) / beside if beside > 0 else sum(losses))
-                raise optuna.TrialPruned
-        return sum(losses) / len(losses)
-
-    bar = progress(total=trials, initial=len(finished()), desc="trials", unit="plan")
-    while (done := len(finished())) < trials and not (done and enough(done)):
-        # Seeded by place and from finished trials only, so that a resumed study draws what an uninterrupted one would
-        # have drawn, whatever trial a kill left running.
-        study.sampler = (
-            sampler(done) if sampler else PosteriorSampler(corrections, evaluated, allocation_of, (seed, done))
-        )
-        study.optimize(objective, n_trials=1)
-        bar.update()
-        bar.set_postfix(loss=f"{min(map(_loss, finished())):.5f}", refresh=False)
+        with storage.refusals():
+            study = optuna.create_study(storage=storage.storage, study_name=name, pruner=pruner, load_if_exists=True)
+            _refuse_other_study(study, storage, facts or {})
+    work = Worker(study, storage, problem, budget, exact, evaluate, trials)
+    bar = progress(total=trials, initial=len(work.trials(ENDED)), desc="trials", unit="plan")
+    with storage.working(), storage.refusals(opening=False):
+        while True:
+            storage.end_stale(study)
+            done = len(work.trials(ENDED))
+            bar.update(done - bar.n)
+            if done >= trials or (done and enough(done)):
+                break
+            if done + len(work.trials((TrialState.RUNNING,))) >= trials and not work.trials((TrialState.WAITING,)):
+                time.sleep(LOOK)  # they are other workers'
+                continue
+            # Seeded by place and from finished trials only, so that a resumed study draws what an uninterrupted one
+            # would have drawn, whatever trial a kill left running.
+            study.sampler = sampler(done) if sampler else work.sampler((seed, done, *storage.seed))
+            with suppress(optuna.exceptions.UpdateFinishedTrialError):  # it was taken for dead, and is run again
+                study.optimize(work.objective, n_trials=1, catch=(Surplus,))
+            losses = [loss_of(trial) for trial in work.trials(ENDED)]
+            bar.set_postfix(loss=f"{min(losses):.5f}" if losses else "", refresh=False)
     bar.close()
-    return _found(finished(), allocation_in), exact
+    return _found(work.trials(ENDED), work.allocation_in, exact), exact
 
 
-def _loss(trial: FrozenTrial) -> float:
-    """Of a finished trial; of a dropped one, as estimated from the blocks that were run."""
-    if trial.state == TrialState.PRUNED:
-        return float(trial.user_attrs["loss"])
-    assert trial.value is not None
-    return trial.value
+def _refuse_other_study(study: optuna.Study, storage: Storage, facts: Mapping[str, str]) -> None:
+    """Raises UsageError where a study was made for something else; a new one is marked."""
+    known = study.user_attrs.get(FACTS)
+    if known is None and not study.get_trials(deepcopy=False):
+        study.set_user_attr(FACTS, dict(facts))
+        study.set_metric_names(["loss, nats"])
+        known = study.user_attrs[FACTS]  # of the worker that came first
+    if not isinstance(known, dict):
+        raise UsageError(f"study {study.study_name!r} in {storage.shown()} is none of bitplan's: give another --study")
+    for what, value in facts.items():
+        if known.get(what) != value:
+            raise UsageError(
+                f"study {study.study_name!r} in {storage.shown()} is of another {what}, {known.get(what)}, and this is"
+                f" {value}: give another --study, or the same command line as its other workers"
+            )
 
 
-def _repeat(trial: optuna.Trial, other: FrozenTrial) -> float:
-    """End a trial as another ended that had the same allocation."""
-    if other.state == TrialState.PRUNED:
-        trial.set_user_attr("loss", _loss(other))
-        raise optuna.TrialPruned
-    for step, loss in other.intermediate_values.items():
-        trial.report(loss, step)
-    return _loss(other)
-
-
-def _found(trials: list[FrozenTrial], allocation_in: Callable[[FrozenTrial], Allocation]) -> Found:
+def _found(trials: list[FrozenTrial], allocation_in: Callable[[FrozenTrial], Allocation], exact: Solution) -> Found:
     ranked: list[Candidate] = []
-    for place, trial in sorted(enumerate(trials), key=lambda each: _loss(each[1])):
+    for place, trial in sorted(enumerate(trials), key=lambda each: loss_of(each[1])):
         allocation = allocation_in(trial)
-        whole = trial.state == TrialState.COMPLETE and math.isfinite(_loss(trial))
+        whole = trial.state == TrialState.COMPLETE and math.isfinite(loss_of(trial))
         if whole and all(allocation != each.allocation for each in ranked):
-            ranked.append(Candidate(allocation, _loss(trial), place))
+            ranked.append(Candidate(allocation, loss_of(trial), place))
     if not ranked:
         raise BitplanError(
             f"none of the {len(trials)} plans that were tried has a finite loss: give other --formats, or leave the"
             " weights that overflow unquantized by --keep"
         )
     dropped = sum(trial.state == TrialState.PRUNED for trial in trials)
-    evaluated = tuple((allocation_in(trial), _loss(trial)) for trial in trials)
-    return Found(tuple(ranked), _loss(trials[0]), len(trials), dropped, evaluated)
+    evaluated = tuple((allocation_in(trial), loss_of(trial)) for trial in trials)
+    first = next((loss for allocation, loss in evaluated if allocation == exact.allocation), math.inf)
+    return Found(tuple(ranked), first, len(trials), dropped, evaluated)

@@ -225,6 +225,13 @@ def _planned(plan: argparse.ArgumentParser) -> None:
         " where there is a budget",
     )
     plan.add_argument("--time", metavar="TIME", help="end the trials so that the plan is made within 30m, or 2h")
+    plan.add_argument(
+        "--storage",
+        metavar="PLACE",
+        help="trials that several processes share by the same command line: a journal file, sqlite:///FILE or"
+        " postgresql://…",
+    )
+    plan.add_argument("--study", metavar="NAME", help="name of the study there (default: by model and budget)")
     _task(plan)
     _output(plan, "plan.json")
 

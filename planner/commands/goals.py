@@ -6,6 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from bitplan.formats.errors import UsageError
+from bitplan.planner.evaluate.trials import StudyPlace
 from bitplan.planner.memory.budget import budget_bytes, refuse_unclear
 from bitplan.planner.plan import Budget
 from bitplan.planner.select import LossLimit
@@ -54,3 +55,16 @@ def outputs_of(output: Path | None, budgets: list[Budget]) -> list[Path | None]:
         return [output] * max(1, len(budgets))
     names = [re.sub(r"[^\w.]+", "-", budget.requested) for budget in budgets]
     return [output.with_name(f"{output.stem}-{name}{output.suffix}") for name in names]
+
+
+def place_of(arguments: Namespace, trials: int) -> StudyPlace | None:
+    """Where several processes share a study. Raises UsageError."""
+    if arguments.storage is None:
+        if arguments.study:
+            raise UsageError("--study names a study in a storage that workers share: give --storage too")
+        return None
+    if not trials:
+        raise UsageError("--storage holds trials, and --trials 0 runs none: give --trials 1 or more")
+    if arguments.study and len(budgets_of(arguments, 1)) > 1:
+        raise UsageError("--study names one study, and each budget has its own: give one budget, or leave --study out")
+    return StudyPlace(arguments.storage, arguments.study)

@@ -4,12 +4,13 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from bitplan.formats.errors import FormatUnavailable, UsageError
 from bitplan.formats.table import FORMATS
 from bitplan.planner.assemble import Finish, quick_plan
 from bitplan.planner.commands.common import candidate_formats, emit, log, seconds_in, tasks_of, texts_of
-from bitplan.planner.commands.goals import budgets_of, limit_of, outputs_of
+from bitplan.planner.commands.goals import budgets_of, limit_of, outputs_of, place_of
 from bitplan.planner.evaluate.trials import EFFORTS, Effort
 from bitplan.planner.memory.budget import CONTEXT, DeviceBudget, device_budget, requested_workload
 from bitplan.planner.memory.device import find_device
@@ -32,7 +33,7 @@ from bitplan.sensitivity.texts.text import Texts
 
 def run(arguments: Namespace) -> None:
     effort = _effort(arguments)
-    limit = limit_of(arguments)
+    limit, place = limit_of(arguments), place_of(arguments, effort.trials)
     outputs = outputs_of(arguments.output, budgets_of(arguments, 1))  # raises for invalid values, before any work
     for output in outputs:
         refuse_overwrite(output, arguments.force)
@@ -85,9 +86,8 @@ def run(arguments: Namespace) -> None:
     finish = Finish(arguments.rounding, bool(arguments.heal))
     plans: list[Plan] = []
     if session is not None and (effort.trials or limit):
-        made_of = Selection(
-            problem, session, finish, effort, device=arguments.device, workload=workload, task=task
-        ).made
+        parts: dict[str, Any] = {"device": arguments.device, "workload": workload, "task": task, "place": place}
+        made_of = Selection(problem, session, finish, effort, **parts).made
     else:
         made_of = partial(_quick, problem, finish, workload)
     for goal, output in zip(goals, outputs, strict=True):

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from bitplan.formats.errors import UsageError
 from bitplan.formats.scheme import QuantScheme
@@ -43,6 +44,17 @@ class Effort:
         return cls(trials, min(max(1, trials // 10), 6))
 
 
+@dataclass(frozen=True)
+class StudyPlace:
+    """Where the study lies that several processes work on, and its name; by default that of model and budget."""
+
+    storage: str
+    study: str | None = None
+
+    def name(self, model: str, budget: str) -> str:
+        return self.study or f"{Path(model).name}, {budget}"
+
+
 EFFORTS = {"quick": Effort(10, 1), "standard": Effort(), "thorough": Effort(100, 6)}
 
 
@@ -59,9 +71,10 @@ class Trials:
         finish: Finish,
         effort: Effort,
         candidates: Candidates | None = None,
+        place: StudyPlace | None = None,
     ):
         self.problem, self.budget, self.session = problem, budget, session
-        self.objective, self.effort = objective, effort
+        self.objective, self.effort, self.place = objective, effort, place
         self.candidates = candidates or Candidates(session)
         self._before = self.candidates.segments, self.candidates.shared
         """Of the searches before, with which this one may share its candidates."""
@@ -78,23 +91,35 @@ class Trials:
         """The study, resumed where it was cut short."""
         tokens = str(min(TOKENS, self.session.texts.calibration.ids.numel()))
         key = sha256(
-            repr(self.problem.options), str(self.available), self.objective.fingerprint, tokens, "in sequence"
+            repr(self.problem.options),
+            str(self.available),
+            self.objective.fingerprint,
+            tokens,
+            "in sequence, with facts",
         )[:24]
-        studies = self.session.weight_cache.folder / "studies"
-        journal = studies / f"{key}.log"
-        with locked(studies / key):  # not the journal: Optuna waits 30 seconds for a file named like the journal's lock
-            found, _ = search(
-                self.problem.options,
-                self.available,
-                self.losses,
-                trials=self.effort.trials,
-                journal=journal,
-                name=key,
-                enough=self._enough,
-            )
+        options = {"trials": self.effort.trials, "enough": self._enough, "facts": self._facts(tokens)}
+        asked = (self.problem.options, self.available, self.losses)
+        if self.place is not None:
+            name = self.place.name(self.session.source.model, self.budget.requested)
+            found, _ = search(*asked, journal=self.place.storage, name=name, shared=True, **options)  # type: ignore[arg-type]
+        else:
+            studies = self.session.weight_cache.folder / "studies"
+            # The lock is not the journal's: Optuna waits 30 seconds for a file named like that.
+            with locked(studies / key):
+                found, _ = search(*asked, journal=studies / f"{key}.log", name=key, **options)  # type: ignore[arg-type]
         if self.evaluated:
             print(self._skipped(), file=sys.stderr)
         return found
+
+    def _facts(self, tokens: str) -> dict[str, str]:
+        """What a study is for: workers that differ in one of them are refused."""
+        model = self.session.provenance.model
+        return {
+            "model": f"{Path(model.id).name} ({(model.weights_sha256 or '')[:12]})",
+            "budget": f"{self.budget.weights:,} bytes",
+            "profile": sha256(repr(self.problem.options))[:12],
+            "text": f"{self.objective.fingerprint[:12]}, {tokens} calibration tokens",
+        }
 
     def losses(self, allocation: Allocation) -> Iterator[float]:
         """The objective of an allocation, rounded in sequence, block by block of the search text."""
