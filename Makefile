@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 
 .PHONY: setup test test-all zoo fuzz lint demo wheel-smoke test-lowest plans bench-prediction bench-rounding bench-one-bit bench-layout \
-	bench-exports bench-audit bench-memory bench-speed bench-compare bench-interval bench-search bench-real
+	bench-exports bench-audit bench-memory bench-speed bench-compare bench-interval bench-search bench-real bench-double-quant
 
 setup: $(VENV)/.done
 
@@ -80,6 +80,11 @@ bench-real: setup
 # Whether a model below 2 bits per weight beats a bigram of its calibration text (about 2 minutes).
 bench-one-bit: setup
 	$(BIN)/python -m benchmarks.one_bit
+
+# Held-out KL of formats with double-quantized scales, and of plans with and without them (about 10 minutes).
+# ALSO="--also MODEL TEXT HELDOUT" adds models to the embedded one.
+bench-double-quant: setup
+	$(BIN)/python -m benchmarks.double_quant $(ALSO)
 
 # Whether gptqmodel and auto-gptq compute the same logits from bitplan's GPTQ layout (2 minutes, 10 GB of environments).
 bench-layout: setup

@@ -157,6 +157,19 @@ class IntegerFormat(Format):
             grids.append(self.fitted_grid(weight[:, whole * step :], importance[whole * step :]))
         return Grid(torch.cat([grid.scale for grid in grids], -1), torch.cat([grid.zero for grid in grids], -1))
 
+    @property
+    def zeros_range(self) -> tuple[int, int]:
+        """The least and the largest code that a zero point of kind "asymmetric" can be."""
+        return 0, self.top
+
+    def storable_scale(self, scale: Tensor) -> Tensor:
+        """The scales nearest to float32 `scale` [rows, groups] that can be stored together; those of a `Grid` can."""
+        return scale.half().float()
+
+    def with_fp16_scales(self, tensors: Tensors, columns: int) -> Tensors:
+        """The stored tensors of a weight as a format with an fp16 scale per group has them: for other tools."""
+        return tensors
+
     def over_columns(self, values: Tensor, columns: int) -> Tensor:
         """Repeat a value per group [rows, groups] for each column: [rows, columns]."""
         return values.repeat_interleave(self.group or columns, -1)[..., :columns]

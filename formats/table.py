@@ -1,4 +1,5 @@
-"""The table of formats. May import: formats.base, formats.bnb, formats.errors, formats.floats, formats.integers."""
+"""The table of formats. May import: formats.base, formats.bnb, formats.double_quant, formats.errors, formats.floats,
+formats.integers."""
 
 import difflib
 
@@ -6,6 +7,7 @@ import torch
 
 from bitplan.formats.base import Format
 from bitplan.formats.bnb import Bnb4Format, Int8BnbFormat
+from bitplan.formats.double_quant import DoubleQuantFormat
 from bitplan.formats.errors import UnknownFormat
 from bitplan.formats.floats import Float8Format, FloatFormat
 from bitplan.formats.integers import IntegerFormat
@@ -25,6 +27,7 @@ ROWS: list[Format] = [
         for bits in (8, 7, 6, 5, 4, 3, 2)
         for group in (0, *GROUPS)
     ),
+    *(DoubleQuantFormat(f"int{bits}-g32-s4", bits, group=32) for bits in (4, 3, 2)),
     *(
         IntegerFormat(f"int{bits}-g{group}-z16", bits, group=group, zero_point="float_zero")
         for bits in (4, 3, 2, 1)

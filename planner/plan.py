@@ -20,6 +20,7 @@ from bitplan.sensitivity.profile import (
     Text,
     UnitEntry,
     UnquantizedEntry,
+    refuse_newer,
     refuse_untrue_tensors,
 )
 
@@ -195,6 +196,7 @@ class Plan(Strict):
     @classmethod
     def _upgrade(cls, data: Any) -> Any:
         """Schema 3 had other names."""
+        refuse_newer(data, 4)
         if not isinstance(data, dict) or data.get("schema_version") != 3:
             return data
         renamed = {{"kept": "unquantized", "healed": "distilled"}.get(k, k): v for k, v in data.items()}
@@ -216,7 +218,7 @@ class Plan(Strict):
         formats: dict[Name, str] = {}
         for unit in self.units:
             if unit.format not in FORMATS:
-                raise ValueError(f"unit {unit.name}: unknown format {unit.format[:40]!r}")
+                raise ValueError(f"unit {unit.name}: {self.provenance.unknown_format(unit.format)}")
             if unit.rounding not in ROUNDINGS or not ROUNDINGS[unit.rounding].fits(FORMATS[unit.format]):
                 raise ValueError(f"unit {unit.name}: {unit.format} has no rounding {unit.rounding[:40]!r}")
             if formats.setdefault(unit.group, unit.format) != unit.format:

@@ -1,6 +1,6 @@
 """The profile file: what each format costs each unit, and where that was measured.
 
-May import: formats, sensitivity.graph/reading/store.
+May import: formats, sensitivity.graph/reading/store, bitplan for its version.
 """
 
 from collections import defaultdict
@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import torch
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator, model_validator
 
+import bitplan
 from bitplan.formats.errors import FileInvalid
 from bitplan.formats.kv.cache import KV_FORMATS
 from bitplan.formats.rounding import ROUNDINGS
@@ -73,6 +74,12 @@ class Provenance(Strict):
     seed: int = Field(ge=0, lt=1 << 63)
     device: Text
     versions: dict[Text, Text] = Field(min_length=1)
+
+    def unknown_format(self, name: str) -> str:
+        """What to say of a format that the table lacks: also which bitplan has it, if another one made the file."""
+        made, own = self.versions.get("bitplan", bitplan.__version__), bitplan.__version__
+        other = f": bitplan {made[:40]} made this file, this is {own}: install that version or a later one"
+        return f"unknown format {name[:40]!r}{other if made != own else ''}"
 
 
 class UnitEntry(Strict):
@@ -185,6 +192,7 @@ class Profile(Strict):
     @classmethod
     def _upgrade(cls, data: Any) -> Any:
         """Schema 1 called unquantized tensors kept."""
+        refuse_newer(data, 2)
         if not isinstance(data, dict) or data.get("schema_version") != 1:
             return data
         renamed = {"unquantized" if key == "kept" else key: value for key, value in data.items()}
@@ -201,6 +209,8 @@ class Profile(Strict):
         for row in self.rows:
             if row.unit not in units:
                 raise ValueError(f"a row is of {row.unit}, which is no unit of the profile")
+            if row.format not in FORMATS:
+                raise ValueError(f"unit {row.unit}: {self.provenance.unknown_format(row.format)}")
             _refuse_untrue(row, units[row.unit])
             schemes[row.unit].add((row.format, row.rounding))
         groups: dict[str, set[tuple[str, str]]] = {}
@@ -217,6 +227,18 @@ class Profile(Strict):
     @property
     def unquantized_bytes(self) -> int:
         return sum(entry.bytes for entry in self.unquantized)
+
+
+def refuse_newer(data: Any, schema: int) -> None:
+    """Raises ValueError where a file's content says a schema that a later bitplan reads, and names the one that wrote
+    it."""
+    found = data.get("schema_version") if isinstance(data, dict) else None
+    if type(found) is int and found > schema:
+        provenance = data.get("provenance")
+        versions = provenance.get("versions") if isinstance(provenance, dict) else None
+        made = versions.get("bitplan") if isinstance(versions, dict) else None
+        by = f", which bitplan {made[:40]} wrote" if isinstance(made, str) else ""
+        raise ValueError(f"schema {found}{by}: bitplan {bitplan.__version__} reads up to {schema}, install a later one")
 
 
 def _refuse_repeated(kind: str, names: Iterable[Hashable]) -> None:
@@ -246,8 +268,6 @@ def refuse_untrue_tensors(units: Sequence[UnitEntry], unquantized: Sequence[Unqu
 
 def _refuse_untrue(row: ProfileRow, unit: UnitEntry) -> None:
     """Raises ValueError where a row's format, rounding, bytes or measured figures do not go together."""
-    if row.format not in FORMATS:
-        raise ValueError(f"unit {unit.name}: unknown format {row.format[:40]!r}")
     if row.rounding not in ROUNDINGS or not ROUNDINGS[row.rounding].fits(FORMATS[row.format]):
         raise ValueError(f"unit {unit.name}: {row.format} has no rounding {row.rounding[:40]!r}")
     if row.bytes != (true := unit.nbytes(row.format)):

@@ -18,7 +18,8 @@ pytest.importorskip("numba")
 CPU, HOPPER, AMPERE = Machine("cpu"), Machine("cuda", (9, 0)), Machine("cuda", (8, 0))
 GROUPED = [f"int{bits}-g64" for bits in (8, 7, 6, 5, 4, 3, 2)]
 OTHERS = ["int8", "int4-row", "int4-g32", "int3-g128", "int4-g64-z16", "int1-g32-z16", "binary-g64"]
-ALSO = ["ternary-g128", "ternary-g64", "ternary-g32", "fp8", "int8-bnb"]
+DOUBLE = ["int4-g32-s4", "int3-g32-s4", "int2-g32-s4"]
+ALSO = [*DOUBLE, "ternary-g128", "ternary-g64", "ternary-g32", "fp8", "int8-bnb"]
 
 
 def layer(name: str, rows: int = 96, columns: int = 192, dtype: torch.dtype = torch.float32):

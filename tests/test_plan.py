@@ -1,5 +1,6 @@
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+import bitplan
 from bitplan.formats.errors import FileInvalid
 from bitplan.formats.table import FORMATS
 from bitplan.planner.plan import KVCacheLoss, Plan, Workload
@@ -120,6 +122,7 @@ def changed(example: dict, path: str, value: object) -> dict:
         ("units.0.name", "model.layers.1.mlp.up_proj", "is there more than once"),
         ("units.0.format", "int9", "unknown format 'int9'"),
         ("schema_version", 2, "schema_version: Input should be 4"),
+        ("schema_version", 5, f"schema 5, which bitplan 0 wrote: bitplan {bitplan.__version__} reads"),
         ("provenance.model.weights_sha256", "abc", "weights_sha256: String should match pattern"),
     ],
 )
@@ -129,6 +132,16 @@ def test_what_is_wrong_with_a_file_is_said(example, tmp_path, path, value, messa
     with pytest.raises(FileInvalid, match="is no valid plan file") as caught:
         read(file, Plan)
     assert message in str(caught.value)
+
+
+def test_a_format_that_only_another_version_has_names_the_version(example, tmp_path):
+    file = tmp_path / "plan.json"
+    content = changed(example, "units.0.format", "int4-g16")
+    content["provenance"]["versions"]["bitplan"] = "9.1.0"
+    file.write_text(json.dumps(content), encoding="utf-8")
+    own = f"this is {bitplan.__version__}: install that version or a later one"
+    with pytest.raises(FileInvalid, match=f"unknown format 'int4-g16': bitplan 9.1.0 made this file, {re.escape(own)}"):
+        read(file, Plan)
 
 
 def test_nan_is_refused(example, tmp_path):

@@ -78,7 +78,7 @@ def test_every_width_and_zero_point(bits, zero_point):
 
 @runs
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("name", ["int4-g64", "int3-g32-z16", "int8", "fp8"])
+@pytest.mark.parametrize("name", ["int4-g64", "int3-g32-z16", "int8", "fp8", "int3-g32-s4"])
 def test_every_type_and_number_of_inputs(name, dtype):
     for count in (1, 3, 16, 17, 40):
         if DEVICE == "cuda" or dtype != torch.bfloat16 or count <= triton_kernel.FEW:  # interpreted, its dot is wrong
@@ -86,7 +86,7 @@ def test_every_type_and_number_of_inputs(name, dtype):
 
 
 @runs
-@pytest.mark.parametrize("name", ["int5-g32", "int4-g64-z16"])
+@pytest.mark.parametrize("name", ["int5-g32", "int4-g64-z16", "int2-g32-s4"])
 def test_rows_longer_than_a_program(name):
     """Several steps of a loop; with more inputs, several parts, that are summed."""
     check(format_named(name), 1, 2, 4096 + 160)
@@ -175,6 +175,7 @@ def test_compilers_see_one_node():
         ("int3-row", torch.float16, (8, 0), None),
         ("binary-g64", torch.float32, (8, 6), None),
         ("fp8", torch.bfloat16, (8, 0), None),
+        ("int4-g32-s4", torch.bfloat16, (8, 0), None),
         ("int4-g64", torch.bfloat16, (7, 5), "compute capability below 8.0"),
         ("int4-g64", torch.float64, (9, 0), "inputs are float64"),
         ("ternary-g64", torch.bfloat16, (9, 0), "its codes are not bit fields"),
@@ -197,9 +198,9 @@ from bitplan.formats.kernels import cuda_programs as triton_programs
 
 def built(name, capability, bits, kind, warps, **blocks):
     program = getattr(triton_programs, name)
-    zeros = "*i32" if kind == "asymmetric" else "*i16"
+    zeros = "*i32" if kind in ("asymmetric", "double") else "*i16"
     types = dict(x="*bf16", words="*i32", scales="*i16", zeros=zeros, out="*bf16")
-    fixed = dict(bits=bits, kind=kind, fixed=0.0, runs=2, vector=4, bias=None, **blocks)
+    fixed = dict(bits=bits, kind=kind, fixed=0.0, runs=1 if kind == "double" else 2, vector=4, bias=None, **blocks)
     names = program.arg_names
     source = ASTSource(
         program,
@@ -215,6 +216,8 @@ def built(name, capability, bits, kind, warps, **blocks):
 decode = built("vector_program", 80, 4, "asymmetric", 4, block_m=1, block_n=4, block_r=128)
 assert len(re.findall(r"ld\\.global\\.v4\\.b32", decode)) == 4 + 4  # a run of each row, 32 inputs
 assert "fma.rn.f32" in decode and ".ftz" not in decode  # subnormals are not flushed
+assert "fma.rn.f32" in built("vector_program", 80, 4, "double", 4, block_m=1, block_n=4, block_r=128)
+assert "mma.sync" in built("tile_program", 80, 4, "double", 4, block_m=16, block_n=64, block_r=4)
 assert "wgmma" in built("tile_program", 90, 8, "fp8", 4, block_m=64, block_n=64, block_r=2)
 assert "mma.sync" in built("tile_program", 80, 4, "float_zero", 4, block_m=16, block_n=64, block_r=2)
 """
@@ -227,7 +230,7 @@ def test_compiles_without_a_gpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["int4-g64", "int3-g64", "int8", "int2-g32", "fp8"])
+@pytest.mark.parametrize("name", ["int4-g64", "int3-g64", "int8", "int2-g32", "fp8", "int4-g32-s4"])
 @pytest.mark.parametrize("count", [1, 4, 16, 300])
 def test_on_a_gpu_under_compile_and_in_a_graph(name, count):
     format: IntegerFormat | Float8Format = format_named(name)  # type: ignore[assignment]

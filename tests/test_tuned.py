@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from bitplan.formats.double_quant import DoubleQuantFormat
 from bitplan.formats.integers import Grid, IntegerFormat
 from bitplan.formats.rounding import Hessian, tuned
 from bitplan.formats.rounding.gptq import gptq_codes
@@ -13,6 +14,7 @@ FORMATS = [
     IntegerFormat("mid_rise", 1, group=32, zero_point="mid_rise"),
     IntegerFormat("mid_rise-2", 2, group=64, zero_point="mid_rise"),
     IntegerFormat("float_zero", 3, group=32, zero_point="float_zero"),
+    DoubleQuantFormat("double", 4, group=32),
 ]
 COLUMNS = 80  # the last group is a shorter one
 

@@ -2,8 +2,8 @@
 
 For a few rows of input (decoding), each row of the weight is dequantized in the processor's cache and multiplied there.
 For more (prefill), a tile of rows is dequantized and torch multiplies it. numba is imported when a weight is first
-multiplied. May import: formats.base, formats.bnb, formats.floats, formats.integers, formats.packed,
-formats.kernels.cpu_programs.
+multiplied. May import: formats.base, formats.bnb, formats.double_quant, formats.floats, formats.integers,
+formats.packed, formats.kernels.cpu_programs.
 """
 
 from collections.abc import Callable
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bitplan.formats.base import Format, Tensors
 from bitplan.formats.bnb import Int8BnbFormat
+from bitplan.formats.double_quant import DoubleQuantFormat
 from bitplan.formats.floats import Float8Format
 from bitplan.formats.integers import IntegerFormat
 from bitplan.formats.packed import TRITS
@@ -61,6 +62,8 @@ def unsupported(format: Format, columns: int) -> str | None:
 
 def _fields(format: Format, columns: int) -> tuple[str, int, int]:
     """How a format's codes are decoded, their bits, and the number of columns that share a scale."""
+    if isinstance(format, DoubleQuantFormat):
+        return "double", format.code_bits, format.group
     if isinstance(format, IntegerFormat):
         return "ternary" if format.ternary else format.zero_point, format.code_bits, format.group or columns
     return "fp8" if isinstance(format, Float8Format) else "signed", 8, columns
@@ -95,7 +98,7 @@ def in_planes(x: Tensor, period: int) -> Tensor:
 
 
 def _stored(tensors: Tensors) -> tuple[Tensor, Tensor, Tensor | None]:
-    return tensors[""], tensors["_scale"], tensors.get("_zero")
+    return tensors[""], tensors["_scale"], tensors.get("_zero", tensors.get("_group"))
 
 
 def _period(kind: str, bits: int) -> int:
@@ -188,7 +191,7 @@ def _(codes, scale, zero, columns, kind, bits, group):
 
 
 def _arrays(codes: Tensor, scale: Tensor, zero: Tensor | None, kind: str, bits: int) -> tuple[Any, Any, Any]:
-    """The stored tensors as numpy arrays, as the programs expect them; 1-D zero points are one stream of codes."""
+    """The stored tensors as numpy arrays, as the programs expect them; what is 1-D is one stream of groups' codes."""
     words = codes.numpy().view(np.int8 if kind == "signed" else np.uint8 if bits == 8 else np.uint32)
     scales: Any = scale.numpy().view(np.float32 if kind == "signed" else np.uint16)
     scales = scales / np.float32(127) if kind == "signed" else scales  # as the format's own `dequantize` does

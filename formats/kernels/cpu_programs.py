@@ -3,7 +3,7 @@
 A row [columns] is dequantized into planes [period, runs]: a run is `period` codes, after which their bit positions
 inside words repeat, and plane k holds code k of every run. All words of one plane are shifted by the same amount, so
 that a loop over them compiles to vector instructions; in the row's own order it does not. Inputs have the same layout.
-Imported only if numba is installed. May import: formats.packed, numba.
+Imported only if numba is installed. May import: formats.double_quant, formats.packed, numba.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from typing import Any
 import numba
 import numpy as np
 
+from bitplan.formats.double_quant import GROUP_BITS, LEVELS, ZEROS
 from bitplan.formats.packed import TRITS
 
 HALVES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
@@ -28,27 +29,34 @@ inlined = numba.njit(nogil=True, inline="always")
 def _grid(kind: str, bits: int) -> Callable:
     """grid(scale, zero, n, first, s, z) sets float32 s and z [G] to the scales and zero points of row n.
 
-    scale: fp16 bits [N, G], or float32 for kind "signed". zero: fp16 bits [N, G] for kind "float_zero"; for
-    "asymmetric" the zero points of all rows of the weight, as one stream of words in which row 0 here is row `first`;
-    unused for other kinds."""
+    scale: fp16 bits [N, G] ([N, 1] for kind "double"), or float32 for kind "signed". zero: fp16 bits [N, G] for kind
+    "float_zero"; for "asymmetric" the zero points of all rows of the weight, as one stream of words in which row 0 here
+    is row `first`; for "double" such a stream of the groups' codes; unused for other kinds."""
     top = (1 << bits) - 1
     fixed = np.float32({"symmetric": top // 2 + 1, "mid_rise": top / 2, "ternary": 1}.get(kind, 0))
     # Constants at compile time, so that numba drops branches that do not match the arrays' dtypes.
-    is_float32, floats, codes = kind == "signed", kind == "float_zero", kind == "asymmetric"
+    is_float32, floats, codes, double = (kind == k for k in ("signed", "float_zero", "asymmetric", "double"))
+    width = np.uint64(GROUP_BITS if double else bits)
+    lowest, step = np.float32((1 << (bits - 1)) - ZEROS // 2), np.float32(1 / LEVELS)
 
     @(compiled if bits == 8 else inlined)
     def grid(scale, zero, n, first, s, z):
-        for g in range(len(s)):
-            s[g] = scale[n, g] if is_float32 else HALVES[scale[n, g]]
-            z[g] = HALVES[zero[n, g]] if floats else fixed
-        if codes:
+        if not double:
             for g in range(len(s)):
-                bit = np.uint64(((first + n) * len(s) + g) * bits)
+                s[g] = scale[n, g] if is_float32 else HALVES[scale[n, g]]
+                z[g] = HALVES[zero[n, g]] if floats else fixed
+        if codes or double:
+            for g in range(len(s)):
+                bit = np.uint64((first + n) * len(s) + g) * width
                 word, shift = bit >> np.uint64(5), bit & np.uint64(31)
                 code = np.uint64(zero[word]) >> shift
-                if shift + np.uint64(bits) > np.uint64(32):
+                if shift + width > np.uint64(32):
                     code |= np.uint64(zero[word + np.uint64(1)]) << (np.uint64(32) - shift)
-                z[g] = np.float32(code & np.uint64(top))
+                if double:
+                    s[g] = HALVES[scale[n, 0]] * (np.float32(code & np.uint64(LEVELS - 1)) + np.float32(1)) * step
+                    z[g] = np.float32((code >> np.uint64(4)) & np.uint64(ZEROS - 1)) + lowest
+                else:
+                    z[g] = np.float32(code & np.uint64(top))
 
     return grid
 
@@ -228,7 +236,8 @@ def programs(kind: str, bits: int, period: int) -> tuple[Callable, Callable]:
 
     @compiled
     def dequantize(codes, scale, zero, first, out, group, parts):
-        s, z = np.empty(scale.shape[1], np.float32), np.empty(scale.shape[1], np.float32)
+        count = np.int64(parts[-1, -1]) + 1
+        s, z = np.empty(count, np.float32), np.empty(count, np.float32)
         grids, words = np.empty((2, *parts.shape), np.float32), np.empty((width, out.shape[2]), np.uint32)
         for n in range(len(codes)):
             grid(scale, zero, n, first, s, z)
@@ -236,7 +245,8 @@ def programs(kind: str, bits: int, period: int) -> tuple[Callable, Callable]:
 
     @compiled
     def product(codes, scale, zero, first, x, sums, out, group, parts):
-        s, z = np.empty(scale.shape[1], np.float32), np.empty(scale.shape[1], np.float32)
+        count = np.int64(parts[-1, -1]) + 1
+        s, z = np.empty(count, np.float32), np.empty(count, np.float32)
         grids, words = np.empty((2, *parts.shape), np.float32), np.empty((width, x.shape[2]), np.uint32)
         made = np.empty(x.shape[1:], np.float32)
         weight, inputs = made.reshape(-1), x.reshape((len(x), -1))

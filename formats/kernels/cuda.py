@@ -2,8 +2,8 @@
 
 Products with up to four rows of input (decoding) are memory-bound: each word is loaded once, in wide loads, and
 unpacked in registers. For more rows, a tile of the weight is dequantized at a time, for the tensor cores.
-Triton is imported when a weight is first multiplied. May import: formats.base, formats.floats, formats.integers,
-formats.kernels.cuda_programs.
+Triton is imported when a weight is first multiplied. May import: formats.base, formats.double_quant, formats.floats,
+formats.integers, formats.kernels.cuda_programs.
 """
 
 from functools import cache
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bitplan.formats.base import Format, Tensors
+from bitplan.formats.double_quant import DoubleQuantFormat
 from bitplan.formats.floats import Float8Format
 from bitplan.formats.integers import IntegerFormat
 
@@ -58,10 +59,9 @@ def linear(format: Format, x: Tensor, tensors: Tensors, columns: int, bias: Tens
     if isinstance(format, Float8Format):
         return _packed_linear(x, tensors[""], tensors["_scale"], None, bias, columns, 8, 0, "fp8")
     assert isinstance(format, IntegerFormat)
-    zero = tensors.get("_zero")
-    return _packed_linear(
-        x, tensors[""], tensors["_scale"], zero, bias, columns, format.code_bits, format.group, format.zero_point
-    )
+    zero = tensors.get("_zero", tensors.get("_group"))
+    kind = "double" if isinstance(format, DoubleQuantFormat) else format.zero_point
+    return _packed_linear(x, tensors[""], tensors["_scale"], zero, bias, columns, format.code_bits, format.group, kind)
 
 
 @cache
@@ -111,13 +111,14 @@ def _packed_linear(
     top = (1 << bits) - 1
     common = {
         "bits": bits,
-        "kind": kind if kind in ("asymmetric", "float_zero", "fp8") else "fixed",
-        "fixed": {"symmetric": top // 2 + 1.0, "mid_rise": top / 2}.get(kind, 0.0),
+        "kind": kind if kind in ("asymmetric", "float_zero", "fp8", "double") else "fixed",
+        "fixed": {"symmetric": top // 2 + 1.0, "mid_rise": top / 2, "double": top // 2 - 1.0}.get(kind, 0.0),
         "runs": group // 32 if group else 1 << 26,  # the whole row is group 0
         "vector": vector,
         "enable_fp_fusion": True,  # products and sums as one instruction: half the arithmetic; Triton's default changes
     }
-    sizes = (count, columns, rows, codes.shape[1] // vector, scale.shape[1], 0 if zero is None else zero.numel())
+    groups = -(-columns // group) if group else 1
+    sizes = (count, columns, rows, codes.shape[1] // vector, groups, 0 if zero is None else zero.numel())
     grids = (scale, scale if zero is None else zero, None if bias is None else bias.contiguous())
     with torch.cuda.device_of(x):
         if count <= FEW:

@@ -5,10 +5,11 @@ code k in a run is known at compile time, so that unpacking takes one or two ins
 formats.kernels.cuda imports this module when a weight is first multiplied, since triton may be missing.
 May import: triton only.
 
-Arguments of both: x [m, columns]; words int32 [rows, vectors * vector]; scales int16 (bits of fp16) [rows, groups];
-zeros, by `kind`: "asymmetric" int32 [zero_words], one stream of codes; "float_zero" int16 like scales; "fixed" and
-"fp8" (e4m3 codes): not read; bias [rows] or None. `fixed` is the zero point that is not stored, `runs` the number of
-runs per group, `vector` the number of words per load.
+Arguments of both: x [m, columns]; words int32 [rows, vectors * vector]; scales int16 (bits of fp16) [rows, groups],
+for kind "double" [rows, 1]; zeros, by `kind`: "asymmetric" and "double" int32 [zero_words], one stream of groups'
+codes; "float_zero" int16 like scales; "fixed" and "fp8" (e4m3 codes): not read; bias [rows] or None. `fixed` is the
+zero point that is not stored, for "double" the lowest one; `runs` is the number of runs per group, `vector` the number
+of words per load.
 """
 
 import triton
@@ -116,22 +117,44 @@ def _as_float(halves):
 
 
 @triton.jit
-def _zero(zeros, halves, group, base, zero_words, inside, bits: tl.constexpr, kind: tl.constexpr, fixed: tl.constexpr):
-    """The zero points of runs: float32 [rows, runs], or a number. `group` counts from group `base`; `halves` are the
-    bits of fp16 zero points, used for kind "float_zero"."""
-    if kind == "asymmetric":
-        first = base * bits
-        bit = group * bits + (first % 32).to(tl.int32)
-        word = first // 32 + bit // 32
-        code = tl.load(zeros + word, mask=inside, other=0).to(tl.uint32, bitcast=True) >> (bit % 32)
-        if 32 % bits != 0:  # codes straddle words
-            more = tl.load(zeros + word + 1, mask=inside & (word + 1 < zero_words), other=0)
-            code |= (more.to(tl.uint32, bitcast=True) << 1) << (31 - bit % 32)
-        return (code & ((1 << bits) - 1)).to(tl.float32)
-    elif kind == "float_zero":
-        return _as_float(halves)
+def _load_scales(scales, row, group, inside, kind: tl.constexpr):
+    """The bits of the scales of runs, int16 [rows, runs]; of rows [rows, 1] for kind "double"."""
+    if kind == "double":
+        return tl.load(scales + row)[:, None]
     else:
-        return fixed
+        return tl.load(scales + group, mask=inside, other=0)
+
+
+@triton.jit
+def _group_code(stream, group, base, stream_words, inside, bits: tl.constexpr):
+    """Codes of `bits` bits of a stream, uint32 [rows, runs]; `group` counts from group `base`."""
+    first = base * bits
+    bit = group * bits + (first % 32).to(tl.int32)
+    word = first // 32 + bit // 32
+    code = tl.load(stream + word, mask=inside, other=0).to(tl.uint32, bitcast=True) >> (bit % 32)
+    if 32 % bits != 0:  # codes straddle words
+        more = tl.load(stream + word + 1, mask=inside & (word + 1 < stream_words), other=0)
+        code |= (more.to(tl.uint32, bitcast=True) << 1) << (31 - bit % 32)
+    return code & ((1 << bits) - 1)
+
+
+@triton.jit
+def _grid(
+    scale, zeros, halves, group, base, zero_words, inside, bits: tl.constexpr, kind: tl.constexpr, fixed: tl.constexpr
+):
+    """The scales and zero points of runs: float32 [rows, runs] each, or a number. `group` counts from group `base`;
+    `scale` is the groups' own, or for kind "double" their rows'; `halves` are the bits of fp16 zero points, used for
+    kind "float_zero"."""
+    if kind == "double":
+        code = _group_code(zeros, group, base, zero_words, inside, 6)
+        level = ((code & 15) + 1).to(tl.float32) * 0.0625
+        return scale * level, (code >> 4).to(tl.float32) + fixed
+    elif kind == "asymmetric":
+        return scale, _group_code(zeros, group, base, zero_words, inside, bits).to(tl.float32)
+    elif kind == "float_zero":
+        return scale, _as_float(halves)
+    else:
+        return scale, fixed
 
 
 @triton.jit(do_not_specialize=_COUNTS)
@@ -172,9 +195,9 @@ def vector_program(
         inside = (run * 32 < columns)[None, :]
         group = row[:, None] * groups + run[None, :] // runs
         loaded = _load_words(words, row, run, vectors, bits, vector)
-        scale = _as_float(tl.load(scales + first * groups + group, mask=inside, other=0))
+        scale = _as_float(_load_scales(scales + first * (1 if kind == "double" else groups), row, group, inside, kind))
         halves = tl.load(zeros + first * groups + group, mask=inside, other=0) if kind == "float_zero" else 0
-        zero = _zero(zeros, halves, group, first * groups, zero_words, inside, bits, kind, fixed)
+        scale, zero = _grid(scale, zeros, halves, group, first * groups, zero_words, inside, bits, kind, fixed)
         # Σ (code - zero) x = Σ code x - zero Σ x: zero and scale are applied once per run instead of once per code.
         dots = tl.full((block_m, block_n, block_r), 0, tl.float32)
         sums = tl.full((block_m, 1, block_r), 0, tl.float32)
@@ -229,7 +252,7 @@ def tile_program(
     row = tl.minimum(tl.arange(0, block_n), (rows - 1 - first).to(tl.int32))
     m = tl.minimum(tl.arange(0, block_m), (count - 1 - first_m).to(tl.int32))
     words += first * (vectors * vector)
-    scales += first * groups
+    scales += first * (1 if kind == "double" else groups)
     x += first_m * columns
     start = part * part_runs
     stop = tl.minimum(start + part_runs, (columns + 31) // 32)
@@ -238,7 +261,7 @@ def tile_program(
     run = start + tl.arange(0, block_r)
     group = row[:, None] * groups + run[None, :] // runs
     inside = (run * 32 < columns)[None, :]
-    next_scale = tl.load(scales + group, mask=inside, other=0)
+    next_scale = _load_scales(scales, row, group, inside, kind)
     next_zero = tl.load(zeros + first * groups + group, mask=inside, other=0) if kind == "float_zero" else 0
     total = tl.full((block_m, block_n), 0, tl.float32)
     for begin in range(start, stop, block_r):
@@ -249,10 +272,10 @@ def tile_program(
         inputs = tl.load(x + m[:, None] * columns + k[None, :], mask=(k < columns)[None, :], other=0)
         loaded = _load_words(words, row, run, vectors, bits, vector)
         scale = _as_float(next_scale)
-        zero = _zero(zeros, next_zero, group, first * groups, zero_words, inside, bits, kind, fixed)
+        scale, zero = _grid(scale, zeros, next_zero, group, first * groups, zero_words, inside, bits, kind, fixed)
         ahead = row[:, None] * groups + (run + block_r)[None, :] // runs
         inside = ((run + block_r) * 32 < columns)[None, :]
-        next_scale = tl.load(scales + ahead, mask=inside, other=0)
+        next_scale = _load_scales(scales, row, ahead, inside, kind)
         if kind == "float_zero":
             next_zero = tl.load(zeros + first * groups + ahead, mask=inside, other=0)
         if kind == "fp8":

@@ -44,8 +44,12 @@ def _round(x: Tensor) -> Tensor:
     return _Through.apply(x, torch.round)  # type: ignore[no-any-return]
 
 
-def _as_half(x: Tensor) -> Tensor:
-    return _Through.apply(x, lambda value: value.half().float())  # type: ignore[no-any-return]
+def _stored(x: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
+    return _Through.apply(x, rounded)  # type: ignore[no-any-return]
+
+
+def _half(x: Tensor) -> Tensor:
+    return x.half().float()
 
 
 class Learned:
@@ -68,11 +72,13 @@ class Learned:
     def grid(self) -> Grid:
         scale, zero, top = self.start.scale, self.start.zero, self.format.top
         if self.format.zero_point in ("symmetric", "mid_rise"):
-            return Grid(_as_half(scale * self.high), zero)
+            return Grid(_stored(scale * self.high, self.format.storable_scale), zero)
         low, high = zero * scale * self.low, (top - zero) * scale * self.high
-        scale = _as_half((low + high) / top)
+        scale = _stored((low + high) / top, self.format.storable_scale)
         zero = low / scale.clamp(min=1e-9)
-        return Grid(scale, _as_half(zero) if self.format.zero_point == "float_zero" else _round(zero).clamp(0, top))
+        if self.format.zero_point == "float_zero":
+            return Grid(scale, _stored(zero, _half))
+        return Grid(scale, _round(zero).clamp(*self.format.zeros_range))
 
     def _wide(self, grid: Grid, columns: int) -> Grid:
         return Grid(self.format.over_columns(grid.scale, columns), self.format.over_columns(grid.zero, columns))

@@ -10,7 +10,7 @@ from bitplan.formats.sizes import format_bytes
 from bitplan.planner.assemble import refinished
 from bitplan.planner.codes import refuse_missing
 from bitplan.planner.commands.common import emit, texts_of
-from bitplan.planner.export.gptq_layout import refuse_unsupported, save_gptq
+from bitplan.planner.export.gptq_layout import added_scales, refuse_unsupported, save_gptq
 from bitplan.planner.load import find_for, load_planned, make_codes, resident_bytes
 from bitplan.planner.plan import Plan
 from bitplan.planner.report.model_card import refuse_folder, save
@@ -70,6 +70,7 @@ def run(arguments: Namespace) -> None:
         if arguments.layout == "gptq":
             data["saved_bytes"] = save_gptq(model, plan, source, arguments.save, arguments.force)
             text.append(f"saved to {arguments.save} in GPTQ's layout, {data['saved_bytes']:,} bytes")
+            text += added_scales(plan.packed)
         else:
             save(model, plan, source, arguments.save, arguments.force)
             text.append(f"saved to {arguments.save}")

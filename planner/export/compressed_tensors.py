@@ -29,7 +29,7 @@ from bitplan.formats.integers import IntegerFormat
 from bitplan.formats.modules import Packed
 from bitplan.formats.packed import pack, unpack, words_per_row
 from bitplan.formats.table import FORMATS
-from bitplan.planner.export.gptq_layout import FUSED
+from bitplan.planner.export.gptq_layout import FUSED, added_scales
 from bitplan.planner.export.target import KINDS, Exported, Target, group_size, integer, uneven
 from bitplan.planner.plan import Plan, PlannedUnit
 from bitplan.planner.report.model_card import Layout, write_papers, written_beside
@@ -89,6 +89,7 @@ class CompressedTensors(Target):
     def notes(self, plan: Plan) -> list[str]:
         found = {FORMATS[unit.format].bits for unit in plan.packed}
         notes = ["scales are fp16: a server that runs in bfloat16 rounds them, `--dtype float16` keeps them"]
+        notes += added_scales(plan.packed)
         if odd := sorted(f"{bits:.0f}" for bits in found - {4, 8}):
             notes.append(
                 f"{', '.join(odd)} bits need a vLLM with Humming's kernels and a GPU that these run on; SGLang has none"
@@ -148,6 +149,8 @@ def config(plan: Plan) -> dict[str, Any]:
 def to_compressed(tensors: Tensors, unit: PlannedUnit) -> Tensors:
     """Convert a unit's packed tensors to the layout's."""
     format = FORMATS[unit.format]
+    if isinstance(format, IntegerFormat):
+        tensors = format.with_fp16_scales(tensors, unit.columns)
     scale = tensors["_scale"].view(torch.float16)
     if not isinstance(format, IntegerFormat):
         codes = tensors[""].view(torch.uint8)[:, : unit.columns].contiguous()

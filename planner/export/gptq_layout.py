@@ -16,6 +16,7 @@ import json
 import re
 import shutil
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bitplan.formats.base import Tensors
+from bitplan.formats.double_quant import nbytes_added
 from bitplan.formats.errors import FormatUnavailable
 from bitplan.formats.integers import IntegerFormat
 from bitplan.formats.modules import Packed, is_experts
@@ -51,8 +53,8 @@ LAYOUT = Layout(
     """Mixed precision by bitplan, written in the checkpoint layout of GPTQ: read it with gptqmodel. vLLM (from 0.22 on)
 and SGLang support this layout only at 4 or 8 bits without zero points. Modules with other bits or group sizes, or left
 in floats, are listed under `dynamic` in config.json. transformers' own GPTQ reader and auto-gptq ignore `dynamic`: they
-read the folder correctly only if it is absent. This layout takes more bytes than the plan: it adds g_idx, and zero
-points for symmetric formats.
+read the folder correctly only if it is absent. This layout takes more bytes than the plan: it adds g_idx, zero points
+for symmetric formats, and fp16 scales where the plan's scales are codes.
 
 ```python
 from gptqmodel import GPTQModel
@@ -136,6 +138,7 @@ def to_gptq(tensors: Tensors, format: IntegerFormat, columns: int) -> Tensors:
     borrows from its neighbour, in some it is read as 2^b. Such a group is therefore written mirrored, as
     code' = top - code, zero' = top, scale' = -scale, which gives exactly the same values.
     """
+    tensors = format.with_fp16_scales(tensors, columns)
     bits, top = format.code_bits, format.top
     codes, scale = unpack(tensors[""], columns, bits), tensors["_scale"].view(torch.float16)
     if format.zero_point == "asymmetric":
@@ -151,6 +154,18 @@ def to_gptq(tensors: Tensors, format: IntegerFormat, columns: int) -> Tensors:
         "scales": torch.where(mirrored, -scale, scale).T.contiguous(),
         "g_idx": torch.arange(columns, dtype=torch.int32) // step,
     }
+
+
+def added_scales(units: Iterable[PlannedUnit]) -> list[str]:
+    """A note on the bytes that scales which are codes in the plan take more as fp16, if there are any."""
+    added: dict[str, int] = defaultdict(int)
+    for unit in units:
+        added[unit.format] += nbytes_added(FORMATS[unit.format], unit.experts * unit.rows, unit.columns)
+    return [
+        f"the scales of {name} are written as fp16 ones, the same values, which adds {size:,} bytes"
+        for name, size in added.items()
+        if size
+    ]
 
 
 def gptq_tensors(model: PreTrainedModel, plan: Plan, tied_twice: bool) -> Tensors:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from bitplan.formats.errors import ModelUnreadable, first_line
 from bitplan.formats.modules import is_experts
 from bitplan.planner.export.gptq_layout import (
+    added_scales,
     joined_experts,
     quantization_config,
     refuse_unsupported,
@@ -60,6 +61,7 @@ class GptqModel(Target):
         served = all(is_served(unit) for unit in plan.packed)
         return [
             "these are the settings alone: `bitplan apply PLAN --layout gptq --save DIR` writes them with the weights",
+            *added_scales(plan.packed),
             "transformers' own GPTQ reader does not look at `dynamic`: load with gptqmodel",
             "vLLM reads these too"
             if served

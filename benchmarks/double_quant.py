@@ -1,0 +1,96 @@
+"""What do double-quantized scales gain? `make bench-double-quant`; `--also MODEL TEXT HELDOUT` adds a model.
+
+Two tables per model, all rounded by `gptq` in sequence and measured on held-out text: each of the formats for all
+units, and plans (the knapsack's, no trials) for the bytes of a uniform one, from a plan's default formats with and
+without the double-quantized ones. May import: everything.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.machine import described
+from bitplan.formats.table import DEFAULT_FORMATS
+from bitplan.planner.assemble import Finish, quick_plan, uniform_plan
+from bitplan.planner.demo import CALIBRATION, HELDOUT, MODEL
+from bitplan.planner.evaluate.objective import Objective
+from bitplan.planner.load import load_planned
+from bitplan.planner.plan import Budget, Measured, Plan
+from bitplan.planner.quantize.distillation import round_missing
+from bitplan.planner.report.tables import table
+from bitplan.search.problem import problem_of
+from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.audit import audit
+from bitplan.sensitivity.session import Session, open_session, read_texts
+
+BITS = (4, 3, 2)
+DOUBLE = tuple(f"int{bits}-g32-s4" for bits in BITS)
+OTHERS = tuple(name for name in DEFAULT_FORMATS if name not in DOUBLE)
+
+
+class Case:
+    """A model with its texts, opened for work."""
+
+    def __init__(self, model: str | Path, text: str | Path, heldout: str | Path):
+        self.name = "embedded" if model == MODEL else Path(model).name
+        texts = read_texts(sources.find(model), files=[Path(text)], heldout=[Path(heldout)])
+        self.session: Session = open_session(sources.find(model), texts, device="cpu")
+        self.objective = Objective(self.session)
+
+    def measured(self, plan: Plan) -> Measured:
+        began = time.perf_counter()
+        round_missing(plan, self.session)
+        found = self.objective.heldout(load_planned(plan, self.session.source, "cpu"))
+        print(f"{self.name} {plan.bytes:,} {found.kl:.5f} {time.perf_counter() - began:.0f} s", file=sys.stderr)
+        return found
+
+    def row(self, name: str, plan: Plan, found: Measured, beside: Measured) -> tuple[str, ...]:
+        kl = f"{found.kl:.5f}" + (f" ± {found.kl_se:.5f}" if found.kl_se else "")
+        return self.name, name, f"{plan.bytes:,}", f"{plan.bits_per_weight:.3f}", kl, f"{found.kl / beside.kl:.3f}"
+
+    def uniform(self) -> list[tuple[str, ...]]:
+        rows = []
+        for bits in BITS:
+            plans = {
+                n: uniform_plan(self.session, n, "gptq") for n in (f"int{bits}-{g}" for g in ("g64", "g32-s4", "g32"))
+            }
+            found = {name: self.measured(plan) for name, plan in plans.items()}
+            rows += [self.row(name, plan, found[name], found[f"int{bits}-g64"]) for name, plan in plans.items()]
+        return rows
+
+    def planned(self) -> list[tuple[str, ...]]:
+        profile, rows = audit(self.session, (*OTHERS, *DOUBLE)), []
+        for bits in BITS:
+            size = uniform_plan(self.session, f"int{bits}-g64").bytes
+            budget = Budget(requested=f"the bytes of uniform int{bits}-g64", weights=size)
+
+            def made(formats: Sequence[str], budget: Budget = budget) -> Plan:
+                return quick_plan(problem_of(profile, tuple(formats)), budget, Finish("gptq"))
+
+            plans = {"without": made(OTHERS), "with": made((*OTHERS, *DOUBLE))}
+            found = {name: self.measured(plan) for name, plan in plans.items()}
+            rows += [
+                self.row(f"int{bits}-g64's bytes, {name}", plan, found[name], found["without"])
+                for name, plan in plans.items()
+            ]
+        return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--also", nargs=3, action="append", default=[], metavar=("MODEL", "TEXT", "HELDOUT"))
+    uniform, planned = [], []
+    for model in ((MODEL, CALIBRATION, HELDOUT), *parser.parse_args().also):
+        case = Case(*model)
+        uniform += case.uniform()
+        planned += case.planned()
+    head = ("model", "", "bytes", "bits per weight", "held-out KL, nats per token", "ratio")
+    print(table(head, uniform, left=2))
+    print(table(head, planned, left=2))
+    print(described("cpu"))
+
+
+if __name__ == "__main__":
+    main()
