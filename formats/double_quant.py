@@ -89,7 +89,8 @@ class DoubleQuantFormat(IntegerFormat):
             for down in range(LEVELS // 2):
                 scale = row * (level - down).clamp(min=1) / LEVELS
                 grid = Grid(scale.unsqueeze(-1), torch.tensor(float(zero)))
-                error = self.decode(self.encode(parts, grid), grid).sub_(parts).square_().mul_(importance).sum(-1)
+                off = self.encode(parts, grid).sub_(zero).mul_(grid.scale).sub_(parts)
+                error = off.square_().mul_(importance).sum(-1)
                 better = error < least
                 least = torch.where(better, error, least)
                 best = torch.where(better, scale, best)
