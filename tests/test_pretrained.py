@@ -32,6 +32,7 @@ from tests import tiny
 IDS = torch.arange(3, 43).unsqueeze(0)
 MIX = [
     "int4-g32",
+    "int3-g32-s4",
     "nf4",
     "fp8",
     "int8",
@@ -43,7 +44,6 @@ MIX = [
     "fp16",
     "fp32",
     "int2-g32",
-    "int3-g32-s4",
 ]
 
 
