@@ -5,6 +5,7 @@ then take fewer bytes than groups of 64 with an fp16 scale each. May import: for
 formats.packed.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -100,6 +101,10 @@ class DoubleQuantFormat(IntegerFormat):
     def storable_scale(self, scale: Tensor) -> Tensor:
         row, level = self._row_and_level(scale)
         return row * level / LEVELS
+
+    def scales_beside(self, grid: Grid) -> Callable[[Tensor], Tensor]:
+        row = self._row_and_level(grid.scale)[0].squeeze(-1)
+        return lambda scale: row * (scale / row.clamp(min=1e-30) * LEVELS).round().clamp(1, LEVELS) / LEVELS
 
     def _row_and_level(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         """The row scales [rows, 1] and levels 1 to 16 [rows, groups] nearest to `scale` [rows, groups]: those which

@@ -3,6 +3,7 @@
 May import: formats.base, formats.packed.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -165,6 +166,11 @@ class IntegerFormat(Format):
     def storable_scale(self, scale: Tensor) -> Tensor:
         """The scales nearest to float32 `scale` [rows, groups] that can be stored together; those of a `Grid` can."""
         return scale.half().float()
+
+    def scales_beside(self, grid: Grid) -> Callable[[Tensor], Tensor]:
+        """A function that rounds new scales [rows] of one of `grid`'s groups to the nearest that can be stored beside
+        the others' [rows, groups]."""
+        return self.storable_scale
 
     def with_fp16_scales(self, tensors: Tensors, columns: int) -> Tensors:
         """The stored tensors of a weight as a format with an fp16 scale per group has them: for other tools."""

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from bitplan.formats.double_quant import DoubleQuantFormat, nbytes_added, round_up
 from bitplan.formats.integers import Grid, IntegerFormat
 from bitplan.formats.rounding import ROUNDINGS
+from bitplan.formats.rounding.descent import descend
 from bitplan.formats.rounding.gptq import gptq_codes
 from bitplan.formats.table import FORMATS, format_named
 from bitplan.planner.export.compressed_tensors import to_compressed
@@ -125,6 +126,25 @@ def test_codes_are_chosen_with_the_scales_that_are_stored(format):
     value = format.dequantize(tensors, 96, torch.float32)
     assert torch.equal(value, (codes - wide[1]) * wide[0])
     assert torch.equal(codes, (aimed / wide[0] + wide[1]).round().clamp(0, format.top))
+
+
+def test_descent_exchanges_scales_only_for_those_that_are_stored(format):
+    target, matrix = weights(8, 160, 3), hessian(160).objective
+    grid = format.fitted_grids(target, matrix.diagonal())
+    grid = Grid(grid.scale.amax(1, keepdim=True).expand_as(grid.scale), grid.zero)  # too large for most groups
+    wide = Grid(format.over_columns(grid.scale, 160), format.over_columns(grid.zero, 160))
+    codes = format.encode(target, wide)
+    found, better, _ = descend(target, codes, grid, matrix, format, 2)
+
+    def lost(codes, grid):
+        value = format.dequantize(format.store(codes, grid), 160, torch.float32)
+        change = (value - target).double()
+        return ((change @ matrix.double()) * change).sum(-1)
+
+    assert (lost(found, better) <= lost(codes, grid) * (1 + 1e-5)).all()
+    assert not torch.equal(better.scale, grid.scale)
+    assert torch.equal(format.storable_scale(better.scale), better.scale)
+    assert torch.equal(better.zero, better.zero.clamp(*format.zeros_range))
 
 
 @pytest.mark.parametrize("exponent", [-40, -28, -22, -16])

@@ -66,7 +66,8 @@ class TestDescent:
         codes = format.encode(target, Grid(format.over_columns(grid.scale, 32), format.over_columns(grid.zero, 32)))
         value = values(format, codes, grid)
         slope = (value - target) @ matrix
-        found = fitted(codes.T, value.T, slope.T, matrix, Grid(grid.scale[:, 0], grid.zero[:, 0]), format)
+        group, stored = Grid(grid.scale[:, 0], grid.zero[:, 0]), format.scales_beside(grid)
+        found = fitted(codes.T, value.T, slope.T, matrix, group, format, stored)
         least = lost(values(format, codes, Grid(found.scale[:, None], found.zero[:, None])) - target, matrix)
         near = (found.scale.half().view(torch.int16) + torch.arange(-200, 201)[:, None]).short().view(torch.float16)
         for scale in near.float():

@@ -9,6 +9,8 @@ step raises it.
 May import: formats.integers.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -32,11 +34,12 @@ def descend(
     scale, zero = grid.scale.T.contiguous(), grid.zero.T.contiguous()
     value = (codes - zero.repeat_interleave(step, 0)[:columns]) * scale.repeat_interleave(step, 0)[:columns]
     slope = matrix @ (value - target)
-    aimed = value.clone()
+    aimed, stored = value.clone(), format.scales_beside(grid)
     for _ in range(sweeps):
         for group, first in enumerate(range(0, columns, step)):
             at = slice(first, min(first + step, columns))
-            here = fitted(codes[at], value[at], slope[at], matrix[at, at], Grid(scale[group], zero[group]), format)
+            here = Grid(scale[group], zero[group])
+            here = fitted(codes[at], value[at], slope[at], matrix[at, at], here, format, stored)
             scale[group], zero[group] = here.scale, here.zero
             moved = format.decode(codes[at], here) - value[at]
             slope += matrix[:, at] @ moved
@@ -55,15 +58,24 @@ def descend(
     return codes.T.contiguous(), Grid(scale.T.contiguous(), zero.T.contiguous()), aimed.T.contiguous()
 
 
-def fitted(codes: Tensor, value: Tensor, slope: Tensor, matrix: Tensor, grid: Grid, format: IntegerFormat) -> Grid:
+def fitted(
+    codes: Tensor,
+    value: Tensor,
+    slope: Tensor,
+    matrix: Tensor,
+    grid: Grid,
+    format: IntegerFormat,
+    stored: Callable[[Tensor], Tensor],
+) -> Grid:
     """The best grid [rows] of a group for its codes [columns, rows], its values and half the objective's gradient (both
-    [columns, rows]) and `matrix` [columns, columns]; `grid` where no other is better."""
+    [columns, rows]) and `matrix` [columns, columns]; `grid` where no other is better. `stored` gives the scale that is
+    stored for one [rows]."""
     rest = matrix @ value - slope
     best, least = grid, _objective(value, rest, matrix)
     for zero in _zeros(codes, rest, matrix, grid, format):
         centred = codes - zero
         length = (centred * (matrix @ centred)).sum(0)
-        scale = ((centred * rest).sum(0) / length.clamp(min=1e-30)).half().float()
+        scale = stored((centred * rest).sum(0) / length.clamp(min=1e-30))
         found = Grid(scale, zero)
         objective = _objective(format.decode(codes, found), rest, matrix)
         better = (objective < least) & (scale > 0) & scale.isfinite()
@@ -80,7 +92,8 @@ def _objective(value: Tensor, rest: Tensor, matrix: Tensor) -> Tensor:
 def _zeros(codes: Tensor, rest: Tensor, matrix: Tensor, grid: Grid, format: IntegerFormat) -> list[Tensor]:
     """Zero points [rows] to try."""
     if format.zero_point == "asymmetric":
-        return [grid.zero, (grid.zero - 1).clamp(min=0), (grid.zero + 1).clamp(max=format.top)]
+        least, most = format.zeros_range
+        return [grid.zero, (grid.zero - 1).clamp(min=least), (grid.zero + 1).clamp(max=most)]
     if format.zero_point != "float_zero":
         return [grid.zero]
     # value = scale * code + offset, by least squares.
