@@ -107,7 +107,8 @@ bench-speed: setup
 bench-prediction: setup
 	$(BIN)/python -m benchmarks.prediction
 
-# Seconds and peak memory of an audit by tier and model size (10 minutes). ALSO="--sizes 1500", ALSO="--tiers measured"
+# Seconds and peak memory of an audit by tier and model size (15 minutes). ALSO="--sizes 1500", ALSO="--tiers measured",
+# ALSO="--sizes 60 --peers" adds AutoScheme and ModelOpt (half an hour and their environments).
 bench-audit: setup
 	$(BIN)/python -m benchmarks.audit $(ALSO)
 

@@ -3,7 +3,8 @@
 Each row is a process of its own: seconds without loading the model, and peak resident memory. "forward + backward" is
 one pass over the same text as training makes it, with transformers alone, in float32 as the audit computes: the ratio
 is to it, of processor time. Each process has one thread. `--sizes` takes millions of parameters (60, 250, 1500),
-`--tiers` the rows. May import: everything.
+`--tiers` the rows. With `--peers`, other tools score their layers on the same text, in three formats. May import:
+everything.
 """
 
 import argparse
@@ -28,6 +29,9 @@ TIERS = (
     "weights",
     "measured",
 )
+PEERS = {"AutoScheme": "auto-round", "ModelOpt gradient": "modelopt"}
+"""Rows of other tools → their environments (`peers/make.sh NAME`), with the formats of PEER_FORMATS, bits and group."""
+PEER_FORMATS = "8-128,4-64,2-64"
 FORMATS = "int8,int6-g64,int5-g64,int4-g32,int4-g64,int4-g128,int3-g32,int3-g64,int3-g128,int2-g32,int2-g64,nf4"
 
 
@@ -80,20 +84,45 @@ def work(model: Path, tier: str, tokens: int) -> None:
         print(json.dumps([time.perf_counter() - began, time.process_time() - busy]))
 
 
+def scored_by_peer(model: Path, row: str, tokens: int) -> tuple[float, float, float]:
+    """As `measured`."""
+    from safetensors.torch import save_file
+
+    from bitplan.sensitivity import source as sources
+    from bitplan.sensitivity.session import read_texts
+
+    name = PEERS[row]
+    subprocess.run(["bash", "benchmarks/peers/make.sh", name], check=True)
+    source = sources.find(model)
+    ids, tokenizer = read_texts(source, tokens=tokens, length=512).calibration.ids, sources.load_tokenizer(source)
+    save_file({"ids": ids.clone()}, model / "ids.st")
+    # Two blocks a line, since a line of fewer tokens than a block is passed over.
+    lines = [json.dumps({"text": tokenizer.decode(block)}) for block in ids.repeat(1, 2).tolist()]
+    (model / "lines.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    script = f"benchmarks/peers/score_{name.replace('-', '_')}.py"
+    text = {"auto-round": ["--lines", str(model / "lines.jsonl"), "--samples", str(len(ids))]}
+    command = [f"benchmarks/peers/.venv-{name}/bin/python", script, "--model", str(model), "--formats", PEER_FORMATS]
+    return finished(
+        [*command, *text.get(name, ["--ids", str(model / "ids.st")])], {**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+
 def measured(model: Path, tier: str, tokens: int) -> tuple[float, float, float]:
     """Seconds, seconds of processor time (of the first process), and peak resident MiB of the largest process."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if "ranks" in tier else []
     command = [sys.executable, *launch, "-m", "benchmarks.audit", "--work", tier, "--model", str(model)]
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "BITPLAN_CACHE": cache, "OMP_NUM_THREADS": "1"}
-        child = subprocess.Popen(
-            [*command, "--tokens", str(tokens)], stdout=subprocess.PIPE, env=environment, encoding="utf-8"
-        )
-        assert child.stdout is not None
-        out = child.stdout.read()
-        _, status, usage = os.wait4(child.pid, 0)
+        return finished([*command, "--tokens", str(tokens)], environment)
+
+
+def finished(command: list[str], environment: dict[str, str]) -> tuple[float, float, float]:
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, encoding="utf-8")
+    assert child.stdout is not None
+    out = child.stdout.read()
+    _, status, usage = os.wait4(child.pid, 0)
     if status:
-        raise SystemExit(f"{tier} on {model.name} failed")
+        raise SystemExit(f"{' '.join(command)} failed")
     return *json.loads(out.strip().splitlines()[-1]), usage.ru_maxrss / 1024
 
 
@@ -102,20 +131,22 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[60, 250], choices=list(SIZES))
     parser.add_argument("--tiers", nargs="+", default=list(TIERS[:-1]), choices=TIERS)
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--peers", action="store_true", help="also AutoScheme and ModelOpt (an hour)")
     parser.add_argument("--work", choices=TIERS, help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
         work(arguments.model, arguments.work, arguments.tokens)
         return
-    print(f"{described()}; {arguments.tokens} calibration tokens, {FORMATS.count(',') + 1} formats")
+    print(f"{described()}; {arguments.tokens} calibration tokens, {FORMATS.count(',') + 1} formats (peers: 3)")
     print(f"{'million parameters':>18}  {'tier':22} {'seconds':>9} {'of CPU':>7} {'ratio':>6} {'peak MiB':>9}")
     for millions in arguments.sizes:
         with tempfile.TemporaryDirectory() as folder:
             make(Path(folder), millions)
             plain = None
-            for tier in arguments.tiers:
-                seconds, busy, peak = measured(Path(folder), tier, arguments.tokens)
+            for tier in [*arguments.tiers, *(PEERS if arguments.peers else ())]:
+                row = scored_by_peer if tier in PEERS else measured
+                seconds, busy, peak = row(Path(folder), tier, arguments.tokens)
                 plain = plain or (busy if tier == "forward + backward" else None)
                 ratio = f"{busy / plain:.2f}" if plain else "–"
                 print(f"{millions:>18}  {tier:22} {seconds:>9.1f} {busy:>7.1f} {ratio:>6} {peak:>9.0f}", flush=True)
