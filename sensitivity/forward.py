@@ -25,15 +25,42 @@ def inputs(
     `memory` bytes, they lie in files. `check` is called with each block's hidden states [1, length, width]."""
     made: list[States | None] = [None]
     for segment in progress(range(segments), desc="forward", unit="block"):
-        module, x = chain.module(segment, own=True), made[-1]
-        out: States | None = None
-        for i, row in enumerate(ids.to(chain.device).split(1)):
-            hidden = row if x is None else x[i].unsqueeze(0).to(chain.device)
-            hidden = chain.run(segment, module, hidden, row, {})
-            check(hidden)
-            if out is None:
-                total = 4 * len(ids) * hidden.numel() * segments
-                out = States((len(ids), *hidden.shape[1:]), in_memory=total <= memory)
-            out[i] = hidden[0]
-        made.append(out)
+        made.append(_through(chain, segment, made[-1], ids, memory // segments, check))
     return made
+
+
+def _through(
+    chain: Chain, segment: int, x: States | None, ids: Tensor, memory: int, check: Callable[[Tensor], None]
+) -> States:
+    """A segment's outputs for its inputs `x`; of more than `memory` bytes, they lie in a file."""
+    module = chain.module(segment, own=True)
+    out: States | None = None
+    for i, row in enumerate(ids.to(chain.device).split(1)):
+        hidden = row if x is None else x[i].unsqueeze(0).to(chain.device)
+        hidden = chain.run(segment, module, hidden, row, {})
+        check(hidden)
+        if out is None:
+            out = States((len(ids), *hidden.shape[1:]), in_memory=4 * len(ids) * hidden.numel() <= memory)
+        out[i] = hidden[0]
+    assert out is not None
+    return out
+
+
+@torch.no_grad()
+def predictions(chain: Chain, ids: Tensor, memory: int = IN_MEMORY) -> Callable[[int], Tensor]:
+    """Log-probabilities float32 [1, length - 1, vocabulary] by the number of a block of text int64 [blocks, length],
+    computed from the last segment's inputs at each call: what is kept is as wide as the model, not the vocabulary."""
+    x: States | None = None
+    last = len(chain) - 1
+    for segment in progress(range(last), desc="forward", unit="block"):
+        x = _through(chain, segment, x, ids, memory, lambda hidden: None)
+    hidden, module = x, chain.module(last)
+
+    @torch.no_grad()
+    def log_probabilities(block: int) -> Tensor:
+        assert hidden is not None
+        row = ids[block : block + 1].to(chain.device)
+        logits = chain.run(last, module, hidden[block].unsqueeze(0).to(chain.device), row, {})
+        return logits[:, :-1].log_softmax(-1)
+
+    return log_probabilities

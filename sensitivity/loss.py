@@ -81,22 +81,40 @@ def refuse_not_finite(evaluation: Evaluation, model: Any) -> Evaluation:
     raise OutputsNotFinite(f"the outputs of {type(model).__name__} are not finite in {dtype}: {hint}")
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """Log-probabilities that are computed at each use."""
+
+    of_block: Callable[[int], Tensor]
+
+    def __getitem__(self, block: int) -> Tensor:
+        return self.of_block(block)[0]
+
+
 class Reference:
     """The full-precision model's log-probabilities on some blocks, kept so that others can be compared with them."""
 
-    def __init__(self, model: nn.Module, blocks: Blocks, of_block: Callable[[int], Tensor] | None = None):
+    def __init__(
+        self,
+        model: nn.Module | None,
+        blocks: Blocks,
+        of_block: Callable[[int], Tensor] | None = None,
+        kept: bool = True,
+    ):
         """`of_block`: gives log-probabilities by a block's number, where the model cannot run whole; they then lie in
-        a file, read a block at a time."""
+        a file, read a block at a time, or if not `kept`, are asked for again."""
         self.blocks = blocks
         count, length = blocks.ids.shape
         run = of_block or (lambda i: log_probabilities(model, blocks.ids[i : i + 1]))
         first = run(0).cpu()
         shape = (count, length - 1, first.shape[-1])
-        self.log_p: Tensor | States = scratch(shape) if of_block is None else States(shape)
+        self.log_p: Tensor | States | _Asked
+        self.log_p = scratch(shape) if of_block is None else States(shape) if kept else _Asked(run)
         nll = []
         for i in range(count):
             log_p = run(i).cpu() if i else first
-            self.log_p[i] = log_p[0]
+            if not isinstance(self.log_p, _Asked):
+                self.log_p[i] = log_p[0]
             nll.append(taken(log_p, blocks.ids[i : i + 1])[0])
         self.nll = torch.stack(nll)
         """Full-precision nats of each token: float32 [blocks, length - 1]."""

@@ -100,6 +100,28 @@ def test_scales_and_vectors_are_trained_and_nothing_else(name, rounding, session
         assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
 
 
+def test_large_logits_are_computed_when_used_and_change_nothing(session_of, monkeypatch):
+    session = session_of("llama-tied")
+    plan = uniform_plan(session, "int2-g32", "nearest", distilled=True)
+    round_missing(plan, session)
+    usual = {unit.name: stored(plan, unit.name) for unit in plan.units}
+    shutil.rmtree(codes_folder(plan))
+    monkeypatch.setattr(heal, "IN_MEMORY", 0)
+    monkeypatch.setattr(heal, "LOGIT_BYTES", 1)  # a block at a time
+    made = []
+    monkeypatch.setattr(heal, "Reference", lambda *args, **kept: made.append(Reference(*args, **kept)) or made[-1])
+    round_missing(plan, session)
+    for found, expected in zip(made, references(session), strict=True):
+        assert not isinstance(found.log_p, torch.Tensor)
+        torch.testing.assert_close(found.log_p[1], expected.log_p[1], rtol=0, atol=1e-4)
+        torch.testing.assert_close(found.nll, expected.nll, rtol=0, atol=1e-4)
+    for unit in plan.units:
+        now, before = (
+            as_floats(each["_scale"], torch.float16).float() for each in (stored(plan, unit.name), usual[unit.name])
+        )
+        torch.testing.assert_close(now, before, rtol=0.02, atol=1e-3 * float(before.max()))
+
+
 def test_what_is_kept_is_the_best_state_seen_as_stored(session_of, monkeypatch):
     session = session_of("llama")
     plan = uniform_plan(session, "int2-g32", "nearest", distilled=True)

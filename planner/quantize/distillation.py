@@ -23,15 +23,19 @@ from bitplan.planner.hf.quantizer import PlanConfig
 from bitplan.planner.plan import Plan, PlannedUnit
 from bitplan.planner.quantize.sequential import Sequence
 from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.forward import predictions
 from bitplan.sensitivity.loss import Reference
 from bitplan.sensitivity.progress import progress
 from bitplan.sensitivity.session import SEED, Session, load_reference
 from bitplan.sensitivity.store import IN_MEMORY, load_tensors, locked, save_tensors
+from bitplan.sensitivity.texts.text import Blocks
 from bitplan.sensitivity.weight_cache import for_file, mark_workspace
 
 STEPS = 200
 TOKENS = 2048
 """Of one step."""
+LOGIT_BYTES = 512 << 20
+"""The most that the logits of a step take at once."""
 LOOK = 25
 """Steps between two looks at the search text."""
 SCALE_RATE = 2e-2
@@ -58,14 +62,20 @@ def round_missing(plan: Plan, session: Session) -> None:
 
 def heal(plan: Plan, undistilled: Plan, session: Session) -> None:
     """Train, and write the healed codes of every unit to the cache. Raises RoundingFailed where the loss is NaN."""
-    teacher = session.model if session.whole else load_reference(session.source, session.device)
-    calibration = Reference(teacher, session.texts.calibration)
-    search = Reference(teacher, session.texts.search)
-    del teacher
+    calibration, search = (_reference(session, blocks) for blocks in (session.texts.calibration, session.texts.search))
     student = sources.load_model(session.source, session.device, quantization_config=PlanConfig(undistilled))
     healing = Distillation(student, plan)
     healing.run(calibration, search)
     healing.write()
+
+
+def _reference(session: Session, blocks: Blocks) -> Reference:
+    """Full precision on some text. Log-probabilities of more than IN_MEMORY bytes, 20 GB for 32,768 tokens and a
+    vocabulary of 150,000, are computed from the last block's hidden states each time that they are used."""
+    vocabulary = int(session.model.config.get_text_config().vocab_size)
+    if 4 * blocks.ids.numel() * vocabulary > IN_MEMORY and not (chain := session.chain()).why:
+        return Reference(None, blocks, predictions(chain, blocks.ids), kept=False)
+    return Reference(session.model if session.whole else load_reference(session.source, session.device), blocks)
 
 
 class Distillation:
@@ -112,6 +122,7 @@ class Distillation:
     def run(self, calibration: Reference, search: Reference) -> None:
         ids, device = calibration.blocks.ids, self.model.device
         batch = max(1, TOKENS // ids.shape[1])
+        per_part = max(1, LOGIT_BYTES // (4 * ids.shape[1] * int(self.model.config.get_text_config().vocab_size)))
         done, least, calm, best = self._restore()
         if done < 0:
             least, done = self._look(search), 0
@@ -121,14 +132,13 @@ class Distillation:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * group["rate"]
             drawn = torch.randperm(len(ids), generator=torch.Generator().manual_seed(SEED + done))[:batch]
-            aim = torch.stack([calibration.log_p[i] for i in drawn.tolist()]).to(device)
-            log_q = self.model(input_ids=ids[drawn].to(device), use_cache=False).logits[:, :-1].float().log_softmax(-1)
-            loss = torch.nn.functional.kl_div(log_q.flatten(0, 1), aim.flatten(0, 1), reduction="none", log_target=True)
-            loss = loss.sum(-1).mean()
-            if not loss.isfinite():
-                raise RoundingFailed(f"healing: the loss is {loss.item()} at step {done}; plan without --heal")
             self.optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            # In parts whose logits fit in memory: gradients add up.
+            for part in drawn.split(per_part):
+                loss = self._kl(ids[part].to(device), torch.stack([calibration.log_p[i] for i in part.tolist()]))
+                if not loss.isfinite():
+                    raise RoundingFailed(f"healing: the loss is {loss.item()} at step {done}; plan without --heal")
+                (loss * (len(part) / len(drawn))).backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
             done += 1
             bar.update()
@@ -144,6 +154,13 @@ class Distillation:
                 bar.set_postfix(kl=f"{least:.5f}", refresh=False)
         bar.close()
         self._put(best)
+
+    def _kl(self, ids: Tensor, aim: Tensor) -> Tensor:
+        """KL to log-probabilities `aim` [blocks, length - 1, vocabulary], nats per token: a scalar."""
+        log_q = self.model(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+        aim = aim.to(log_q.device)
+        loss = torch.nn.functional.kl_div(log_q.flatten(0, 1), aim.flatten(0, 1), reduction="none", log_target=True)
+        return loss.sum(-1).mean()
 
     def write(self) -> None:
         """The best state as stored tensors: changed kept tensors first, then every unit's."""
