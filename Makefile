@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 
 .PHONY: setup test test-all zoo fuzz lint demo wheel-smoke test-lowest plans bench-prediction bench-rounding bench-one-bit bench-layout \
-	bench-exports bench-audit bench-memory bench-speed bench-compare bench-interval bench-search bench-real bench-double-quant
+	bench-exports bench-audit bench-memory bench-speed bench-compare bench-interval bench-search bench-reduced bench-real \
+	bench-double-quant
 
 setup: $(VENV)/.done
 
@@ -124,3 +125,7 @@ bench-interval: setup
 # ALSO="--also MODEL TEXT HELDOUT" adds models to the embedded one; ALSO="--knapsack" is the solver alone.
 bench-search: setup
 	$(BIN)/python -m benchmarks.search $(ALSO)
+
+# Samplers beside each other where the optimum is known (10 minutes). ALSO="--arms gp" needs nothing, "cma-es" cmaes.
+bench-reduced: setup
+	$(BIN)/python -m benchmarks.reduced $(ALSO)
