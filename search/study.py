@@ -12,7 +12,6 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,8 +108,11 @@ def search(
             # Seeded by place and from finished trials only, so that a resumed study draws what an uninterrupted one
             # would have drawn, whatever trial a kill left running.
             study.sampler = sampler(done) if sampler else work.sampler((seed, done, *storage.seed))
-            with suppress(optuna.exceptions.UpdateFinishedTrialError):  # it was taken for dead, and is run again
+            try:
                 study.optimize(work.objective, n_trials=1, catch=(Surplus,))
+            except (optuna.exceptions.UpdateFinishedTrialError, ValueError, AssertionError):  # as Optuna has it
+                if not work.was_taken_for_dead():
+                    raise
             losses = [loss_of(trial) for trial in work.trials(ENDED)]
             bar.set_postfix(loss=f"{min(losses):.5f}" if losses else "", refresh=False)
     bar.close()

@@ -43,6 +43,8 @@ class Worker:
         self.ranges = distributions(self.corrections)
         self._options = {group: [option.scheme for option in options] for group, options in problem.items()}
         self._nbytes = {group: {o.scheme: o.nbytes for o in options} for group, options in problem.items()}
+        self._number = -1
+        """Of the trial that was begun last."""
         self._solved: dict[tuple[float, ...], Allocation] = {}
 
     def trials(self, states: tuple[TrialState, ...]) -> list[FrozenTrial]:
@@ -74,6 +76,7 @@ class Worker:
     def objective(self, trial: optuna.Trial) -> float:
         if sum(other.number < trial.number for other in self.trials(LIVE)) >= self.count and not _again(trial):
             raise Surplus
+        self._number = trial.number
         trial.set_user_attr("worker", self.storage.name)
         theta = {name: trial.suggest_float(name, each.low, each.high) for name, each in self.ranges.items()}
         if "indices" in trial.user_attrs:  # it is run again
@@ -98,6 +101,11 @@ class Worker:
                 trial.set_user_attr("loss", loss_of(best) * sum(losses) / beside if beside > 0 else sum(losses))
                 raise optuna.TrialPruned
         return sum(losses) / len(losses)
+
+    def was_taken_for_dead(self) -> bool:
+        """Whether another worker ended this one's last trial and enqueued it again: what it did is then lost."""
+        again = (trial.user_attrs.get("run again", "") for trial in self.trials(LIVE))
+        return any(text.startswith(f"trial {self._number},") for text in again)
 
     def _describe(self, trial: optuna.Trial, allocation: Allocation) -> None:
         """What the trial is, for this program and for who reads the study in a dashboard."""

@@ -120,6 +120,28 @@ def test_a_killed_worker_leaves_no_stuck_trial_and_its_trial_is_run_again(tmp_pa
     assert found.first_loss == pytest.approx(mean(exact.allocation))
 
 
+@pytest.mark.parametrize("when", ["in the middle", "at the end"])
+def test_a_worker_that_was_taken_for_dead_goes_on_with_the_others(tmp_path, when):
+    place, taken = tmp_path / "journal.log", []
+
+    def too_slow(allocation):
+        losses = evaluate(allocation)
+        if not taken:
+            yield from losses[: -1 if when == "at the end" else 2]
+            other = Storage(place, shared=True)
+            study = optuna.load_study(study_name="s", storage=other.storage)
+            taken.append(study.get_trials()[0])
+            other.storage.set_trial_state_values(taken[0]._trial_id, TrialState.FAIL)
+            storage_module.run_again(study, taken[0])
+            losses = losses[-1:] if when == "in the middle" else []
+        yield from losses
+
+    found, _ = search(PROBLEM, BUDGET, too_slow, trials=4, journal=place, shared=True, **FACTS)
+    trials = read(place)
+    assert len(ended(trials)) == found.trials == 4 and len(trials) == 5
+    assert trials[0].state == TrialState.FAIL and trials[1].user_attrs["indices"] == trials[0].user_attrs["indices"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_kills_at_random_moments_lose_nothing(tmp_path, seed):
