@@ -280,6 +280,8 @@ class _Pass:
         for unit in units:
             own = sums[unit.name]
             together.setdefault(id(own.get("moment", own)), []).append(unit)
+        for moment in {id(own["moment"]): own["moment"] for own in sums.values() if "moment" in own}.values():
+            moment /= self.tokens  # in place: it can be the largest tensor there is
         for readers in ranks.share(list(together.values())):
             costs: Tensor | None = None
             for unit in readers:
@@ -289,7 +291,8 @@ class _Pass:
                 self.store.write(unit, found)
 
     def statistics(self, unit: Unit, sums: dict[str, Tensor], costs: Tensor | None) -> Statistics:
-        """Means over tokens, and what is kept of the moment; `costs` are the pivots of a unit that reads the same."""
+        """Means over tokens, as the moment is already, and what is kept of it; `costs` are the pivots of a unit that
+        reads the same."""
         found = Statistics()
         if "frequencies" in sums:
             found = replace(
@@ -298,7 +301,7 @@ class _Pass:
                 lookup_gradients=sums["lookup_gradients"] / self.tokens,
             )
         if "moment" in sums:
-            moment, routed = sums["moment"] / self.tokens, sums["routed"]
+            moment, routed = sums["moment"], sums["routed"]
             gradients = sums["gradients"] / routed.clamp(min=1).unsqueeze(-1)
             found = replace(found, inputs=moment.diagonal(dim1=-2, dim2=-1).clone(), gradients=gradients, routed=routed)
             if costs is None or found.frequencies is not None:

@@ -20,7 +20,7 @@ DAMPING = (0.01, 0.1, 1.0)
 AIM_DAMPING = 0.05
 BLOCK = 128
 PANEL = 512
-"""Columns of U that are solved for at once."""
+"""Rows of U that are solved for at once."""
 
 
 class Hessian:
@@ -98,12 +98,14 @@ class Hessian:
 
 
 def _inverse(lower: Tensor) -> Tensor:
-    """The inverse of a lower triangular float64 matrix, float32: by columns, so that one such matrix is in memory."""
-    inverse = torch.zeros(lower.shape, device=lower.device)
+    """The inverse, float32, of a lower triangular float64 matrix, which is overwritten: a second one is not needed."""
     for at in range(0, len(lower), PANEL):
-        identity = torch.eye(len(lower) - at, min(PANEL, len(lower) - at)).to(lower)
-        inverse[at:, at : at + PANEL] = torch.linalg.solve_triangular(lower[at:, at:], identity, upper=False)
-    return inverse
+        here = slice(at, at + PANEL)
+        block = lower[here, here]
+        own = torch.linalg.solve_triangular(block, torch.eye(len(block)).to(lower), upper=False)
+        lower[here, :at] = -own @ (lower[here, :at] @ lower[:at, :at])
+        lower[here, here] = own
+    return lower.float()
 
 
 def gptq(weight: Tensor, format: Format, hessians: Sequence[Hessian]) -> Tensors:
