@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from bitplan.formats.errors import BitplanError, ModelUnreadable, PlanMismatch, first_line, printable
 from bitplan.formats.sizes import format_bytes
@@ -214,6 +221,16 @@ def _report_left_behind(source: Source, name: str, unexpected: Sequence[str]) ->
         print(printable(f"{source.model}: {left}"), file=sys.stderr)
 
 
+def transformers_config(source: Source) -> PreTrainedConfig:
+    """The config as transformers reads it, once it is plausible. Raises ModelUnreadable."""
+    read_config(source.folder)
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
+    except Exception as error:  # a config's wrong field ends in any type
+        raise ModelUnreadable(f"transformers cannot load {source.model} as a causal LM: {first_line(error)}") from error
+    return config
+
+
 def block_length(source: Source, asked: int) -> int:
     """`asked`, or the longest sequence the model takes where that is less."""
     config = source.config
@@ -229,10 +246,7 @@ def block_length(source: Source, asked: int) -> int:
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """Raises ModelUnreadable where the folder has no tokenizer, or its config cannot be read, which transformers needs
     for that."""
-    try:
-        AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
-    except Exception as error:
-        raise ModelUnreadable(f"transformers cannot load {source.model} as a causal LM: {first_line(error)}") from error
+    transformers_config(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
         found = tokenizer("a text to read", add_special_tokens=False)["input_ids"]

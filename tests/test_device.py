@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, FalconMambaConfig, RecurrentGemmaConfig
 
 from bitplan.formats.errors import BitplanError, UsageError
 from bitplan.formats.kernels.dispatch import Machine, named_machine
@@ -16,6 +16,7 @@ from bitplan.planner.memory.budget import RESERVE, plan_memory
 from bitplan.planner.memory.device import CUDA_CONTEXT, cgroup_free, find_device, free_memory
 from bitplan.planner.plan import NATIVE_WORKLOAD, Plan
 from bitplan.sensitivity import source as sources
+from tests import tiny
 from tests.test_cli import LITTLE, run, text  # noqa: F401 (fixtures)
 
 FORMATS_OPTION = ["--formats", "int8,int4-g64,int3-g32"]
@@ -73,6 +74,31 @@ def test_a_planned_model_generates_as_it_was_budgeted_and_still_does_when_saved(
         assert loaded.generation_config.prefill_chunk_size == 16
         out = loaded.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0, return_dict_in_generate=True)
         assert isinstance(out.past_key_values, KVCache) and out.past_key_values.kv_format == "int8"
+
+
+CANNOT = {
+    "falcon-mamba": FalconMambaConfig(**tiny.COMMON, state_size=8, bos_token_id=0, eos_token_id=0, pad_token_id=0),
+    "recurrent": RecurrentGemmaConfig(
+        **tiny.COMMON | {"num_hidden_layers": 3, "intermediate_size": 96, "lru_width": 64, "attention_window_size": 16},
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CANNOT)
+def test_no_chunk_is_set_where_a_model_cannot_read_one(name, run, text, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(tiny.CONFIGS, name, CANNOT[name])
+    model = tiny.saved(name, tmp_path / name)
+    asked = ("--gpu", "4MiB", "--context", "64", "--prefill-chunk", "16", "--trials", "0", "--rounding", "nearest")
+    code, out, err = run("plan", model, "--text", text, *LITTLE, *asked, "--json")
+    assert code == 0, err
+    assert "prompts are read whole" in err
+    made = Plan.model_validate_json(out)
+    assert made.workload.prefill_chunk is None
+    loaded = load(made, model, device="cpu")
+    loaded.generate(torch.arange(40)[None], max_new_tokens=2, do_sample=False)
 
 
 class TestBadInput:

@@ -11,7 +11,7 @@ from bitplan.formats.errors import FormatUnavailable
 from bitplan.formats.table import FORMATS
 from bitplan.planner.assemble import uniform_plan
 from bitplan.planner.export import export
-from bitplan.planner.export.gguf import SIZES
+from bitplan.planner.export.gguf import SIZES, _spellings
 from bitplan.planner.plan import Plan
 from bitplan.sensitivity.session import Session
 from tests.test_gptq_layout import HEADS, opened
@@ -86,6 +86,20 @@ def test_gguf_takes_joined_experts_apart_and_counts_vectors_in_float32(checkpoin
     weights = {entry.name: entry.bytes // 2 for entry in plan.unquantized}
     wide = {name: 2 for name in weights if name in ("model.embed_tokens.weight", "lm_head.weight")}
     assert kept == sum(count * wide.get(name, 4) for name, count in weights.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "there"),
+    [
+        ("model.language_model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
+        ("model.layers.1.mixer.up_proj.weight", "backbone.layers.1.mixer.up_proj.weight"),
+        ("model.layers.1.mixer.experts.up_proj", "model.layers.1.mlp.experts.up_proj"),
+        ("model.layers.0.block_sparse_moe.experts.down_proj", "model.layers.0.mlp.experts.down_proj"),
+        ("model.layers.0.shared_mlp.input_linear.weight", "model.layers.0.mlp.shared_expert.gate_up_proj.weight"),
+    ],
+)
+def test_names_as_the_gguf_package_has_them(name, there):
+    assert there in _spellings(name) and _spellings(name)[0] == name
 
 
 def test_gguf_says_what_it_lacks(session, checkpoint, monkeypatch):

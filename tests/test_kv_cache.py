@@ -248,6 +248,25 @@ class TestGenerate:
         assert torch.equal(whole.sequences, chunked.sequences)
         assert torch.allclose(torch.stack(whole.logits), torch.stack(chunked.logits), atol=1e-5)
 
+    @pytest.mark.parametrize("name", ["llama", "window", "states"])
+    def test_a_next_turn_goes_on_with_the_returned_cache(self, name):
+        """Given all ids so far, or the new ones with a mask of all."""
+        model = build(name)
+        use_kv_format(model, "int4")
+        for whole in (True, False):
+            turns = []
+            for cache in (Rounding(model.config, "int4"), None):
+                told = {"max_new_tokens": 5, "return_dict_in_generate": True, **GREEDY}
+                first = model.generate(IDS[:, :9], past_key_values=cache, **told)
+                ids = torch.cat([first.sequences, IDS[:, 9:]], 1)
+                new = ids if whole else ids[:, 13:]
+                kept = first.past_key_values
+                turns.append(
+                    model.generate(new, attention_mask=torch.ones_like(ids), past_key_values=kept, **told).sequences
+                )
+            assert torch.equal(*turns)
+            assert isinstance(kept, KVCache)
+
     def test_what_the_call_says_goes_first(self):
         model = build("llama")
         use_kv_format(model, "int8")

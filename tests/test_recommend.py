@@ -160,7 +160,7 @@ class TestFit:
             assert (code, out) == (2, "") and told in err
         (tmp_path / "config.json").write_text("{}", encoding="utf-8")
         code, _, err = run("recommend", tmp_path, "--for", "fit", "--gpu", "1GiB")
-        assert code == 1 and "transformers cannot build" in err
+        assert code == 1 and "transformers cannot load" in err
         (tmp_path / "config.json").write_text("{", encoding="utf-8")
         code, _, err = run("recommend", tmp_path, "--for", "fit", "--gpu", "1GiB")
         assert code == 1 and "config.json is no valid JSON" in err

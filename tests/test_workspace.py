@@ -12,8 +12,10 @@ from bitplan.formats.kv.cache import new_cache
 from bitplan.formats.modules import pack_parameter
 from bitplan.formats.table import FORMATS
 from bitplan.planner.evaluate.throughput import Allocated
+from bitplan.planner.memory import footprint
 from bitplan.planner.memory.footprint import INSIDE, SMALL, Workload, estimate_memory
 from bitplan.planner.memory.kv_size import cache_bytes
+from bitplan.planner.memory.repeats import find_repeats
 from tests import tiny
 
 CPU = Machine("cpu")
@@ -83,11 +85,33 @@ def test_packed_weights_too(format):
     assert most <= estimated.workspace <= INSIDE * most * 1.1 + SMALL
 
 
-def test_experts():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_experts(dtype):
     workload = Workload(context=64, batch=2, prefill_chunk=32)
-    estimated = estimate_memory(on_meta("mixtral", torch.bfloat16), workload, CPU)
-    kept, most = used(tiny.build("mixtral", torch.bfloat16), workload)
+    estimated = estimate_memory(on_meta("mixtral", dtype), workload, CPU)
+    kept, most = used(tiny.build("mixtral", dtype), workload)
     assert estimated.kv_cache == kept and most <= estimated.workspace
+
+
+@pytest.mark.parametrize("kv_format", ["native", "int8"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3-moe"])
+def test_blocks_like_others_need_not_run(name, kv_format, monkeypatch):
+    config = copy.deepcopy(tiny.CONFIGS[name])
+    config.num_hidden_layers, config.layer_types = 12, None
+    config = type(config)(**{k: v for k, v in config.to_dict().items() if k != "layer_types"})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
+    pack_parameter(model.model.layers[5].self_attn.o_proj, "weight", FORMATS["int4-g32"])
+    workload = Workload(context=100, batch=2, prefill_chunk=32, kv_format=kv_format)
+    left_out = find_repeats(model)
+    assert 5 not in left_out and len(left_out) == (6 if name == "gemma2" else 8)
+    quick = estimate_memory(model, workload, CPU)
+    monkeypatch.setattr(footprint, "find_repeats", lambda model: {})
+    whole = estimate_memory(model, workload, CPU)
+    assert quick.kv_cache == whole.kv_cache
+    # A pass over all blocks counts the last token's keys and values, which come later, as cache.
+    token = whole.kv_cache // 100
+    assert whole.workspace - 1024 <= quick.workspace <= whole.workspace + 2 * token
 
 
 def test_a_gpus_allocator_rounds_up_and_its_blas_takes_its_part():

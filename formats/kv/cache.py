@@ -89,7 +89,7 @@ class KVCache(StaticCache):
     As in StaticCache, a layer's tensors are allocated by its first `update` and keep their size; a sliding layer holds
     its window. Reordering of beams and `reset` are supported; methods that change the batch or remove tokens raise
     FormatUnavailable, as does the constructor for models whose cache is not supported. `update` raises UsageError for
-    another batch size; torch raises IndexError for tokens beyond `max_cache_len`.
+    another batch size; torch raises IndexError for tokens beyond `max_cache_len`, which `grow` raises.
     """
 
     def __init__(self, config: PreTrainedConfig, kv_format: str, batch: int, max_cache_len: int):
@@ -110,6 +110,7 @@ class KVCache(StaticCache):
             ) from error
         if not any(keeps_tokens(layer) for layer in self.layers):
             raise FormatUnavailable(f"no layer of {config.model_type} stores keys and values")
+        self.config = config
         self.batch = batch
         self.kv_format = kv_format
         if format := kv_format_named(kv_format):
@@ -119,6 +120,20 @@ class KVCache(StaticCache):
         if len(key_states) != self.batch:
             raise UsageError(f"the cache was made for a batch of {self.batch}, not {len(key_states)}")
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def grow(self, max_cache_len: int) -> None:
+        """Make room for `max_cache_len` tokens. What is stored stays, in tensors of its own."""
+        larger = KVCache(self.config, self.kv_format, self.batch, max_cache_len)
+        for mine, other in zip(self.layers, larger.layers, strict=True):
+            length = getattr(other, "max_cache_len", 0)  # a sliding layer's is its window at most
+            if length <= getattr(mine, "max_cache_len", length):
+                continue
+            mine.max_cache_len = length  # type: ignore[union-attr]
+            for name in ("keys", "values"):
+                if (stored := getattr(mine, name, None)) is not None:
+                    longer = stored.new_zeros(*stored.shape[:2], length, stored.shape[3])
+                    longer[:, :, : stored.shape[2]] = stored
+                    setattr(mine, name, longer)
 
     def _refuse(self, *args: Any, **kwargs: Any) -> None:
         raise FormatUnavailable("a preallocated cache cannot remove tokens or change its batch: create a new one")
@@ -162,6 +177,13 @@ def _prepare_cache_for_generation(
 ) -> None:
     """Run transformers' method of this name, and replace the cache by a quantized one if it chose the default."""
     given = model_kwargs.get("past_key_values")
+    if isinstance(given, KVCache):  # a next turn: the ids are those of all turns, or only what is new
+        new = generation_config.max_new_tokens
+        ids = max_cache_length + 1 - (new or 0)
+        known = [model_kwargs[name] for name in ("attention_mask", "position_ids") if name in model_kwargs]
+        lengths = [tensor.shape[-1] for tensor in known if tensor is not None]
+        all_turns = new is not None and lengths and max(lengths) <= ids
+        given.grow(max_cache_length + (0 if all_turns else int(given.get_seq_length())))
     type(self)._prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, max_cache_length)
     made = model_kwargs.get("past_key_values")
     requested = given is not None or generation_config.cache_implementation is not None

@@ -6,6 +6,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from bitplan.formats.errors import FormatUnavailable, UsageError
 from bitplan.formats.table import FORMATS
 from bitplan.planner.assemble import Finish, quick_plan
@@ -13,6 +15,7 @@ from bitplan.planner.commands.common import candidate_formats, emit, log, second
 from bitplan.planner.commands.goals import budgets_of, limit_of, outputs_of, place_of
 from bitplan.planner.evaluate.trials import EFFORTS, Effort
 from bitplan.planner.memory.budget import CONTEXT, DeviceBudget, device_budget, requested_workload
+from bitplan.planner.memory.chunks import CANNOT_READ_CHUNKS, chunked_workload
 from bitplan.planner.memory.device import find_device
 from bitplan.planner.plan import Budget, Plan, Workload
 from bitplan.planner.report.memory import device_budget_text, kv_cache_text
@@ -70,14 +73,15 @@ def run(arguments: Namespace) -> None:
 
     offered = formats if arguments.formats or not arguments.profile else None
     if arguments.profile:
-        profile, session = read(arguments.profile, Profile), None
-        profile = _check_profile(profile, source, formats if arguments.formats else ())
+        profile, session = _check_profile(arguments, source, formats if arguments.formats else ()), None
+        workload = _readable(workload, source, profile.provenance.model.dtype, None)
         goals = goals_of(profile, offered)
         if effort.trials or limit:
             session = open_session(source, _profile_texts(arguments, profile, source), _kept(profile), arguments.device)
     else:
         session = open_session(source, texts_of(arguments, source), device=arguments.device)
         audited = tuple(dict.fromkeys((*formats, *_named(overrides, session))))
+        workload = _readable(workload, source, session.provenance.model.dtype, session.model)
         goals = goals_of(sizes(session, audited, arguments.rounding), formats)
         profile = audit(session, audited, arguments.rounding)
     remember(profile)  # for `bitplan explain`
@@ -111,6 +115,14 @@ def _quick(problem: Problem, finish: Finish, workload: Workload, goal: Budget | 
     return quick_plan(problem, goal, finish, workload)
 
 
+def _readable(workload: Workload, source: Source, dtype: str, model: PreTrainedModel | None) -> Workload:
+    """The workload as the model can have it; a line says where that is another."""
+    able = chunked_workload(workload, source, dtype, model)
+    if able != workload:
+        log(f"{source.model}: {CANNOT_READ_CHUNKS}")
+    return able
+
+
 def _effort(arguments: Namespace) -> Effort:
     """Raises UsageError."""
     if arguments.trials is not None and arguments.trials < 0:
@@ -121,8 +133,10 @@ def _effort(arguments: Namespace) -> Effort:
     return replace(effort, seconds=seconds_in("--time", arguments.time)) if arguments.time else effort
 
 
-def _check_profile(profile: Profile, source: Source, formats: tuple[str, ...]) -> Profile:
-    """The profile, with today's fingerprints where an older bitplan made it. Raises PlanMismatch, UsageError."""
+def _check_profile(arguments: Namespace, source: Source, formats: tuple[str, ...]) -> Profile:
+    """The profile of `--profile`, with today's fingerprints where an older bitplan made it. Raises PlanMismatch,
+    UsageError."""
+    profile = read(arguments.profile, Profile)
     facts = sources.check_model(profile.provenance.model, source, "profile")
     unknown = [name for name in formats if name not in {row.format for row in profile.rows}]
     if unknown:

@@ -16,6 +16,7 @@ from bitplan.planner.export.compressed_tensors import CompressedTensors, save_co
 from bitplan.planner.export.gguf import Gguf
 from bitplan.planner.export.gptqmodel import GptqModel
 from bitplan.planner.export.lower import lower
+from bitplan.planner.export.names import beside, beside_text, refuse_renamed
 from bitplan.planner.export.show import export_text
 from bitplan.planner.export.target import Exported, ExportedUnit, Target
 from bitplan.planner.export.torchao import TorchAo
@@ -73,6 +74,9 @@ def export(
         )
     total = sum(line.bytes for line in lines) + sum(map(chosen.unquantized_nbytes, plan.unquantized))
     notes = chosen.notes(made)
+    if chosen.holds_codes and source:
+        refuse_renamed(made, source, target)
+        notes += beside_text(beside(made, source))
     if made.workload.kv_format != "native":
         notes.append(f"the plan's KV cache format, {made.workload.kv_format}, is not exported: configure the server")
     return Exported(chosen, made, tuple(lines), chosen.text(made), plan.bytes, total, tuple(notes))

@@ -8,8 +8,7 @@ A weight [rows, columns] with codes of b bits in groups of columns is stored, pa
     weight_shape       int64 [2]
 
 and, float-quantized, `weight` e4m3 [rows, columns] and weight_scale fp16 [rows, 1].
-May import: formats, sensitivity, planner.plan, planner.report.model_card, planner.export.gptq_layout,
-planner.export.target.
+May import: formats, sensitivity, planner.plan, planner.report.model_card, planner.export.gptq_layout/names/target.
 """
 
 import json
@@ -30,6 +29,7 @@ from bitplan.formats.modules import Packed
 from bitplan.formats.packed import pack, unpack, words_per_row
 from bitplan.formats.table import FORMATS
 from bitplan.planner.export.gptq_layout import FUSED, added_scales
+from bitplan.planner.export.names import read_beside
 from bitplan.planner.export.target import KINDS, Exported, Target, group_size, integer, uneven
 from bitplan.planner.plan import Plan, PlannedUnit
 from bitplan.planner.report.model_card import Layout, write_papers, written_beside
@@ -185,7 +185,7 @@ def save_compressed(model: PreTrainedModel, exported: Exported, folder: Path, fo
     """
     source, plan = exported.target.source, exported.plan
     assert source is not None
-    tensors = compressed_tensors(model, plan)
+    tensors = compressed_tensors(model, plan) | read_beside(plan, source)
     content = source.config | {"quantization_config": json.loads(exported.text)}
     with written_beside(folder, force) as part:
         save_file(tensors, part / "model.safetensors", {"format": "pt"})

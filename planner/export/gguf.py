@@ -14,6 +14,7 @@ from bitplan.formats.errors import FormatUnavailable, UsageError
 from bitplan.formats.table import DTYPES, FORMATS
 from bitplan.planner.export.target import Target
 from bitplan.planner.plan import Plan, PlannedUnit
+from bitplan.sensitivity.config import LAYERS
 from bitplan.sensitivity.profile import UnquantizedEntry
 
 SIZES = {
@@ -40,6 +41,9 @@ LIKE = {"q8_0": "int8-g32", "q6_k": "int6-g32", "q5_k": "int5-g32", "q5_1": "int
 LIKE |= {"q4_1": "int4-g32-z16", "q3_k": "int3-g32", "q2_k": "int2-g32"}
 """Type → the format here with the same bits and the nearest group size."""
 
+KINDS = ("layers_block_type", "layer_types", "hybrid_override_pattern")
+"""Fields of a config that have an entry for each layer."""
+
 LEFT = ("position_embd", "token_types", "ffn_gate_inp", "attn_rel_b")
 """Parts of the names of weights that llama-quantize does not touch; llama.cpp's converter makes them f32."""
 
@@ -52,8 +56,24 @@ ARCHITECTURES = {
     "gemma3text": "gemma3",
     "llama4text": "llama4",
     "qwen35text": "qwen35",
+    "qwen35moetext": "qwen35moe",
+    "deepseekv2": "deepseek2",
+    "deepseekv3": "deepseek2",
+    "granitemoehybrid": "granitehybrid",
+    "hunyuanv1dense": "hunyuandense",
+    "hunyuanv1moe": "hunyuanmoe",
+    "olmo3": "olmo2",
 }
 """model_type in transformers → llama.cpp's name, if they differ by more than punctuation."""
+
+SPELLINGS = (
+    ("model.language_model.", "model."),  # a VLM's text model
+    ("block_sparse_moe.experts.", "mlp.experts."),
+    ("mixer.experts.", "mlp.experts."),
+    ("shared_mlp.input_linear", "mlp.shared_expert.gate_up_proj"),  # Granite's, which holds both
+    ("model.", "backbone."),  # Nemotron-H's checkpoints
+)
+"""Parts of names in transformers → as the gguf package has them."""
 
 
 class Gguf(Target):
@@ -76,21 +96,33 @@ class Gguf(Target):
         config = self.source.config
         kind = re.sub(r"[-_.]", "", str(config.get("model_type")))
         wanted = ARCHITECTURES.get(kind, kind)
+        if kind == "nemotronh" and config.get("n_routed_experts"):
+            wanted += "moe"
         found = [arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if re.sub(r"[-_.]", "", name) == wanted]
         if not found:
             raise FormatUnavailable(
                 f"the gguf package has no architecture {kind!r}; a newer version may: pip install -U gguf"
             )
         text = config.get("text_config") or config
-        layers = next((text[key] for key in ("num_hidden_layers", "n_layer", "num_layers") if key in text), 0)
-        names = gguf.get_tensor_name_map(found[0], layers)
-        return lambda name: names.get_name(name, try_suffixes=(".weight",))
+        layers = [text[key] for key in LAYERS if isinstance(text.get(key), int)]
+        kinds = [len(text[key]) for key in KINDS if isinstance(text.get(key), list | str)]
+        names = gguf.get_tensor_name_map(found[0], max([*layers, *kinds], default=0))
+
+        def name_of(name: str) -> str | None:
+            for spelling in _spellings(name):
+                if made := names.get_name(spelling, try_suffixes=(".weight",)):
+                    return str(made)
+            return None
+
+        return name_of
 
     def names(self, parameter: str) -> list[str]:
         """A weight's names in GGUF; several for a fused one that llama.cpp's converter splits."""
         parts = [parameter]
-        if parameter.endswith(".gate_up_proj") and self.name_of(parameter) is None:
-            parts = [parameter.replace("gate_up_proj", part) for part in ("gate_proj", "up_proj")]
+        if self.name_of(parameter) is None:
+            whole = next((name for name in _spellings(parameter) if "gate_up_proj" in name), parameter)
+            parts = [whole.replace("gate_up_proj", part) for part in ("gate_proj", "up_proj")]
+            parts = list(dict.fromkeys(parts))
         found = [name.removesuffix(".weight") + ".weight" for part in parts if (name := self.name_of(part))]
         return found if len(found) == len(parts) else []
 
@@ -140,13 +172,22 @@ class Gguf(Target):
     def notes(self, plan: Plan) -> list[str]:
         dtype = OTHERS.get(DTYPES.get(plan.provenance.model.dtype, ""), "f32")
         lost = [entry.name for entry in plan.unquantized if len(entry.shape) > 1 and not self.names(entry.name)]
-        unnamed = [f"GGUF has no name for {', '.join(lost)}, unquantized in the plan: Q8_0 will apply"] if lost else []
+        some = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+        unnamed = [f"GGUF has no name for {some}, unquantized in the plan: Q8_0 will apply"] if lost else []
         return [
             *unnamed,
             f"convert_hf_to_gguf.py MODEL --outtype {dtype} --outfile IN.gguf, then"
             f" llama-quantize --tensor-type-file FILE IN.gguf OUT.gguf Q8_0",
             "llama.cpp rounds the model itself: the plan's codes are not used, its allocation is",
         ]
+
+
+def _spellings(name: str) -> list[str]:
+    """A tensor's name, and as the gguf package may have it."""
+    found = [name]
+    for ours, theirs in SPELLINGS:
+        found += [each.replace(ours, theirs, 1) for each in found if ours in each]
+    return found
 
 
 def _types(unit: PlannedUnit) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ A Linear of `inputs` × `outputs` with codes of b bits in groups of inputs is st
     g_idx    int32 [inputs]                     the group of each input
 
 and weight[input, output] = (code - (stored zero + 1)) * scale. May import: formats, sensitivity, planner.plan,
-planner.report.model_card.
+planner.report.model_card, planner.export.names.
 """
 
 import json
@@ -33,6 +33,7 @@ from bitplan.formats.integers import IntegerFormat
 from bitplan.formats.modules import Packed, is_experts
 from bitplan.formats.packed import pack, unpack
 from bitplan.formats.table import DEFAULT_FORMATS, FORMATS
+from bitplan.planner.export.names import read_beside, refuse_renamed
 from bitplan.planner.plan import Plan, PlannedUnit
 from bitplan.planner.report.model_card import Layout, write_papers, written_beside
 from bitplan.sensitivity.source import Source
@@ -251,12 +252,13 @@ def save_gptq(model: PreTrainedModel, plan: Plan, source: Source, folder: Path, 
     refuse_unsupported(plan)
     if experts := [name for name, module in model.named_modules() if is_experts(module)]:
         raise joined_experts(experts)
+    refuse_renamed(plan, source, "GPTQ's layout")
     quantization = quantization_config(model, plan)
     # auto-gptq only supports one setting for all modules, ignores rules (unquantized modules would load as noise), and
     # reads its settings from quantize_config.json. That file, and a copy of a tied head (which it would otherwise read
     # as zeros), are written only if it can read everything else.
     for_auto_gptq = "dynamic" not in quantization
-    tensors = gptq_tensors(model, plan, tied_twice=for_auto_gptq)
+    tensors = gptq_tensors(model, plan, tied_twice=for_auto_gptq) | read_beside(plan, source)
     with written_beside(folder, force) as part:
         save_file(tensors, part / "model.safetensors", {"format": "pt"})
         _write_json(part / "config.json", config_for(source, quantization))

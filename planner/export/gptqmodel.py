@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from bitplan.formats.errors import ModelUnreadable, first_line
 from bitplan.formats.modules import is_experts
@@ -21,6 +21,7 @@ from bitplan.planner.export.gptq_layout import (
 )
 from bitplan.planner.export.target import Target, group_size, integer
 from bitplan.planner.plan import Plan, PlannedUnit
+from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.source import Source
 
 
@@ -79,8 +80,10 @@ def is_served(unit: PlannedUnit) -> bool:
 def skeleton(source: Source) -> Any:
     """The model's modules, without weights. Raises ModelUnreadable."""
     try:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
+        config = sources.transformers_config(source)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelUnreadable(f"transformers cannot make {source.model} as a causal LM: {first_line(error)}") from error
+        raise ModelUnreadable(
+            f"transformers cannot build {source.model} as a causal LM: {first_line(error)}"
+        ) from error

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from bitplan.formats.errors import BitplanError, BudgetInfeasible, FormatUnavailable, UsageError
 from bitplan.formats.kernels.dispatch import Machine, machine
@@ -132,8 +132,7 @@ def requested_workload(
             raise UsageError(f"--context {context}: {source.model} takes at most {longest} tokens")
         context = longest
     if kv_format_named(kv_format) is not None:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
-        new_cache(config, kv_format, 1, 8)
+        new_cache(sources.transformers_config(source), kv_format, 1, 8)
     if context is None:
         return Workload(kv_format=kv_format)
     return Workload(kv_format=kv_format, context=context, batch=batch, prefill_chunk=min(prefill_chunk, context))

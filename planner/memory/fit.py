@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from bitplan.formats.errors import BitplanError, ModelUnreadable, first_line
 from bitplan.formats.table import DEFAULT_FORMATS, DTYPES
 from bitplan.planner.memory.budget import DeviceBudget, largest_estimate, meta_models, reserved, what_fits
+from bitplan.planner.memory.chunks import keeps_only_tokens
 from bitplan.planner.memory.device import Device
 from bitplan.planner.memory.footprint import MemoryEstimate, estimate_memory, meta_model
 from bitplan.planner.plan import Workload
@@ -141,6 +142,8 @@ def fit(device: Device, reserve: str | None, source: Source, workload: Workload)
     """The arithmetic of a device. Units are all weights that could take a format: that a few cannot, which only a run
     of the model shows, is not known here. Raises UsageError, ModelUnreadable, BitplanError."""
     dtype = checkpoint_dtype(source)
+    if not keeps_only_tokens(source, dtype):  # only its weights show whether it can
+        workload = workload.model_copy(update={"prefill_chunk": None})
     plain = _on_meta(source, dtype)
     units, unquantized = find_units(plain)
     if not units:
@@ -194,10 +197,7 @@ def checkpoint_dtype(source: Source) -> str:
     """The type that transformers loads the checkpoint in: the config's, or the first float tensor's. Raises
     ModelUnreadable."""
     sources.refuse_quantized(source)
-    try:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise _unreadable(source, error) from error
+    config = sources.transformers_config(source)
     dtype = str(config.dtype).removeprefix("torch.") if config.dtype is not None else None
     for path in [] if dtype else sources.weight_files(source.folder)[:1]:
         with safe_open(path, "pt") as file:

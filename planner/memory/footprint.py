@@ -3,11 +3,11 @@
 The model's own forward runs without data, on the meta device, while every storage that it makes is counted from its
 making to its end. So no formula stands for an architecture. What a forward hides from torch is added by name: what
 attention keeps inside, and on CUDA the granularity of the allocator and cuBLAS' workspace.
-May import: formats, sensitivity, planner.plan, planner.memory.kv_size.
+May import: formats, sensitivity, planner.plan, planner.memory.kv_size/repeats.
 """
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from bitplan.formats.errors import BitplanError, first_line
@@ -25,8 +25,10 @@ from bitplan.formats.kernels.dispatch import Machine, as_if_on
 from bitplan.formats.kv.cache import new_cache
 from bitplan.formats.modules import pack_parameter
 from bitplan.formats.table import format_named
-from bitplan.planner.memory.kv_size import cache_bytes
+from bitplan.planner.memory.kv_size import layer_bytes
+from bitplan.planner.memory.repeats import find_repeats, skipped
 from bitplan.planner.plan import Workload
+from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.profile import UnitEntry
 from bitplan.sensitivity.source import Source
 
@@ -80,9 +82,9 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-class Attention(TorchFunctionMode):
-    """torch's fused attention as the machine runs it: on meta tensors torch would multiply it out. And conditions on
-    data, which count as false."""
+class AsOnMachine(TorchFunctionMode):
+    """torch's fused attention as the machine runs it: on meta tensors torch would multiply it out. Its product of
+    grouped rows, which on meta tensors is there in bfloat16 only. And conditions on data, which count as false."""
 
     def __init__(self, live: LiveBytes, on: Machine):
         super().__init__()
@@ -92,6 +94,9 @@ class Attention(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.__bool__ and args[0].is_meta:
             return False  # the cache is not empty, the mask cannot be left out
+        if func == torch._grouped_mm and args[0].is_meta:
+            rows, weight = args[:2]
+            return rows.new_empty(len(rows), weight.shape[-1])
         if func is nn.functional.scaled_dot_product_attention:
             query, key, value, *rest = args
             if query.shape[-1] == value.shape[-1]:
@@ -117,7 +122,7 @@ class Attention(TorchFunctionMode):
 
 def meta_model(source: Source, dtype: str, packed: Iterable[tuple[UnitEntry, str]]) -> PreTrainedModel:
     """The model on the meta device, no byte of it read, with units in their formats."""
-    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
+    config = sources.transformers_config(source)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=getattr(torch, dtype), trust_remote_code=source.trust_remote_code
@@ -132,32 +137,48 @@ def meta_model(source: Source, dtype: str, packed: Iterable[tuple[UnitEntry, str
 @contextmanager
 def counting(on: Machine) -> Iterator[LiveBytes]:
     live = LiveBytes(1 if on.kind == "cpu" else 512)
-    with torch.no_grad(), as_if_on(on), live, Attention(live, on):
+    with torch.no_grad(), as_if_on(on), live, AsOnMachine(live, on):
         yield live
 
 
 def estimate_memory(model: PreTrainedModel, workload: Workload, on: Machine) -> MemoryEstimate:
     """What `model`, on the meta device, needs on a machine for a workload of a given context. Raises BitplanError where
     its forward needs data."""
-    batch, context = workload.batch, workload.context
+    fixed = 0 if on.kind == "cpu" else CUBLAS.get(on.capability[0], 8320 << 10)
+    repeats = find_repeats(model)
+    for left_out in (repeats, {}) if repeats else ({},):
+        try:
+            kept, peaks = _count(model, workload, on, left_out)
+            break
+        except (RuntimeError, NotImplementedError, TypeError, KeyError, IndexError, AttributeError) as error:
+            if not left_out:
+                raise BitplanError(
+                    f"the memory of {type(model).__name__} cannot be estimated without its data"
+                    f" ({first_line(error)}): give the budget by --budget, --bpw or --fraction"
+                ) from error
+    return MemoryEstimate(kept, *(fixed + int(peak * INSIDE) + SMALL for peak in peaks))
+
+
+def _count(
+    model: PreTrainedModel, workload: Workload, on: Machine, repeats: Mapping[int, int]
+) -> tuple[int, list[int]]:
+    """Bytes of the cache, and the peaks of a chunk and of a token beside it; `repeats`: block → the one that runs for
+    it."""
+    context = workload.context
     assert context is not None
     chunk = max(min(workload.prefill_chunk or context, context - 1), 1)
-    fixed = 0 if on.kind == "cpu" else CUBLAS.get(on.capability[0], 8320 << 10)
-    try:
-        with counting(on) as live:
-            cache = _filled(model, workload, context, chunk)
-            peaks = []
-            for tokens in (chunk, 1):
-                live.restart()
-                _step(model, torch.empty(batch, tokens, dtype=torch.long, device="meta"), cache)
-                peaks.append(live.peak)
-            kept = cache_bytes(cache)
-    except (RuntimeError, NotImplementedError, TypeError) as error:
-        raise BitplanError(
-            f"the memory of {type(model).__name__} cannot be estimated without its data"
-            f" ({first_line(error)}): give the budget by --budget, --bpw or --fraction"
-        ) from error
-    return MemoryEstimate(kept, *(fixed + int((peak - kept) * INSIDE) + SMALL for peak in peaks))
+    with skipped(model, repeats), counting(on) as live:
+        cache = _filled(model, workload, context, chunk)
+        peaks = []
+        for tokens in (chunk, 1):
+            live.restart()
+            _step(model, torch.empty(workload.batch, tokens, dtype=torch.long, device="meta"), cache)
+            peaks.append(live.peak)
+    sizes = [layer_bytes(layer) for layer in cache.layers]
+    if any(sizes[number] for number in repeats):
+        raise RuntimeError("a layer of the cache is filled by another block than its own")
+    kept = sum(sizes)
+    return kept + sum(sizes[like] for like in repeats.values()), [peak - kept for peak in peaks]
 
 
 def _step(model: PreTrainedModel, ids: Tensor, cache: Cache) -> None:

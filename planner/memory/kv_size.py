@@ -96,8 +96,13 @@ def kv_bytes(config: PreTrainedConfig, batch: int, context: int, kv_format: str,
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes that a cache holds now in keys, values and states."""
-    tokens = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
-    return sum(tensor.nbytes for tensor in tokens if tensor is not None) + sum(map(_state_bytes, cache.layers))
+    return sum(map(layer_bytes, cache.layers))
+
+
+def layer_bytes(layer: Any) -> int:
+    """Bytes that one layer of a cache holds now."""
+    tokens = [getattr(layer, name, None) for name in ("keys", "values")]
+    return sum(tensor.nbytes for tensor in tokens if tensor is not None) + _state_bytes(layer)
 
 
 @torch.no_grad()

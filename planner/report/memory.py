@@ -1,7 +1,6 @@
 """A device's memory as tables. May import: formats, planner.memory, planner.report.tables."""
 
 import torch
-from transformers import AutoConfig
 
 from bitplan.formats.errors import FormatUnavailable
 from bitplan.formats.sizes import format_bytes
@@ -9,6 +8,7 @@ from bitplan.planner.memory.budget import DeviceBudget
 from bitplan.planner.memory.fit import Fit
 from bitplan.planner.memory.kv_size import kv_facts
 from bitplan.planner.report.tables import table
+from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.source import Source
 
 
@@ -28,9 +28,8 @@ def device_budget_text(budget: DeviceBudget) -> str:
 
 def kv_cache_text(source: Source, dtype: str) -> str:
     """What the KV cache holds, layer by layer."""
-    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
     try:
-        facts = kv_facts(config, getattr(torch, dtype))
+        facts = kv_facts(sources.transformers_config(source), getattr(torch, dtype))
     except FormatUnavailable as reason:
         return f"KV cache: sized by a run of the model; {reason}"
     heads = "/".join(map(str, facts.kv_heads))

@@ -7,8 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bitplan.formats.errors import ModelUnreadable, UsageError
+from bitplan.formats.errors import FormatUnavailable, ModelUnreadable, UsageError
 from bitplan.planner.assemble import uniform_plan
+from bitplan.planner.export import export, write_export
+from bitplan.planner.export.compressed_tensors import CompressedTensors
+from bitplan.planner.export.gptq_layout import save_gptq
+from bitplan.planner.export.gptqmodel import GptqModel
+from bitplan.planner.export.lower import lower
 from bitplan.planner.load import load_planned
 from bitplan.planner.report.model_card import save
 from bitplan.sensitivity import source as sources
@@ -45,6 +50,33 @@ def test_tokens_beyond_the_embedding(checkpoint):
         log_probabilities(model, torch.tensor([[1, 300, 2]]))
     with pytest.raises(UsageError, match="token 300"):
         log_likelihoods(model, [TokenRow((1, 300), 1)])
+
+
+@pytest.mark.parametrize("layout", ["compressed-tensors", "gptq"])
+def test_exports_hold_the_tensors_that_the_model_does_not_take(checkpoint, session_of, tmp_path, layout):
+    source = with_more(checkpoint("llama"), tmp_path / "model", "mtp.head.weight")
+    session = session_of("llama")
+    inside = [unit.name for unit in session.graph.units if "layers" in unit.name]
+    plan = lower(uniform_plan(session, "int8", "nearest"), GptqModel(None, source), nearest=True)
+    assert {unit.name for unit in plan.packed} == set(inside)
+    facts = plan.provenance.model.model_copy(update={"weights_sha256": source.weights_sha256})
+    plan = plan.for_model(facts)
+    if layout == "gptq":
+        save_gptq(load_planned(plan, source, "cpu"), plan, source, tmp_path / "out", False)
+    else:
+        exported = export(plan, layout, source=source)
+        assert any("copied as they are" in note and "mtp.head.weight" in note for note in exported.notes)
+        write_export(exported, tmp_path / "out", device="cpu")
+    names = {name.rpartition(".")[0] for name in load_file(tmp_path / "out" / "model.safetensors")}
+    stored = {name.rpartition(".")[0] for name in load_file(source.folder / "model.safetensors")}
+    assert names == stored
+
+
+def test_exports_refuse_what_the_checkpoint_stores_in_parts(session_of):
+    session = session_of("mixtral")
+    plan = lower(uniform_plan(session, "int8", "nearest"), CompressedTensors(None, session.source), nearest=True)
+    with pytest.raises(FormatUnavailable, match=r"mlp.experts.gate_up_proj.* and 3 more under others, or in parts"):
+        export(plan, "compressed-tensors", source=session.source)
 
 
 def test_processors_are_saved_too(session_of, checkpoint, tmp_path):
