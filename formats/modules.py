@@ -40,13 +40,23 @@ def canonical(weight: Tensor, transposed: bool) -> Tensor:
     return weight.reshape(-1, weight.shape[-1])
 
 
+LAYOUTS = {"Llama4TextExperts": True, "JetMoeParallelExperts": False}
+"""Classes of experts that do not state their layout → whether it is transposed: [experts, inputs, outputs]."""
+
+
+def _layout(module: nn.Module) -> bool | None:
+    """Whether a module holds its weights transposed, where it is of a class in LAYOUTS."""
+    return next((LAYOUTS[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in LAYOUTS), None)
+
+
 def is_experts(module: nn.Module) -> bool:
-    """A module with 3-D parameters, an expert to a slice, of the kind whose layout transformers states."""
-    return any(p.ndim == 3 for p in module._parameters.values() if p is not None) and hasattr(module, "is_transposed")
+    """A module with 3-D parameters, an expert to a slice, of the kind whose layout transformers or LAYOUTS states."""
+    stated = hasattr(module, "is_transposed") or _layout(module) is not None
+    return stated and any(p.ndim == 3 for p in module._parameters.values() if p is not None)
 
 
 def is_transposed(module: nn.Module) -> bool:
-    return isinstance(module, Conv1D) or getattr(module, "is_transposed", False) is True
+    return isinstance(module, Conv1D) or getattr(module, "is_transposed", False) is True or _layout(module) is True
 
 
 class _Shadows(threading.local):

@@ -2,7 +2,7 @@
 
 The originals stay where transformers loaded them (for safetensors on a CPU, in the file's pages); a segment is copied
 to the device in float32 while it is at work, so that one block is there at a time.
-May import: formats.errors, sensitivity.graph/pages.
+May import: formats.errors, sensitivity.graph/pages/vocabulary.
 """
 
 import copy
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from bitplan.sensitivity.graph import Graph, Unit
 from bitplan.sensitivity.pages import page_out
+from bitplan.sensitivity.vocabulary import vocabulary_size
 
 LOGIT_BYTES = 32 << 20
 """What the logits of the tokens that go through the last segment at once may take."""
@@ -92,7 +93,7 @@ class Chain:
         """The tokens of a text block that run through a segment at once: all of them, but for large logits."""
         step = length
         if segment == len(self) - 1 and self.tokenwise:
-            step = max(1, LOGIT_BYTES // (4 * int(self.model.config.get_text_config().vocab_size)))
+            step = max(1, LOGIT_BYTES // (4 * vocabulary_size(self.model)))
         return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
     def _assign(self, graph: Graph) -> list[list[Unit]]:
@@ -215,7 +216,7 @@ class Chain:
     def _refuse(self) -> str | None:
         """Why the blocks cannot run alone, or None: the chain must compute what the whole model computes."""
         parameters = next(self.model.parameters())
-        vocabulary = self.model.config.get_text_config().vocab_size
+        vocabulary = vocabulary_size(self.model)
         ids = torch.arange(3, 27, device=parameters.device).remainder(vocabulary).view(2, 12)
         inputs: list[Tensor] = []
         outputs: list[Tensor] = []
@@ -223,7 +224,7 @@ class Chain:
         def note(_module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
             inputs.append(args[0] if args else kwargs["hidden_states"])
             self._tuple.append(isinstance(out, tuple))
-            outputs.append(out[0] if isinstance(out, tuple) else out)
+            outputs.append(out[0] if isinstance(out, tuple) and out else out)
 
         handles = [
             self.model.get_submodule(path).register_forward_hook(note, with_kwargs=True)  # type: ignore[arg-type]
@@ -237,8 +238,9 @@ class Chain:
         finally:
             for handle in handles:
                 handle.remove()
-        if len(inputs) != len(self.paths):
-            return "its blocks do not run once each"
+        handed_on = all(isinstance(each, Tensor) for each in (*inputs, *outputs))
+        if len(inputs) != len(self.paths) or not handed_on:
+            return "its blocks do not run once each" if handed_on else "its blocks do not return hidden states first"
         if not all(out.isfinite().all() for out in outputs):
             return None  # rounding will name the block
         if any(not torch.equal(out, x) for out, x in zip(outputs, inputs[1:], strict=False)):

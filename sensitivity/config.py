@@ -37,7 +37,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelUnreadable(f"{path} is no valid JSON object: fetch or save it again")
     for field, value in _sizes(config):
         name = field.rpartition(".")[2]
-        least = 1 if name in (*LAYERS, *WIDTHS) else 0
+        least = 1 if name in (*LAYERS, *WIDTHS, *LENGTHS) else 0
         for number in value if isinstance(value, list) else [value]:
             if number is not None and (type(number) is not int or not least <= number <= MOST[name]):
                 raise ModelUnreadable(

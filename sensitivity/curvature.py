@@ -264,10 +264,10 @@ class _Pass:
             x = use.input.detach().float().flatten(0, -2)
             if "leads" in own:
                 own["moment"][use.expert].addmm_(x.T, x)
-            own["routed"][use.expert] += len(x)
             squares = own["gradients"][use.expert]
-        if not use.output.requires_grad:
-            raise RoundingFailed(f"{use.parameter}: what it puts out follows from no token, so that it has no gradient")
+            if not use.output.requires_grad:
+                return  # a pass without gradients (early cycles of some models): those of the others stand for it
+            own["routed"][use.expert] += len(x)
         use.output.register_hook(partial(_add_squares, squares))
 
     def finish(self, units: list[Unit], sums: Sums) -> None:

@@ -2,7 +2,7 @@
 
 A unit is one weight that takes one format. Units are found by walking the parameters; a probe of eight tokens
 then shows which of them run, what feeds what, and which read the very same input.
-May import: formats, sensitivity.trace.
+May import: formats, sensitivity.trace/vocabulary.
 """
 
 import re
@@ -23,6 +23,7 @@ from bitplan.formats.errors import UsageError
 from bitplan.formats.modules import is_experts, is_transposed
 from bitplan.formats.table import NATIVE, stored_bytes
 from bitplan.sensitivity.trace import Trace, Use
+from bitplan.sensitivity.vocabulary import vocabulary_size
 
 GENERIC = ("modeling_utils.py", "module.py")
 """Files of transformers and torch that ask every parameter for its type or device."""
@@ -109,7 +110,7 @@ def build_graph(model: PreTrainedModel, keep: tuple[str, ...] = (), per_expert: 
     """Walk and probe a loaded causal LM. `keep`: globs over unit names; UsageError where one matches none.
     `per_expert`: the experts of a block may take different formats, where each is a module of its own."""
     for module in model.modules():
-        if is_experts(module):  # one product per expert, which is what can be traced
+        if is_experts(module) and hasattr(module, "config"):  # one product per expert, which is what can be traced
             module.config._experts_implementation = "eager"  # type: ignore[union-attr]
     units, unquantized = find_units(model)
     for glob in keep:
@@ -123,6 +124,7 @@ def build_graph(model: PreTrainedModel, keep: tuple[str, ...] = (), per_expert: 
     order: dict[tuple[str, str], int] = {}
     for use in uses:
         order.setdefault(_alike(by_parameter[use.parameter]), len(order))
+    learning = {_alike(by_parameter[use.parameter]) for use in uses if use.output.requires_grad}
     outside = {_alike(by_parameter[parameter]) for parameter in elsewhere}
     reasons = {}
     for unit in units:
@@ -134,6 +136,8 @@ def build_graph(model: PreTrainedModel, keep: tuple[str, ...] = (), per_expert: 
             )
         elif _alike(unit) not in order:
             reasons[unit.name] = "no text runs through it, or not by a product or lookup"
+        elif learning and _alike(unit) not in learning:
+            reasons[unit.name] = "it runs without gradients alone, so that what a format costs it cannot be scored"
     parameters = dict(model.named_parameters(remove_duplicate=False))
     unquantized += [_kept(u.parameter, parameters[u.parameter], reasons[u.name]) for u in units if u.name in reasons]
     units = [u for u in units if u.name not in reasons]
@@ -221,13 +225,14 @@ class _Watch(Trace):
 def probe(model: PreTrainedModel, units: list[Unit]) -> tuple[list[Use], set[str]]:
     """Run eight tokens; the uses in order, and the parameters that are read outside of their own modules."""
     uses: list[Use] = []
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.arange(3, 11, device=next(model.parameters()).device).remainder(vocabulary).unsqueeze(0)
+    ids = torch.arange(3, 11, device=next(model.parameters()).device).remainder(vocabulary_size(model)).unsqueeze(0)
     watch = _Watch(model, units, uses.append)
-    with torch.no_grad(), watch:
-        model(input_ids=ids, use_cache=False)
-    for handle in watch.handles:
-        handle.remove()
+    try:
+        with torch.enable_grad(), watch:
+            model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in watch.handles:
+            handle.remove()
     return uses, watch.elsewhere
 
 

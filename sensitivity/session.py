@@ -31,6 +31,7 @@ from bitplan.sensitivity.store import IN_MEMORY
 from bitplan.sensitivity.swapper import WeightSwapper
 from bitplan.sensitivity.texts import text as texts
 from bitplan.sensitivity.texts.text import Blocks, Texts
+from bitplan.sensitivity.vocabulary import vocabulary_size
 from bitplan.sensitivity.weight_cache import MOMENT_BYTES, WeightCache, mark_workspace, workspace
 
 SEED = 0
@@ -171,7 +172,7 @@ def _refuse_memory(model: PreTrainedModel, blocks: Sequence[nn.Module], memory: 
     outside = sum(p.numel() for p in model.parameters()) - sum(sizes)
     widest = max((p.shape[-1] for block in blocks for p in block.parameters() if p.ndim > 1), default=0)
     block = 6 * max(sizes, default=0) + 4 * 4 * widest**2
-    logits = 4 * 4 * length * int(model.config.get_text_config().vocab_size)
+    logits = 4 * 4 * length * vocabulary_size(model)
     need = PROGRAM + 4 * outside + max(block, logits)
     if need > memory:
         raise UsageError(

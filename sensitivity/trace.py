@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 LINEAR = {torch.nn.functional.linear, torch._C._nn.linear}
 PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
+BATCHED_PRODUCTS = {torch.bmm, Tensor.bmm}
 SUMMED_PRODUCTS = {torch.addmm, Tensor.addmm}
 
 
@@ -45,6 +46,10 @@ class Trace(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if func in BATCHED_PRODUCTS and isinstance(args[1], Tensor) and self.owner(args[1]) is not None:
+            # A product for each expert, so that each has an output of its own.
+            pairs = zip(args[0].unbind(), args[1].unbind(), strict=True)
+            return torch.stack([self.__torch_function__(torch.mm, types, pair) for pair in pairs])
         out = func(*args, **kwargs)
         if func in LINEAR:
             x, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]

@@ -82,7 +82,9 @@ class Meter(TorchDispatchMode):
         with self.lock:
             known = self.storages.get(storage._cdata)
             self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-            if tensor.is_floating_point() and (known is None or known[0].expired()):  # no view, as of scales' bits
+            # A view of scales' bits as floats, through which a load checks that they are finite, is no tensor of its
+            # own: only a storage that is not known yet counts.
+            if tensor.is_floating_point() and (known is None or known[0].expired()):
                 self.largest_float = max(self.largest_float, tensor.nbytes)
             if sum(size for _, size in self.storages.values()) > self.peak:
                 self.peak = max(self.peak, self.live())
@@ -195,6 +197,7 @@ class TestDevices:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         files = [str(path) for path in checkpoint(name).glob("*.safetensors")]
+        # The files are those of the original: as a saved plan's they would be refused, for they hold other tensors.
         quantizer._process_model_before_weight_loading(model, checkpoint_files=None if packed else files)
         expected: dict[str, int] = {}
         for parameter, size in [(u.parameter, u.bytes) for u in plan.units] + [

@@ -2,7 +2,7 @@
 
 Some models that keep states beside keys and values begin each chunk from an empty state, some cannot be given a cache
 at all: a pass in chunks is compared with a whole one. May import: formats.errors, planner.memory.kv_size,
-planner.plan, sensitivity.source.
+planner.plan, sensitivity.source/vocabulary.
 """
 
 from typing import Any
@@ -15,6 +15,7 @@ from bitplan.planner.memory.kv_size import kv_facts
 from bitplan.planner.plan import Workload
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.source import Source
+from bitplan.sensitivity.vocabulary import vocabulary_size
 
 TOKENS, CHUNK = 24, 10
 CANNOT_READ_CHUNKS = "prompts are read whole: in chunks its outputs differ, or it cannot read them"
@@ -24,7 +25,7 @@ CANNOT_READ_CHUNKS = "prompts are read whole: in chunks its outputs differ, or i
 def reads_in_chunks(model: Any) -> bool:
     """Whether `generate` gives the same logits for a prompt of TOKENS that it reads CHUNK at a time as for a whole
     one, up to rounding."""
-    vocabulary = model.config.get_text_config().vocab_size
+    vocabulary = vocabulary_size(model)
     ids = torch.arange(3, 3 + TOKENS, device=model.device).remainder(vocabulary).unsqueeze(0)
 
     def logits(**how: Any) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """log p of many short sequences, with what they have in common run once.
 
-May import: formats.kv, sensitivity.loss/progress, sensitivity.tasks.task, transformers' caches.
+May import: formats.kv, sensitivity.loss/progress/vocabulary, sensitivity.tasks.task, transformers' caches.
 """
 
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from bitplan.sensitivity.loss import log_probabilities, refuse_foreign_tokens, taken
 from bitplan.sensitivity.progress import progress
 from bitplan.sensitivity.tasks.task import TokenRow
+from bitplan.sensitivity.vocabulary import vocabulary_size
 
 ROWS = 32
 AT_ONCE = 1 << 26
@@ -40,7 +41,7 @@ def log_likelihoods(model: Any, rows: list[TokenRow], kv_format: str = "native",
         (shared if shares and len(family) > 1 and len(context) > 1 else alone).extend(family)
     shared.sort(key=lambda row: -len(row.context))  # stable: families stay together
     alone.sort(key=lambda row: -len(row.ids))
-    limit = AT_ONCE // model.config.get_text_config().vocab_size
+    limit = AT_ONCE // vocabulary_size(model)
     found: dict[TokenRow, float] = {}
     with progress(total=len(shared) + len(alone), desc=name, unit="row") as bar:
         for batch in _batches(shared, limit, same_length=True):
