@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 
-.PHONY: setup test test-all zoo fuzz lint demo wheel-smoke test-lowest plans bench-prediction bench-rounding bench-one-bit bench-layout \
+.PHONY: setup test test-all test-faults gpu zoo fuzz lint demo wheel-smoke test-lowest plans bench-prediction bench-rounding bench-one-bit bench-layout \
 	bench-exports bench-audit bench-memory bench-speed bench-compare bench-interval bench-search bench-reduced bench-real \
 	bench-double-quant
 
@@ -23,7 +23,17 @@ test: setup
 
 # Also the slow tests: every causal LM class of transformers that can be built tiny (15 minutes on one core).
 test-all: setup
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "slow or not slow"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not faults"
+
+# Long commands that are killed, run beside each other, on a full disk, on a cache with flipped bits (half an hour on one
+# core; KILLS=5 for less).
+KILLS ?= 20
+test-faults: setup
+	KILLS=$(KILLS) $(BIN)/python -m pytest -s -m faults tests/faults
+
+# All that only a GPU shows, in ten minutes on one card; without one, a sentence.
+gpu: setup
+	$(BIN)/python -m benchmarks.gpu
 
 # docs/zoo.md, the table of those classes.
 zoo: setup

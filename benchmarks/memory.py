@@ -129,7 +129,7 @@ class Grown:
 def use(model: Any, workload: Workload) -> None:
     """Read a prompt but for its last token by chunks, then decode one."""
     ids = torch.randint(0, model.config.vocab_size, (workload.batch, workload.context - 1), device=model.device)
-    length = {"max_new_tokens": 2, "min_new_tokens": 2, "prefill_chunk_size": workload.chunk}
+    length = {"max_new_tokens": 2, "min_new_tokens": 2, "prefill_chunk_size": workload.prefill_chunk}
     model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, **length)
 
 
