@@ -114,9 +114,10 @@ def test_an_error_without_a_message_is_named_by_its_type(monkeypatch):
 
         from_pretrained = from_config = fails
 
-    monkeypatch.setattr(gptqmodel, "AutoConfig", Loads)
+    monkeypatch.setattr(gptqmodel.sources, "transformers_config", lambda source: None)
+    monkeypatch.setattr(gptqmodel, "AutoModelForCausalLM", Loads)
     monkeypatch.setattr(kv_size, "AutoModelForCausalLM", Loads)
-    with pytest.raises(ModelUnreadable, match=r"cannot make tiny as a causal LM: ValueError$"):
+    with pytest.raises(ModelUnreadable, match=r"cannot build tiny as a causal LM: ValueError$"):
         gptqmodel.skeleton(Source("tiny", Path("tiny"), None, "", ""))
     with pytest.raises(FormatUnavailable, match=r"the cache of llama cannot be sized from its config: ValueError$"):
         kv_size._after_one_token(LlamaConfig(), torch.float32)
