@@ -299,14 +299,9 @@ def read(path: Path, kind: type[Model]) -> Model:
 
 def validated(data: Any, kind: type[Model], wrong: str) -> Model:
     """A plan or profile from parsed JSON. Raises FileInvalid: `wrong`, the field, and what is the matter with it."""
-    schema, newest = data.get("schema_version") if isinstance(data, dict) else None, kind.model_fields["schema_version"]
+    schema = data.get("schema_version") if isinstance(data, dict) else None
     if schema is not None and type(schema) is not int:  # 3.0 and true equal whole numbers
         raise FileInvalid(f"{wrong} at schema_version: it must be a whole number, not {repr(schema)[:40]}")
-    if isinstance(schema, int) and schema > newest.default:
-        raise FileInvalid(
-            f"{wrong} at schema_version: {schema} is of a newer bitplan than this ({bitplan.__version__}), which reads"
-            f" up to {newest.default}: install that"
-        )
     try:
         return kind.model_validate(data)
     except ValidationError as error:
