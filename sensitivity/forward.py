@@ -54,13 +54,23 @@ def predictions(chain: Chain, ids: Tensor, memory: int = IN_MEMORY) -> Callable[
     last = len(chain) - 1
     for segment in progress(range(last), desc="forward", unit="block"):
         x = _through(chain, segment, x, ids, memory, lambda hidden: None)
-    hidden, module = x, chain.module(last)
+    assert x is not None
+    hidden = x
+    return after_blocks(chain, lambda block: hidden[block].unsqueeze(0), ids, {})
+
+
+def after_blocks(
+    chain: Chain, hidden: Callable[[int], Tensor], ids: Tensor, weights: dict[str, Tensor]
+) -> Callable[[int], Tensor]:
+    """Log-probabilities float32 [1, length - 1, vocabulary] by the number of a block of text int64 [blocks, length],
+    from the last segment's inputs `hidden` [1, length, width] by that number; `weights` are as `Chain.run` has them."""
+    last = len(chain) - 1
+    module = chain.module(last)
 
     @torch.no_grad()
     def log_probabilities(block: int) -> Tensor:
-        assert hidden is not None
         row = ids[block : block + 1].to(chain.device)
-        logits = chain.run(last, module, hidden[block].unsqueeze(0).to(chain.device), row, {})
+        logits = chain.run(last, module, hidden(block).to(chain.device), row, weights)
         return logits[:, :-1].log_softmax(-1)
 
     return log_probabilities

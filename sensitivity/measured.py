@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bitplan.formats.scheme import QuantScheme
 from bitplan.sensitivity.chain import Chain
-from bitplan.sensitivity.forward import inputs
+from bitplan.sensitivity.forward import after_blocks, inputs
 from bitplan.sensitivity.graph import Unit
 from bitplan.sensitivity.loss import Evaluation, Reference
 from bitplan.sensitivity.progress import progress
@@ -32,8 +32,9 @@ class Prefixes:
 
     def __init__(self, chain: Chain, blocks: Blocks, reference: Reference | None = None, memory: int = IN_MEMORY):
         self.chain = chain
-        self.rows = blocks.ids.to(chain.device).split(1)
-        self.states = inputs(chain, blocks.ids.to(chain.device), len(chain) - 1, memory)
+        self.ids = blocks.ids.to(chain.device)
+        self.rows = self.ids.split(1)
+        self.states = inputs(chain, self.ids, len(chain) - 1, memory)
         self.at = {unit.parameter: i for i, units in enumerate(chain.units) for unit in units}
         self.reference = reference or Reference(chain.model, blocks, self._as_it_is())
 
@@ -50,13 +51,7 @@ class Prefixes:
         return self._after(self._hidden(len(self.chain) - 1), {})
 
     def _after(self, hidden: list[Tensor], weights: dict[str, Tensor]) -> Callable[[int], Tensor]:
-        last = len(self.chain) - 1
-        module = self.chain.module(last)
-
-        def log_probabilities(block: int) -> Tensor:
-            return self._run(last, module, hidden[block], self.rows[block], weights)[:, :-1].log_softmax(-1)
-
-        return log_probabilities
+        return after_blocks(self.chain, hidden.__getitem__, self.ids, weights)
 
     def evaluate(self, parameter: str | None, weight: Tensor | None) -> Evaluation:
         """The model with one parameter exchanged for `weight`, of the parameter's own shape; with none, as it is."""
