@@ -29,6 +29,7 @@ from bitplan.sensitivity.progress import progress
 from bitplan.sensitivity.session import SEED, Session, load_reference
 from bitplan.sensitivity.store import IN_MEMORY, load_tensors, locked, save_tensors
 from bitplan.sensitivity.texts.text import Blocks
+from bitplan.sensitivity.vocabulary import vocabulary_size
 from bitplan.sensitivity.weight_cache import for_file, mark_workspace
 
 STEPS = 200
@@ -72,7 +73,7 @@ def heal(plan: Plan, undistilled: Plan, session: Session) -> None:
 def _reference(session: Session, blocks: Blocks) -> Reference:
     """Full precision on some text. Log-probabilities of more than IN_MEMORY bytes, 20 GB for 32,768 tokens and a
     vocabulary of 150,000, are computed from the last block's hidden states each time that they are used."""
-    vocabulary = int(session.model.config.get_text_config().vocab_size)
+    vocabulary = vocabulary_size(session.model)
     if 4 * blocks.ids.numel() * vocabulary > IN_MEMORY and not (chain := session.chain()).why:
         return Reference(None, blocks, predictions(chain, blocks.ids), kept=False)
     return Reference(session.model if session.whole else load_reference(session.source, session.device), blocks)
@@ -122,7 +123,7 @@ class Distillation:
     def run(self, calibration: Reference, search: Reference) -> None:
         ids, device = calibration.blocks.ids, self.model.device
         batch = max(1, TOKENS // ids.shape[1])
-        per_part = max(1, LOGIT_BYTES // (4 * ids.shape[1] * int(self.model.config.get_text_config().vocab_size)))
+        per_part = max(1, LOGIT_BYTES // (4 * ids.shape[1] * vocabulary_size(self.model)))
         done, least, calm, best = self._restore()
         if done < 0:
             least, done = self._look(search), 0
