@@ -141,8 +141,16 @@ class Selection:
     # Steps ----------------------------------------------------------------------------------------------------------
 
     def _trials(self, budget: Budget) -> Trials:
-        shared = {"candidates": self.candidates, "place": self.place}
-        return Trials(self.problem, budget, self.session, self.objective, self.finish, self.effort, **shared)  # type: ignore[arg-type]
+        return Trials(
+            self.problem,
+            budget,
+            self.session,
+            self.objective,
+            self.finish,
+            self.effort,
+            candidates=self.candidates,
+            place=self.place,
+        )
 
     def _race(self, trials: Trials, found: Found) -> list[tuple[Finalist, Allocation]]:
         """The finalists by rising loss on the search text. A single one is not run."""

@@ -280,8 +280,9 @@ class _Pass:
         for unit in units:
             own = sums[unit.name]
             together.setdefault(id(own.get("moment", own)), []).append(unit)
-        for moment in {id(own["moment"]): own["moment"] for own in sums.values() if "moment" in own}.values():
-            moment /= self.tokens  # in place: it can be the largest tensor there is
+        for first, *_ in together.values():
+            if "moment" in sums[first.name]:
+                sums[first.name]["moment"] /= self.tokens  # in place: it can be the largest tensor there is
         for readers in ranks.share(list(together.values())):
             costs: Tensor | None = None
             for unit in readers:
