@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+import optuna
+
 from bitplan.formats.errors import BitplanError, BudgetInfeasible
 from bitplan.formats.scheme import QuantScheme
 from bitplan.formats.sizes import format_bytes
@@ -66,6 +68,8 @@ class Selection:
         session.gather()
         self.candidates = Candidates(session)
         self.finished = FinishedPlans(problem, session, finish, self.objective, device, workload)
+        self.study: optuna.Study | None = None
+        """Of the last search."""
 
     def made(self, goal: Budget | LossLimit) -> Plan:
         return self.within(goal) if isinstance(goal, Budget) else self.within_loss(goal)
@@ -79,6 +83,7 @@ class Selection:
         refuse_infeasible(self.problem, budget.weights, budget.requested)
         trials = self._trials(budget)
         found = trials.run()
+        self.study = found.study
         uniform = trials.best_uniform()
         lost = self._race(trials, found)
         finalists = tuple(finalist for finalist, _ in lost) if len(lost) > 1 else ()
@@ -105,6 +110,7 @@ class Selection:
             if found is None and self.effort.trials:
                 trials = self._trials(self._budget(limit, best.nbytes + unquantized))
                 found = trials.run()
+                self.study = found.study
                 corrected = Corrections(options).fitted(found.evaluated)
             if found is not None:
                 tried = narrow(corrected, aim, lambda allocation: self._lost(allocation, limit), tried)

@@ -12,7 +12,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import optuna
@@ -53,6 +53,7 @@ class Found:
     """Trials that ended before their last block."""
     evaluated: tuple[tuple[Allocation, float], ...] = ()
     """What each trial evaluated and its loss, in their order."""
+    study: optuna.Study | None = field(default=None, compare=False, repr=False)
 
     @property
     def best(self) -> Candidate:
@@ -116,7 +117,7 @@ def search(
             losses = [loss_of(trial) for trial in work.trials(ENDED)]
             bar.set_postfix(loss=f"{min(losses):.5f}" if losses else "", refresh=False)
     bar.close()
-    return _found(work.trials(ENDED), work.allocation_in, exact), exact
+    return replace(_found(work.trials(ENDED), work.allocation_in, exact), study=study), exact
 
 
 def _refuse_other_study(study: optuna.Study, storage: Storage, facts: Mapping[str, str]) -> None:

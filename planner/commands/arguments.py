@@ -232,6 +232,7 @@ def _planned(plan: argparse.ArgumentParser) -> None:
         " postgresql://…",
     )
     plan.add_argument("--study", metavar="NAME", help="name of the study there (default: by model and budget)")
+    plan.add_argument("--html", type=Path, metavar="FILE", help="write the trials' page; needs bitplan[report]")
     _task(plan)
     _output(plan, "plan.json")
 

@@ -3,7 +3,7 @@
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -19,6 +19,7 @@ from bitplan.planner.memory.chunks import CANNOT_READ_CHUNKS, chunked_workload
 from bitplan.planner.memory.device import find_device
 from bitplan.planner.plan import Budget, Plan, Workload
 from bitplan.planner.report.memory import device_budget_text, kv_cache_text
+from bitplan.planner.report.page.render import refuse_without_report, render
 from bitplan.planner.report.show import plan_text
 from bitplan.planner.select import LossLimit, Selection
 from bitplan.search.overrides import Override, followers, parse_overrides
@@ -30,16 +31,14 @@ from bitplan.sensitivity.profile import Profile, read, write
 from bitplan.sensitivity.profile_cache import remember
 from bitplan.sensitivity.session import Session, open_session, recall_texts
 from bitplan.sensitivity.source import Source
-from bitplan.sensitivity.store import refuse_overwrite
+from bitplan.sensitivity.store import refuse_overwrite, write_text
 from bitplan.sensitivity.texts.text import Texts
 
 
 def run(arguments: Namespace) -> None:
     effort = _effort(arguments)
     limit, place = limit_of(arguments), place_of(arguments, effort.trials)
-    outputs = outputs_of(arguments.output, budgets_of(arguments, 1))  # raises for invalid values, before any work
-    for output in outputs:
-        refuse_overwrite(output, arguments.force)
+    files = _files(arguments, effort)  # raises for invalid values, before any work
     overrides = parse_overrides(arguments.keep, arguments.set, arguments.at_least)
     found = find_device(arguments.gpu, arguments.device) if arguments.gpu else None
     formats = candidate_formats(arguments)
@@ -88,17 +87,18 @@ def run(arguments: Namespace) -> None:
     problem = problem_of(profile, offered, overrides)
     _report_followers(profile, overrides)
     finish = Finish(arguments.rounding, bool(arguments.heal))
-    plans: list[Plan] = []
+    selection = None
     if session is not None and (effort.trials or limit):
         parts: dict[str, Any] = {"device": arguments.device, "workload": workload, "task": task, "place": place}
-        made_of = Selection(problem, session, finish, effort, **parts).made
-    else:
-        made_of = partial(_quick, problem, finish, workload)
-    for goal, output in zip(goals, outputs, strict=True):
-        plans.append(made := made_of(goal))
+        selection = Selection(problem, session, finish, effort, **parts)
+    plans: list[Plan] = []
+    for goal, (output, page) in zip(goals, files, strict=True):
+        plans.append(made := selection.made(goal) if selection else _quick(problem, finish, workload, goal))
         if output:
             write(output, made)
             log(f"plan written to {output}")
+        if page and selection:
+            _write_page(page, selection, made)
     data = [made.model_dump(mode="json") for made in plans]
     emit(arguments, data if len(data) > 1 else data[0], "\n\n".join(plan_text(made) for made in plans))
 
@@ -108,6 +108,26 @@ def _report_followers(profile: Profile, overrides: Sequence[Override]) -> None:
         if follow := followers(profile, override):
             more = f" and {len(follow) - 3} more" if len(follow) > 3 else ""
             log(f"{override} also holds for {', '.join(follow[:3])}{more}, which share a group with what it names")
+
+
+def _files(arguments: Namespace, effort: Effort) -> list[tuple[Path | None, Path | None]]:
+    """For each plan the file that it is written to, and that of its trials' page. Raises UsageError, BitplanError."""
+    if arguments.html and not effort.trials:
+        raise UsageError("--html shows the trials, and --trials 0 runs none: `bitplan explain --html` shows a plan")
+    refuse_without_report(arguments.html)
+    asked = budgets_of(arguments, 1)
+    files = list(zip(outputs_of(arguments.output, asked), outputs_of(arguments.html, asked), strict=True))
+    for path in (path for pair in files for path in pair):
+        refuse_overwrite(path, arguments.force)
+    return files
+
+
+def _write_page(page: Path, selection: Selection, plan: Plan) -> None:
+    from bitplan.planner.report.page.study import study_page  # matplotlib is an extra
+
+    assert selection.study is not None
+    write_text(page, render(study_page(selection.study, plan)))
+    log(f"page written to {page}")
 
 
 def _quick(problem: Problem, finish: Finish, workload: Workload, goal: Budget | LossLimit) -> Plan:

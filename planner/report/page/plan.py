@@ -23,7 +23,7 @@ def plan_page(reasons: Reasons) -> Page:
         f"A plan of {plan.bytes:,} bytes ({format_bytes(plan.bytes)}), {plan.bits_per_weight:.3f} bits per weight,"
         f" for a budget of {plan.budget.requested} ({plan.budget.weights:,} bytes)."
     )
-    figures, tables = [_formats(plan)], [_reasons_table(reasons), *_measured(plan), *_overrides(plan)]
+    figures, tables = [_formats(plan)], [_reasons_table(reasons), *measured_tables(plan), *_overrides(plan)]
     found = [price_text(reasons.price), *_findings(plan)]
     left = unquantized(plan.unquantized)
     losses = None if reasons.problem is None else losses_of(reasons.problem.profile)
@@ -110,7 +110,8 @@ def _step(group: GroupReasons, smaller: bool) -> str:
     return "–" if found is None else f"{number(found.per_mib)} ({found.scheme})"
 
 
-def _measured(plan: Plan) -> list[PageTable]:
+def measured_tables(plan: Plan) -> list[PageTable]:
+    """The plan's figures and the best uniform plan's, where there are any."""
     rows = []
     for name, size, found in (
         ("plan", plan.bytes, plan.measured),
