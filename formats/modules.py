@@ -6,11 +6,11 @@ transformers' Conv1D.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +86,13 @@ class Packed(nn.Module):
         if slot.experts > 1 or "weight" not in self.slots:
             weight = weight.unflatten(0, (slot.experts, slot.rows))
         return weight.transpose(-1, -2) if slot.transposed else weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What torch calls for `.to(…)` and its kin: dequantized weights come out as float parameters do."""
+        super()._apply(fn, recurse)
+        for name, slot in self.slots.items():
+            self.slots[name] = replace(slot, dtype=fn(torch.empty(0, dtype=slot.dtype)).dtype)
+        return self
 
     def extra_repr(self) -> str:
         packed = ", ".join(f"{name}={slot.format.name}" for name, slot in self.slots.items())

@@ -8,11 +8,14 @@ import logging
 import os
 import sys
 import warnings
+from errno import EDQUOT, ENOSPC
 from importlib import import_module
 from io import TextIOWrapper
 
 from bitplan.formats.errors import BitplanError, printable
 from bitplan.planner.commands.arguments import build_parser
+
+FULL = (ENOSPC, EDQUOT)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     _quiet_libraries()
     try:
         import_module(f"bitplan.planner.commands.{arguments.command}").run(arguments)
+        sys.stdout.flush()  # here, where a full disk is a sentence
         return 0
     except BitplanError as error:
         print(f"bitplan: {error}", file=sys.stderr)
@@ -30,13 +34,20 @@ def main(argv: list[str] | None = None) -> int:
         print("\nbitplan: interrupted; run the same command again to resume", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return 1
     except Exception as error:  # one line; the traceback is shown on request
         if os.environ.get("BITPLAN_DEBUG"):
             raise
         print(f"bitplan: {printable(_unexpected(error))}", file=sys.stderr)
+        if isinstance(error, OSError) and error.errno in FULL:
+            _drop_stdout()
         return 1
+
+
+def _drop_stdout() -> None:
+    """What could not be written is not tried again at the end of the process."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _unexpected(error: Exception) -> str:
@@ -49,6 +60,8 @@ def _unexpected(error: Exception) -> str:
         inside = str(cache_folder()) in str(error.filename)
         hint = ": it is in the cache; set BITPLAN_CACHE to a folder that can be written" if inside else ""
         return f"{error.filename}: {error.strerror}{hint}"
+    if isinstance(error, OSError) and error.errno in FULL:  # files' writers name their paths
+        return f"cannot write the output: {error.strerror}"
     name, reason = type(error).__name__, first_line(error)
     return f"{name if reason == name else f'{name}: {reason}'} (set BITPLAN_DEBUG=1 for the whole trace)"
 

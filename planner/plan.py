@@ -1,5 +1,6 @@
 """The plan file: allocation, prediction, measurement, provenance. May import: formats, sensitivity.profile."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import FailFast, Field, model_validator
@@ -172,6 +173,18 @@ class PlanOverride(Strict):
         return f"--{self.option} '{self.glob}{f'={self.format}' if self.format else ''}'"
 
 
+RENAMED = {
+    "budget": {"asked": "requested", "bytes": "weights"},
+    "search": {"kl": "loss", "first_kl": "first_loss"},
+    "kv_cache": {"format": "kv_format", "chunk": "prefill_chunk"},
+}
+"""Names within fields of schemas 1 to 3 → today's."""
+
+
+def _renamed(data: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {names.get(name, name): value for name, value in data.items()}
+
+
 class Plan(Strict):
     schema_version: Literal[4] = 4
     budget: Budget
@@ -195,20 +208,21 @@ class Plan(Strict):
     @model_validator(mode="before")
     @classmethod
     def _upgrade(cls, data: Any) -> Any:
-        """Schema 3 had other names."""
+        """Schemas 1 to 3 had other names."""
         refuse_newer(data, 4)
-        if not isinstance(data, dict) or data.get("schema_version") != 3:
+        if not isinstance(data, dict) or data.get("schema_version") not in (1, 2, 3):
             return data
-        renamed = {{"kept": "unquantized", "healed": "distilled"}.get(k, k): v for k, v in data.items()}
-        renamed["schema_version"] = 4
-        if isinstance(budget := renamed.get("budget"), dict) and "asked" in budget:
-            renamed["budget"] = {"requested" if k == "asked" else k: v for k, v in budget.items()}
-        if isinstance(cache := renamed.pop("kv_cache", None), dict):
-            names = {"format": "kv_format", "chunk": "prefill_chunk"}
-            renamed["workload"] = {names.get(k, k): v for k, v in cache.items() if k not in ("kl", "kl_se")}
+        upgraded = _renamed(data, {"kept": "unquantized", "healed": "distilled"}) | {"schema_version": 4}
+        for field, names in RENAMED.items():
+            if isinstance(part := upgraded.get(field), dict):
+                upgraded[field] = _renamed(part, names)
+        if isinstance(predicted := upgraded.get("predicted"), dict):
+            upgraded["predicted"] = {name: value for name, value in predicted.items() if name != "gap"}
+        if isinstance(cache := upgraded.pop("kv_cache", None), dict):
+            upgraded["workload"] = {name: value for name, value in cache.items() if name not in ("kl", "kl_se")}
             if cache.get("kl") is not None:
-                renamed["kv_cache_loss"] = {"kl": cache["kl"], "kl_se": cache.get("kl_se")}
-        return renamed
+                upgraded["kv_cache_loss"] = {"kl": cache["kl"], "kl_se": cache.get("kl_se")}
+        return upgraded
 
     @model_validator(mode="after")
     def _adds_up(self) -> Self:

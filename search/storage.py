@@ -2,7 +2,7 @@
 
 Workers are processes of the same command line. A trial that a killed worker left running is ended as failed, and run
 again with the parameters that it had. In a database Optuna's heartbeats tell which those are; beside a journal file
-each worker holds a lock, which the system releases when it dies. May import: formats.errors.
+each worker holds a lock, which the system releases when it dies. May import: formats.errors, sensitivity.store.
 """
 
 import inspect
@@ -28,6 +28,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
 
 from bitplan.formats.errors import BitplanError, first_line
+from bitplan.sensitivity.store import writing
 
 HEARTBEAT = 15
 """Seconds between two signs of life of a trial in a database."""
@@ -37,9 +38,40 @@ DRIVERS = ("psycopg", "psycopg2")
 """Of PostgreSQL, the first that is installed; which one SQLAlchemy takes by default is a matter of its version."""
 TRIES = 10
 """To open a database, whose tables another worker may be making."""
+LINE = b'{"op_code":'
+"""What each line of a journal begins with."""
 WORKING = (SQLAlchemyError, StorageInternalError)
 OPENING = (OSError, ImportError, RuntimeError, ValueError, KeyError)
 """What opening a storage raises beside: by its driver, of another version of Optuna, of a file that is no journal."""
+
+
+class JournalLock(JournalFileOpenLock):
+    """The lock under which a journal is written. A last line that a kill or a full disk cut is dropped first: nothing
+    behind it would be read."""
+
+    def __init__(self, path: Path):
+        super().__init__(str(path))
+        self.path = path
+
+    def acquire(self) -> bool:
+        got = super().acquire()
+        with open(self.path, "a+b") as file:
+            if end := file.seek(0, os.SEEK_END):
+                file.seek(end - 1)
+                if file.read(1) != b"\n":
+                    file.seek(0)
+                    start = (content := file.read()).rfind(b"\n") + 1
+                    if content[start:][: len(LINE)] == LINE[: end - start]:  # and not of some other file
+                        file.truncate(start)
+        return got
+
+
+class Journal(JournalFileBackend):
+    """A journal file whose full disk is one sentence."""
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        with writing(Path(self._file_path)):
+            super().append_logs(logs)
 
 
 class Storage:
@@ -58,8 +90,7 @@ class Storage:
     def _open(self) -> BaseStorage:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            lock = JournalFileOpenLock(str(self.path))
-            return JournalStorage(JournalFileBackend(str(self.path), lock_obj=lock))
+            return JournalStorage(Journal(str(self.path), lock_obj=JournalLock(self.path)))
         assert self.url is not None
         name, _, rest = self.url.partition("://")
         driver = next((each for each in DRIVERS if find_spec(each)), DRIVERS[0])

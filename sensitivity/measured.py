@@ -18,7 +18,7 @@ from bitplan.sensitivity.forward import after_blocks, inputs
 from bitplan.sensitivity.graph import Unit
 from bitplan.sensitivity.loss import Evaluation, Reference
 from bitplan.sensitivity.progress import progress
-from bitplan.sensitivity.store import IN_MEMORY, checked_json, unchecked_json
+from bitplan.sensitivity.store import IN_MEMORY, append_row, unchecked_json
 from bitplan.sensitivity.swapper import WeightSwapper
 from bitplan.sensitivity.texts.text import Blocks
 from bitplan.sensitivity.weight_cache import WeightCache
@@ -88,14 +88,11 @@ def measure(
     """Evaluate the model with one unit in one scheme, for each wanted pair that is not among those `done`, and append
     it to `journal`. Codes must have been prepared, since the model's weights may be exchanged here."""
     results = dict(done)
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    with journal.open("a", encoding="utf-8") as file:
-        for unit, scheme in progress(wanted, desc="measuring", unit="format"):
-            if (unit.name, scheme) in results:
-                continue
-            weight = swapper.shaped(unit, weight_cache.dequantized(unit, scheme))
-            results[unit.name, scheme] = evaluation = prefixes.evaluate(unit.parameter, weight)
-            entry = {"unit": unit.name, "format": scheme.format, "rounding": scheme.rounding}
-            file.write("\n" + checked_json(entry | {"evaluation": asdict(evaluation)}))
-            file.flush()
+    for unit, scheme in progress(wanted, desc="measuring", unit="format"):
+        if (unit.name, scheme) in results:
+            continue
+        weight = swapper.shaped(unit, weight_cache.dequantized(unit, scheme))
+        results[unit.name, scheme] = evaluation = prefixes.evaluate(unit.parameter, weight)
+        entry = {"unit": unit.name, "format": scheme.format, "rounding": scheme.rounding}
+        append_row(journal, entry | {"evaluation": asdict(evaluation)})
     return {pair: results[pair] for pair in ((unit.name, scheme) for unit, scheme in wanted)}

@@ -22,13 +22,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from bitplan.formats.errors import BitplanError, ModelUnreadable, PlanMismatch, first_line, printable
 from bitplan.formats.sizes import format_bytes
 from bitplan.sensitivity.config import read_config, refuse_implausible
 from bitplan.sensitivity.fingerprint import config_fingerprint, read_header, sampled_fingerprint, weights_fingerprint
 from bitplan.sensitivity.profile import ModelFacts
-from bitplan.sensitivity.reading import CONFIG_LIMIT, TEXT_LIMIT, read_bytes, read_json
+from bitplan.sensitivity.reading import CONFIG_LIMIT, TEXT_LIMIT, open_regular, read_bytes, read_json
 from bitplan.sensitivity.store import sha256
 
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
@@ -243,6 +244,20 @@ def block_length(source: Source, asked: int) -> int:
     return min([asked, *limits])
 
 
+def _lacks_packages(folder: Path) -> str | None:
+    """What a folder's tokenizer.model needs that is not installed; transformers names another package for it."""
+    path = folder / "tokenizer.model"
+    if not path.is_file() or (folder / "tokenizer.json").exists():
+        return None
+    with open_regular(path, ModelUnreadable) as file:
+        if file.read(1) != b"\n":  # SentencePiece's files are protobuf with a repeated field 1; tiktoken's are text
+            return None
+    there = {"sentencepiece": is_sentencepiece_available(), "protobuf": is_protobuf_available()}
+    lacking = [package for package, found in there.items() if not found]
+    needed = f"its tokenizer.model needs {' and '.join(lacking)}: pip install {' '.join(lacking)}"
+    return needed if lacking else None
+
+
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """Raises ModelUnreadable where the folder has no tokenizer, or its config cannot be read, which transformers needs
     for that."""
@@ -251,7 +266,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
         found = tokenizer("a text to read", add_special_tokens=False)["input_ids"]
     except Exception as error:  # tokenizers fail in as many types as there are tokenizers
-        reason = first_line(error)
+        reason = _lacks_packages(source.folder) or first_line(error)
         raise ModelUnreadable(f"{source.model} has no tokenizer that transformers can load: {reason}") from error
     if set(found) <= set(tokenizer.all_special_ids):  # what transformers makes of a folder without tokenizer files
         raise ModelUnreadable(f"{source.model} has no tokenizer: add its files to the folder")

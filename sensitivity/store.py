@@ -36,23 +36,37 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitplan"
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises BitplanError, one sentence with the path, where what is done inside cannot write there."""
+    try:
+        yield
+    except Exception as error:
+        # tokenizers' writer raises nothing narrower than Exception.
+        if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:
+            raise
+        reason = getattr(error, "strerror", None) or first_line(error)
+        hint = "; set BITPLAN_CACHE to a folder with room that can be written" if cache_folder() in path.parents else ""
+        raise BitplanError(f"cannot write {path}: {reason}{hint}") from None
+
+
 def write_text(path: Path, text: str) -> None:
     """Write beside, then rename; of a symbolic link, what it points to is replaced. Raises BitplanError where the file
     cannot be written; the old one is then as it was."""
     target, part = Path(os.path.realpath(path)), None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=target.parent, prefix=target.name, suffix=".part", delete=False
-        ) as file:
-            part = Path(file.name)
-            file.write(text)
-        part.chmod(0o644)
-        os.replace(part, target)
-    except OSError as error:
-        if part is not None:
-            part.unlink(missing_ok=True)
-        raise BitplanError(f"cannot write {path}: {error.strerror or first_line(error)}") from None
+    with writing(path):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(
+                "w", encoding="utf-8", dir=target.parent, prefix=target.name, suffix=".part", delete=False
+            ) as file:
+                part = Path(file.name)
+                file.write(text)
+            part.chmod(0o644)
+            os.replace(part, target)
+        finally:
+            if part is not None:
+                part.unlink(missing_ok=True)
 
 
 def refuse_overwrite(path: Path | None, force: bool) -> None:
@@ -68,18 +82,15 @@ def refuse_overwrite(path: Path | None, force: bool) -> None:
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file beside, under a name of its own, and rename. Raises BitplanError, as for a full disk."""
     part = path.with_name(f"{path.name}.{uuid4().hex}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        refuse_full_disk(path.parent, sum(tensor.nbytes for tensor in tensors.values()))
-        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(whole, part, {CHECKSUM: checksum(whole)})
-        os.replace(part, path)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        hint = "; set BITPLAN_CACHE to a folder that can be written" if cache_folder() in path.parents else ""
-        raise BitplanError(f"cannot write {path}: {reason}{hint}") from None
-    finally:
-        part.unlink(missing_ok=True)
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            refuse_full_disk(path.parent, sum(tensor.nbytes for tensor in tensors.values()))
+            whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(whole, part, {CHECKSUM: checksum(whole)})
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def refuse_full_disk(folder: Path, size: int) -> None:
@@ -180,6 +191,14 @@ def write_row(path: Path, row: Any) -> None:
     write_text(path, checked_json(row))
 
 
+def append_row(path: Path, row: Any) -> None:
+    """Add a line with a JSON value and its checksum, for `unchecked_json`. Raises BitplanError."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:  # the line break goes first: a line may be cut before its own
+            file.write("\n" + checked_json(row))
+
+
 def checked_json(row: Any) -> str:
     """One line of JSON: the value, and the checksum of its text."""
     text = json.dumps(row)
@@ -239,8 +258,9 @@ class States:
         self._tensor = torch.empty(shape) if in_memory else None
         self._file: IO[bytes] | None = None
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 (open as long as the states are)
+            with writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 (as long as the states are)
         elif not in_memory:
             self._file = tempfile.TemporaryFile(prefix="bitplan-")  # noqa: SIM115
 

@@ -131,6 +131,21 @@ class TestTargets(ExportTests):
         return make_plan
 
 
+def test_joined_experts_are_refused_by_gptqs_layout_with_nearest_too(checkpoint):
+    session = opened(checkpoint, "mixtral", torch.float32, HEADS["llama"])
+    plan = uniform_plan(session, "int4-g32", "nearest")
+    words = r"gptqmodel does not support model\.layers\.0\..*experts.*, the joined experts of a block, in any format$"
+    for nearest in (False, True):
+        with pytest.raises(FormatUnavailable, match=words):
+            export(plan, "gptqmodel", nearest=nearest, source=session.source)
+
+
+def test_a_plan_without_a_unit_that_gptqs_layout_takes(session):
+    plan = uniform_plan(session, "fp32", None)
+    with pytest.raises(FormatUnavailable, match=r"no unit has one that it takes: bitplan's own layout takes it"):
+        export(plan, "gptqmodel", nearest=True, source=session.source)
+
+
 def test_nearest_is_nearest_in_bytes_and_costs_what_the_profile_says(session):
     plan = spread_plan(session, ("int4-g32", "nf4"))
     losses = {"nf4": 0.5, "int4-g32": 0.75}

@@ -224,8 +224,8 @@ def test_older_readers_find_the_rotation(checkpoint, tmp_path):
         ("llama", HEADS["llama"], "bf16", "in bf16"),
         ("llama", HEADS["llama"], "int8-bnb", "in int8-bnb"),
         ("llama", HEADS["llama"], "int4-g64", r"down_proj.*96 columns are not a multiple of 64.*smaller groups"),
-        ("llama", HEADS["llama"], "fp32", "has none"),
-        ("mixtral", HEADS["llama"], "int4-g32", r"experts.* hold many in one: save without a layout"),
+        ("llama", HEADS["llama"], "fp32", "no unit has one that it takes"),
+        ("mixtral", HEADS["llama"], "int4-g32", r"experts.* hold many in one: bitplan's own layout"),
         ("qwen3", ("model.embed_tokens",), "int6-g32", "in int6-g32"),
     ],
 )
@@ -251,7 +251,7 @@ def test_kept_experts_are_refused_too(checkpoint, tmp_path):
     session = opened(checkpoint, "mixtral", torch.float32, (*HEADS["llama"], "*.experts.*"))
     plan = uniform_plan(session, "int4-g32", "nearest")
     refuse_unsupported(plan)  # the plan alone does not tell what a kept tensor is
-    with pytest.raises(FormatUnavailable, match="save without a layout"):
+    with pytest.raises(FormatUnavailable, match="bitplan's own layout takes it"):
         save_gptq(load_planned(plan, session.source, "cpu"), plan, session.source, tmp_path / "out", force=False)
 
 

@@ -42,6 +42,19 @@ def test_product(name, batch, monkeypatch):
     assert_close(found.double(), x.double() @ whole.T + bias, rtol=1e-5, atol=1e-4)
 
 
+def test_without_numba_one_line_says_that_it_is_slow(monkeypatch, capsys):
+    format, tensors, whole = layer("int4-g64")
+    caches = (choose, numba_kernel.say_slow)
+    monkeypatch.setattr(numba_kernel, "find_spec", lambda name: None)
+    for cached in caches:
+        cached.cache_clear()
+    x = torch.randn(3, 192)
+    for _ in range(2):
+        assert_close(linear(format, x, tensors, 192, None).double(), x.double() @ whole.T, rtol=1e-5, atol=1e-4)
+    choose.cache_clear()
+    assert capsys.readouterr().err.count("pip install 'bitplan[cpu]'") == 1
+
+
 def dequantized(format, tensors, columns):
     """What a tile holds, its columns back in their order."""
     fields = numba_kernel._fields(format, columns)

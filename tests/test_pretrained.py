@@ -1,5 +1,6 @@
 """The plug-in on real checkpoints: bytes, values and logits, before saving and after reading back."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 import bitplan
 from bitplan.formats.errors import CodesMissing, ModelUnreadable, PlanMismatch
@@ -307,6 +308,32 @@ def test_config_file_holds_the_plan(session_of, checkpoint, tmp_path):
     content = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     assert content["quant_method"] == "bitplan"
     assert bitplan.Plan.model_validate(content["plan"]) == plan
+
+
+def test_a_base_model_is_refused_by_the_name_of_the_class_that_loads_it(session_of, checkpoint, tmp_path):
+    plan = uniform_plan(session_of("llama-tied"), "int8", "nearest")
+    config = PlanConfig(plan)
+    AutoModelForCausalLM.from_pretrained(checkpoint("llama-tied"), quantization_config=config).save_pretrained(tmp_path)
+    words = r"LlamaModel is a part of it: load it with AutoModelForCausalLM\.from_pretrained.*, whose \.model that is"
+    with pytest.raises(PlanMismatch, match=words):
+        AutoModel.from_pretrained(tmp_path)
+    with pytest.raises(PlanMismatch, match=words):
+        AutoModel.from_pretrained(checkpoint("llama-tied"), quantization_config=config)
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "gemma", "mixtral"])
+def test_a_model_that_is_copied_and_cast_computes_as_an_unpacked_one(name, session_of, checkpoint):
+    plan = mixed_plan(session_of(name))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint(name), quantization_config=PlanConfig(plan))
+    found, cast = logits(model), copy.deepcopy(model)
+    assert torch.equal(logits(cast), found) and resident_bytes(cast) == plan.bytes
+    assert cast.to(torch.bfloat16) is cast and cast.dtype == torch.bfloat16
+    assert logits(cast).dtype == torch.bfloat16
+    assert (logits(cast).float() - found).norm() < 0.05 * found.norm()
+    assert torch.equal(logits(model), found) and model.dtype == torch.float32  # the copy was its own
+    assert torch.equal(logits(copy.deepcopy(model).to(torch.float64).to(torch.float32)), found)
+    with pytest.raises(ValueError, match="not supported for quantized model"):  # as transformers has it
+        model.half()
 
 
 @pytest.mark.gpu

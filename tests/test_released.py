@@ -1,4 +1,4 @@
-"""Files of every schema that there has been: they are read, or refused by the schema's number.
+"""Files of every schema that there has been: they are read.
 
 tests/released has plans of schemas 1 to 4, a profile of schema 1, and a checkpoint that was saved with a plan of
 schema 3. When a schema changes, add a file of the last one.
@@ -11,7 +11,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import bitplan
-from bitplan.formats.errors import FileInvalid
 from bitplan.planner.hf.checks import resident_bytes
 from bitplan.planner.plan import Plan
 from bitplan.sensitivity.profile import Profile, read
@@ -22,18 +21,13 @@ RELEASED = Path(__file__).parent / "released"
 assert bitplan.__version__  # the import registers the checkpoints' quantization method
 
 
-@pytest.mark.parametrize("schema", [3, 4])
+@pytest.mark.parametrize("schema", [1, 2, 3, 4])
 def test_plans_are_read(schema):
     plan = read(RELEASED / f"plan-{schema}.json", Plan)
     assert plan.schema_version == 4 and plan.packed and plan.unquantized
+    assert plan.search.loss > 0 and plan.predicted.nll >= plan.predicted.bound
     if schema == 3:
         assert plan.workload.kv_format == "int8" and plan.kv_cache_loss.kl > 0
-
-
-@pytest.mark.parametrize("schema", [1, 2])
-def test_plans_of_schemas_that_are_no_longer_read(schema):
-    with pytest.raises(FileInvalid, match=r"plan-\d.json is no valid plan file at schema_version: Input should be 4"):
-        read(RELEASED / f"plan-{schema}.json", Plan)
 
 
 def test_a_profile_is_read():

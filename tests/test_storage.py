@@ -120,6 +120,37 @@ def test_a_killed_worker_leaves_no_stuck_trial_and_its_trial_is_run_again(tmp_pa
     assert found.first_loss == pytest.approx(mean(exact.allocation))
 
 
+def test_a_line_that_a_kill_or_a_full_disk_cut_is_dropped(tmp_path):
+    place = tmp_path / "journal.log"
+    search(PROBLEM, BUDGET, evaluate, trials=4, journal=place, shared=True, **FACTS)
+    content = place.read_bytes()
+    for torn in (b"{", content.splitlines()[-1][:-3]):
+        place.write_bytes(content + torn)
+        found, _ = search(PROBLEM, BUDGET, evaluate, trials=6, journal=place, shared=True, **FACTS)
+        assert found.trials == len(ended(read(place))) == 6
+    place.write_bytes(b"a line of some other file")
+    lock = storage_module.JournalLock(place)
+    assert lock.acquire()
+    lock.release()
+    assert place.read_bytes() == b"a line of some other file"
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_journal_on_a_full_disk_is_one_sentence(tmp_path, monkeypatch, shared):
+    place, calls = tmp_path / "journal.log", []
+
+    def full(number):
+        calls.append(number)
+        if len(calls) == 5:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("optuna.storages.journal._file.os.fsync", full)
+    with pytest.raises(BitplanError, match=f"cannot write {place}: No space left on device$"):
+        search(PROBLEM, BUDGET, evaluate, trials=4, journal=place, shared=shared, **FACTS)
+    found, _ = search(PROBLEM, BUDGET, evaluate, trials=4, journal=place, shared=shared, **FACTS)
+    assert found.trials == len(ended(read(place))) == 4
+
+
 @pytest.mark.parametrize("when", ["in the middle", "at the end"])
 def test_a_worker_that_was_taken_for_dead_goes_on_with_the_others(tmp_path, when):
     place, taken = tmp_path / "journal.log", []

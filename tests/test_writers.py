@@ -1,6 +1,8 @@
 """Files and folders that replace others: whole or not at all, also through symbolic links; errors without a message."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from bitplan.planner.export import gptqmodel
 from bitplan.planner.memory import kv_size
 from bitplan.planner.report.model_card import refuse_folder, written_beside
 from bitplan.sensitivity.source import Source
-from bitplan.sensitivity.store import refuse_overwrite, write_text
+from bitplan.sensitivity.store import States, append_row, refuse_overwrite, write_row, write_text
 
 
 def model_folder(path, content):
@@ -104,6 +106,48 @@ def test_a_text_file_that_cannot_be_renamed_leaves_nothing(tmp_path):
 @pytest.mark.parametrize(("text", "line"), [("", "OSError"), (" \n ", "OSError"), ("\none\ntwo", "one")])
 def test_the_first_line_of_an_error(text, line):
     assert first_line(OSError(text)) == line
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), Exception("No space left on device")])
+def test_a_full_disk_names_the_path_and_leaves_nothing(tmp_path, error):
+    """tokenizers raises a bare Exception, and what writes to an open file has no name in its OSError."""
+    words = r"cannot write .*saved: No space left on device$"
+    with pytest.raises(BitplanError, match=words), written_beside(tmp_path / "saved", False) as part:
+        (part / "config.json").write_text("half", encoding="utf-8")
+        raise error
+    assert not os.listdir(tmp_path)
+
+
+def test_other_errors_are_not_taken_for_the_disk(tmp_path):
+    with pytest.raises(KeyError), written_beside(tmp_path / "saved", False):
+        raise KeyError("a mistake")
+
+
+@pytest.mark.parametrize("place", ["file", "cache/file"])
+def test_a_journal_and_states_that_cannot_be_written(tmp_path, monkeypatch, place):
+    """A path under a file, since what is read-only to others is not to root."""
+    monkeypatch.setenv("BITPLAN_CACHE", str(tmp_path / "cache"))
+    under = tmp_path / place
+    under.parent.mkdir(exist_ok=True)
+    under.write_bytes(b"")
+    hint = "; set BITPLAN_CACHE" if "cache" in place else "$"
+    for write in (
+        lambda: append_row(under / "x", 1),
+        lambda: States((1, 1), under / "x"),
+        lambda: write_row(under / "x", 1),
+    ):
+        with pytest.raises(BitplanError, match=f"cannot write {under / 'x'}: .*{hint}"):
+            write()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_output_that_cannot_be_written_is_one_line():
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "bitplan.planner.cli", "formats"],
+            stdout=full, stderr=subprocess.PIPE, text=True, encoding="utf-8", check=False,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "bitplan: cannot write the output: No space left on device\n")
 
 
 def test_an_error_without_a_message_is_named_by_its_type(monkeypatch):

@@ -6,6 +6,7 @@ multiplied. May import: formats.base, formats.bnb, formats.double_quant, formats
 formats.packed, formats.kernels.cpu_programs.
 """
 
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -33,6 +34,9 @@ ONE_THREAD = 1 << 20
 """Number of weights up to which one thread is faster than several."""
 
 
+WITHOUT_NUMBA = "numba is not installed: pip install 'bitplan[cpu]'"
+
+
 def _quick_halves() -> set[torch.dtype]:
     """The 16-bit dtypes that torch multiplies faster than float32: those for which oneDNN has native support on this
     CPU. (Without it, the EPYC takes 3.6 times as long in float16.)"""
@@ -51,13 +55,19 @@ QUICK_HALVES = _quick_halves()
 def unsupported(format: Format, columns: int) -> str | None:
     """The reason why this kernel does not support a weight with `columns` columns, or None if it does."""
     if find_spec("numba") is None:
-        return "numba is not installed: pip install 'bitplan[cpu]'"
+        return WITHOUT_NUMBA
     if not isinstance(format, IntegerFormat | Float8Format | Int8BnbFormat):
         return "no CPU kernel supports it"
     period = _period(*_fields(format, columns)[:2])
     if columns % period and period != TRITS:  # whose rows are padded to whole words
         return f"{columns} columns do not fill whole runs of {period} codes"
     return None
+
+
+@cache
+def say_slow() -> None:
+    """One line, once a process."""
+    print(f"products with packed weights take some ten times longer on this CPU, for {WITHOUT_NUMBA}", file=sys.stderr)
 
 
 def _fields(format: Format, columns: int) -> tuple[str, int, int]:

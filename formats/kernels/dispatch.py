@@ -137,7 +137,10 @@ def linear(format: Format, x: Tensor, tensors: Tensors, columns: int, bias: Tens
 @torch.compiler.assume_constant_result
 def _chosen(format: Format, columns: int, dtype: torch.dtype, device: torch.device) -> tuple[Machine, str]:
     on = _ASSUMED[0] if device.type == "meta" else machine(str(device))
-    return on, choose(format, columns, dtype, on).name
+    kernel = choose(format, columns, dtype, on)
+    if kernel.why == cpu_kernel.WITHOUT_NUMBA and device.type == "cpu":
+        cpu_kernel.say_slow()
+    return on, kernel.name
 
 
 def _scaled_mm(x: Tensor, tensors: Tensors, bias: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ A Linear of `inputs` × `outputs` with codes of b bits in groups of inputs is st
     g_idx    int32 [inputs]                     the group of each input
 
 and weight[input, output] = (code - (stored zero + 1)) * scale. May import: formats, sensitivity, planner.plan,
-planner.report.model_card, planner.export.names.
+planner.report.model_card, planner.export.names/target.
 """
 
 import json
@@ -34,6 +34,7 @@ from bitplan.formats.modules import Packed, is_experts
 from bitplan.formats.packed import pack, unpack
 from bitplan.formats.table import DEFAULT_FORMATS, FORMATS
 from bitplan.planner.export.names import read_beside, refuse_renamed
+from bitplan.planner.export.target import KINDS
 from bitplan.planner.plan import Plan, PlannedUnit
 from bitplan.planner.report.model_card import Layout, write_papers, written_beside
 from bitplan.sensitivity.source import Source
@@ -41,6 +42,8 @@ from bitplan.sensitivity.source import Source
 BITS = (2, 3, 4, 8)
 RUN = 32
 """Inputs and outputs must be multiples of this: only then do 3-bit codes fill whole words."""
+
+WITHOUT = "bitplan's own layout takes it (`bitplan apply PLAN --save DIR`)"
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """Modules that servers fuse, by the fused module's name, under which its settings are looked up."""
@@ -98,12 +101,12 @@ def refuse_unsupported(plan: Plan) -> None:
             f"plan again with {' and '.join(dict.fromkeys(filter(None, changes)))}"
         )
     if not packed:
-        raise FormatUnavailable("GPTQ's layout is for integer formats and this plan has none: save without a layout")
+        raise FormatUnavailable(f"GPTQ's layout is for integer formats, and no unit has one that it takes: {WITHOUT}")
 
 
 def joined_experts(names: list[str]) -> FormatUnavailable:
     return FormatUnavailable(
-        f"GPTQ's layout stores each expert separately, and {_names(names)} hold many in one: save without a layout"
+        f"GPTQ's layout stores each expert separately, and {_names(names)} hold many in one: {WITHOUT}"
     )
 
 
@@ -115,7 +118,7 @@ def unsupported(unit: PlannedUnit) -> tuple[str, str] | None:
     """The reason why a unit is not supported, and the options for a supported plan ("": --keep for the unit), or
     None."""
     if unit.kind not in ("linear", "conv1d"):
-        return {"tied": "an embedding and the head", "embedding": "an embedding"}.get(unit.kind, unit.kind), ""
+        return KINDS[unit.kind], ""
     if not re.search(r"\.\d+\.", unit.name):
         return "outside the model's blocks", ""
     format = FORMATS[unit.format]

@@ -19,7 +19,7 @@ from bitplan.planner.export.gptq_layout import (
     settings,
     unsupported,
 )
-from bitplan.planner.export.target import Target, group_size, integer
+from bitplan.planner.export.target import KINDS, Target, group_size, integer
 from bitplan.planner.plan import Plan, PlannedUnit
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.source import Source
@@ -32,6 +32,8 @@ class GptqModel(Target):
     readers = "gptqmodel"
 
     def unsupported(self, unit: PlannedUnit) -> str | None:
+        if unit.kind == "experts":  # in floats too: the layout has each expert's modules apart
+            return KINDS[unit.kind]
         reason = None if unit.is_native else unsupported(unit)
         return reason[0] if reason else None
 

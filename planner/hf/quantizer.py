@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitplan.formats.errors import BitplanError, CodesMissing, FileInvalid, FormatUnavailable, PlanMismatch
 from bitplan.formats.kv.cache import use_kv_format
-from bitplan.formats.modules import canonical, is_transposed, pack_parameter
+from bitplan.formats.modules import Packed, canonical, is_transposed, pack_parameter
 from bitplan.formats.table import format_named
 from bitplan.planner.codes import codes_folder, refuse_missing, unit_path, unquantized_path
 from bitplan.planner.hf.checks import check_checkpoint, check_loaded, check_names
@@ -29,12 +29,17 @@ from bitplan.sensitivity.store import is_whole, load_tensors
 from bitplan.sensitivity.weight_cache import from_file
 
 
-def _answer_dtype(model: Any, dtype: torch.dtype) -> None:
+def _answer_dtype(model: Any) -> None:
     """transformers takes a model's dtype from its first float parameter; if all are packed, the class provides it."""
     for module in model.modules():
         if hasattr(type(module), "save_pretrained"):
-            facts = {"dtype": property(lambda self: dtype), "__module__": type(module).__module__}
+            facts = {"dtype": property(_slots_dtype), "__module__": type(module).__module__}
             module.__class__ = type(type(module).__name__, (type(module),), facts)
+
+
+def _slots_dtype(model: Any) -> torch.dtype:
+    slots = (slot for module in model.modules() if isinstance(module, Packed) for slot in module.slots.values())
+    return next(slots).dtype
 
 
 class PlanConfig(QuantizationConfigMixin):
@@ -80,6 +85,17 @@ def refuse_unavailable(plan: Plan) -> None:
             raise FormatUnavailable(f"{name}, which {count} units of the plan have, cannot run here: {reason}")
 
 
+def refuse_part(plan: Plan, model: Any) -> None:
+    """Raises PlanMismatch for the base model of the plan's, which AutoModel builds: its modules have other names."""
+    prefix = model.base_model_prefix
+    inside = any(unit.name.startswith(f"{prefix}.") for unit in plan.units) if prefix else False
+    if inside and not hasattr(model, prefix):
+        raise PlanMismatch(
+            f"the plan is for a causal LM, and {type(model).__name__} is a part of it: load it with"
+            f" AutoModelForCausalLM.from_pretrained(…), whose .{prefix} that is"
+        )
+
+
 class PlanQuantizer(HfQuantizer):
     """Replaces modules before loading, rounds weights while loading (unless the checkpoint is packed), and checks the
     result."""
@@ -112,6 +128,7 @@ class PlanQuantizer(HfQuantizer):
     ) -> None:
         if not self.pre_quantized:
             self._check_checkpoint(checkpoint_files)
+        refuse_part(self.plan, model)
         for unit in self.plan.units:
             paths = [unit.parameter.rpartition(".")[0], *unit.tied]
             name = unit.parameter.rpartition(".")[2]
@@ -211,7 +228,7 @@ class PlanQuantizer(HfQuantizer):
                     f"{unit.name} was not packed: the checkpoint holds it in a form that is not supported"
                 )
         if not any(parameter.is_floating_point() for parameter in model.parameters()):
-            _answer_dtype(model, getattr(torch, self.plan.provenance.model.dtype))
+            _answer_dtype(model)
         check_loaded(self.plan, model)
         # Saved under the model's own names: reversing a checkpoint's conversions would split packed tensors.
         model._weight_conversions = []

@@ -10,17 +10,16 @@ from math import exp
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from bitplan.formats.errors import BitplanError, ModelUnreadable, UsageError, first_line
+from bitplan.formats.errors import ModelUnreadable, UsageError
 from bitplan.planner.plan import Plan
 from bitplan.planner.report.show import plan_text
 from bitplan.planner.report.tables import with_error
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.profile import write
 from bitplan.sensitivity.source import Source
-from bitplan.sensitivity.store import refuse_full_disk, refuse_overwrite
+from bitplan.sensitivity.store import refuse_full_disk, refuse_overwrite, writing
 
 CARD = """---
 {facts}
@@ -130,22 +129,17 @@ def written_beside(folder: Path, force: bool) -> Iterator[Path]:
     in its place. Raises BitplanError where the folder cannot be written; the old one is then as it was.
     """
     target = Path(os.path.realpath(folder))
-    try:
+    with writing(folder):
         target.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise BitplanError(f"cannot write {folder}: {error.strerror or first_line(error)}") from None
-    try:
-        yield part
-        for file in part.iterdir():
-            file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors' writer leaves its file to the user alone
-        part.chmod(0o755)
-        _replace(target, part, force)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise BitplanError(f"cannot write {folder}: {reason}") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        try:
+            yield part
+            for file in part.iterdir():
+                file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors' writer leaves its file to the user alone
+            part.chmod(0o755)
+            _replace(target, part, force)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def _replace(target: Path, part: Path, force: bool) -> None:

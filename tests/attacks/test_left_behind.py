@@ -37,6 +37,21 @@ def test_what_is_left_behind_is_said_once(checkpoint, tmp_path, capsys):
     assert err.count("left behind, for LlamaForCausalLM does not take them: \\x1b.weight, mtp.head.weight") == 1
 
 
+def test_a_tokenizer_model_alone_names_the_packages_that_read_it(checkpoint, tmp_path, monkeypatch):
+    """Without them transformers takes it for tiktoken's, and names that."""
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint("llama"), folder, ignore=shutil.ignore_patterns("tokenizer*", "special_tokens*"))
+    source = sources.find(folder)
+    (folder / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    monkeypatch.setattr(sources, "is_sentencepiece_available", lambda: False)
+    monkeypatch.setattr(sources, "is_protobuf_available", lambda: False)
+    with pytest.raises(ModelUnreadable, match=r"needs sentencepiece and protobuf: pip install sentencepiece protobuf$"):
+        sources.load_tokenizer(source)
+    monkeypatch.setattr(sources, "is_protobuf_available", lambda: True)
+    with pytest.raises(ModelUnreadable, match=r"needs sentencepiece: pip install sentencepiece$"):
+        sources.load_tokenizer(source)
+
+
 @pytest.mark.parametrize("suffix", ["weight_scale_inv", "weight_scale", "qzeros", "weight.absmax"])
 def test_codes_are_not_taken_for_weights(checkpoint, tmp_path, suffix):
     name = f"model.layers.0.mlp.up_proj.{suffix}"
