@@ -275,7 +275,9 @@ class _Pass:
         for unit in units:
             for kind, tensor in sums[unit.name].items():
                 if not tensor.isfinite().all():
-                    raise RoundingFailed(f"{unit.name}: its {kind} hold NaN or infinity on the calibration text")
+                    raise RoundingFailed(
+                        f"{unit.name}: its {kind} hold NaN or infinity on the calibration text{self.hint(kind)}"
+                    )
         together: dict[int, list[Unit]] = {}
         for unit in units:
             own = sums[unit.name]
@@ -290,6 +292,16 @@ class _Pass:
                 if found.frequencies is None:
                     costs = found.pivots
                 self.store.write(unit, found)
+
+    def hint(self, kind: str) -> str:
+        """What to try where only the pass back is not finite, as it is for some kernels of attention."""
+        attention = self.chain.model.config._attn_implementation
+        if "gradients" not in kind or attention in (None, "eager"):
+            return ""
+        return (
+            ', though the forward pass is finite: try "attn_implementation": "eager" in its config.json (it ran with'
+            f" {attention!r})"
+        )
 
     def statistics(self, unit: Unit, sums: dict[str, Tensor], costs: Tensor | None) -> Statistics:
         """Means over tokens, as the moment is already, and what is kept of it; `costs` are the pivots of a unit that

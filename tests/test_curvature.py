@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from bitplan.formats.errors import RoundingFailed
 from bitplan.formats.rounding.gptq import Hessian, gptq_codes
 from bitplan.formats.scheme import QuantScheme
 from bitplan.formats.table import format_named
@@ -273,3 +274,26 @@ def test_prediction_follows_the_measured_kl_of_small_changes(tmp_path):
     predicted, measured = torch.tensor(predicted).log(), torch.tensor(measured).log()
     assert torch.corrcoef(torch.stack((predicted, measured)))[0, 1] > 0.9
     assert (predicted - measured).mean().abs() < 0.5  # within a factor of e^0.5
+
+
+class _BrokenBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("nan")
+
+
+def test_gradients_that_are_not_finite_name_the_unit_and_another_attention(tmp_path):
+    model = tiny.build("llama")
+    model.set_attn_implementation("sdpa")
+    attention = model.model.layers[1].self_attn
+    attention.q_proj.register_forward_hook(lambda m, args, out: _BrokenBackward.apply(out))
+    graph = build_graph(model)
+    with pytest.raises(RoundingFailed, match=r"layers\.1\.self_attn\.q_proj: its gradients .* \"eager\".*'sdpa'"):
+        gather(lambda: Chain(model, graph, "cpu"), graph, graph.units, Blocks(IDS), StatisticsStore(tmp_path))
+    model.set_attn_implementation("eager")
+    with pytest.raises(RoundingFailed, match=r"q_proj: its gradients hold NaN or infinity on the calibration text$"):
+        gather(lambda: Chain(model, graph, "cpu"), graph, graph.units, Blocks(IDS), StatisticsStore(tmp_path))

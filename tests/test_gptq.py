@@ -1,3 +1,4 @@
+import sys
 from operator import attrgetter
 
 import pytest
@@ -168,3 +169,14 @@ def test_a_hessian_beyond_damping_is_an_error():
         _ = Hessian(torch.full((2, 2), float("nan"))).factor
     with pytest.raises(RoundingFailed, match="NaN"):
         _ = Hessian(torch.full((2, 2), float("nan")), torch.eye(2)).aim
+
+
+def test_rows_in_slices_have_the_codes_of_all_rows_at_once(monkeypatch):
+    weight = torch.randn(101, 96, generator=torch.Generator().manual_seed(1))
+    x = inputs(96)
+    hessians = [Hessian(x.T @ x / len(x))]
+    for name in ("int4-g32", "int3-g32"):
+        codes, grid, _ = gptq_codes(weight, format_named(name), hessians)
+        whole = format_named(name).store(codes, grid)
+        monkeypatch.setattr(sys.modules[gptq.__module__], "SLICE", 4 * 96 * 7)
+        assert_close(gptq(weight, format_named(name), hessians), whole, rtol=0, atol=0)

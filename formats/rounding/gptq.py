@@ -21,6 +21,8 @@ AIM_DAMPING = 0.05
 BLOCK = 128
 PANEL = 512
 """Rows of U that are solved for at once."""
+SLICE = 1 << 26
+"""Bytes of float32 weights that are rounded at a time, at about five times that in memory: rows are independent."""
 
 
 class Hessian:
@@ -112,8 +114,13 @@ def gptq(weight: Tensor, format: Format, hessians: Sequence[Hessian]) -> Tensors
     """Round float weight [experts * rows, columns] on `format`'s grid, each expert with its own Hessian. Returns the
     format's stored tensors. Raises RoundingFailed."""
     assert isinstance(format, IntegerFormat)
-    codes, grid, _ = gptq_codes(weight, format, hessians)
-    return format.store(codes, grid)
+    codes, grids = [], []
+    for expert, hessian in zip(weight.chunk(len(hessians)), hessians, strict=True):
+        for rows in expert.split(max(SLICE // (4 * weight.shape[1]), 1)):
+            part, grid, _ = _round(rows, format, hessian)
+            codes.append(part.to(torch.uint8))
+            grids.append(grid)
+    return format.store(torch.cat(codes), _joined(grids))
 
 
 def gptq_codes(weight: Tensor, format: IntegerFormat, hessians: Sequence[Hessian]) -> tuple[Tensor, Grid, Tensor]:
@@ -121,8 +128,11 @@ def gptq_codes(weight: Tensor, format: IntegerFormat, hessians: Sequence[Hessian
     plus the errors spread from earlier columns (float32, the same shape). Raises RoundingFailed."""
     parts = [_round(part, format, hessian) for part, hessian in zip(weight.chunk(len(hessians)), hessians, strict=True)]
     codes, grids, aimed = zip(*parts, strict=True)
-    grid = Grid(torch.cat([g.scale for g in grids]), torch.cat([g.zero for g in grids]))
-    return torch.cat(codes), grid, torch.cat(aimed)
+    return torch.cat(codes), _joined(grids), torch.cat(aimed)
+
+
+def _joined(grids: Sequence[Grid]) -> Grid:
+    return Grid(torch.cat([grid.scale for grid in grids]), torch.cat([grid.zero for grid in grids]))
 
 
 def _round(weight: Tensor, format: IntegerFormat, hessian: Hessian) -> tuple[Tensor, Grid, Tensor]:
