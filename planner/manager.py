@@ -16,7 +16,7 @@ from bitplan.planner.load import load_planned, resident_bytes
 from bitplan.planner.memory.budget import budget_bytes
 from bitplan.planner.plan import Budget, Plan
 from bitplan.planner.quantize.distillation import round_missing
-from bitplan.planner.select import make_plan
+from bitplan.planner.select import Selection
 from bitplan.search.problem import problem_of
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.audit import audit
@@ -89,15 +89,10 @@ class QuantizationManager:
         size, requested = budget_bytes(f"{budget}B" if isinstance(budget, int) else budget, None, None, 0)
         session = self._open()
         problem = problem_of(audit(session, DEFAULT_FORMATS))
-        self.plan = make_plan(
-            problem,
-            Budget(requested=requested, weights=size),
-            session,
-            Finish(rounding, heal),
-            Effort.of(trials),
-            device=self.device,
-            task=objective,
+        selection = Selection(
+            problem, session, Finish(rounding, heal), Effort.of(trials), device=self.device, task=objective
         )
+        self.plan = selection.made(Budget(requested=requested, weights=size))
         session.give_up_model()
         self._loaded = ("mixed", load_planned(self.plan, self.source, self.device))
         return self._loaded[1]

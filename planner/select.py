@@ -229,21 +229,3 @@ class Selection:
             f"{limit.requested}: the least that the formats {', '.join(sorted(names))} reach is {least.loss:.5f} nats"
             f" per token, at {nbytes:,} bytes ({format_bytes(nbytes)}): {', or '.join(ways)}"
         )
-
-
-def make_plan(
-    problem: Problem,
-    budget: Budget | LossLimit,
-    session: Session,
-    finish: Finish,
-    effort: Effort = EFFORTS["standard"],
-    *,
-    device: str = "auto",
-    workload: Workload = NATIVE_WORKLOAD,
-    task: Task | None = None,
-) -> Plan:
-    """One plan, within a budget or a loss; `Selection` makes several with shared work. Raises BudgetInfeasible and
-    UsageError."""
-    if isinstance(budget, Budget):
-        refuse_infeasible(problem, budget.weights, budget.requested)  # before anything runs
-    return Selection(problem, session, finish, effort, device=device, workload=workload, task=task).made(budget)

@@ -12,7 +12,7 @@ from bitplan.planner.assemble import Finish
 from bitplan.planner.evaluate.objective import Objective
 from bitplan.planner.evaluate.trials import Effort
 from bitplan.planner.plan import Budget, Plan
-from bitplan.planner.select import make_plan
+from bitplan.planner.select import Selection
 from bitplan.search.knapsack import solve
 from bitplan.search.limit import SIZES, Tried, narrow, smallest
 from bitplan.search.problem import problem_of
@@ -139,6 +139,6 @@ def test_a_finalist_is_evaluated_once_on_the_search_text(session_of, monkeypatch
     blocks, kl = Objective.blocks, Objective.kl
     monkeypatch.setattr(Objective, "blocks", lambda s, model: evaluated.append(model) or blocks(s, model))
     monkeypatch.setattr(Objective, "kl", lambda s, model: evaluated.append(model) or kl(s, model))
-    plan = make_plan(problem, budget, session, Finish(), Effort(2, 2), device="cpu")
+    plan = Selection(problem, session, Finish(), Effort(2, 2), device="cpu").made(budget)
     finished = [model for model in evaluated if model is not session.model]
     assert len(finished) == len(plan.search.finalists) + 1  # the uniform one

@@ -8,7 +8,7 @@ from bitplan.planner.assemble import Finish, uniform_plan
 from bitplan.planner.evaluate.compare import ComparisonRow, compare
 from bitplan.planner.evaluate.trials import Effort
 from bitplan.planner.plan import Budget, Plan
-from bitplan.planner.select import make_plan
+from bitplan.planner.select import Selection
 from bitplan.search.problem import problem_of
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.audit import audit
@@ -30,13 +30,8 @@ def run(trials: int, log: Callable[[str], None]) -> tuple[Plan, list[ComparisonR
     profile = audit(session, DEFAULT_FORMATS)
     size = uniform_plan(session, "int4-g64").bytes
     log(f"2/4 plan for {size:,} bytes, those of uniform int4-g64")
-    plan = make_plan(
-        problem_of(profile),
-        Budget(requested="the bytes of uniform int4-g64", weights=size),
-        session,
-        Finish(),
-        Effort(trials, finalists=1),
-    )
+    selection = Selection(problem_of(profile), session, Finish(), Effort(trials, finalists=1))
+    plan = selection.made(Budget(requested="the bytes of uniform int4-g64", weights=size))
     log("3/4 apply and 4/4 compare, on held-out text")
     native = session.graph.units[0].native
     lines = []
