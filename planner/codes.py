@@ -8,17 +8,14 @@ from pathlib import Path
 from bitplan.formats.errors import CodesMissing
 from bitplan.planner.plan import Plan, PlannedUnit
 from bitplan.sensitivity.store import is_whole, sha256
-from bitplan.sensitivity.weight_cache import workspace
+from bitplan.sensitivity.weight_cache import workspace_of
 
 
 def codes_folder(plan: Plan) -> Path:
     """Where the cache keeps the codes of this plan, which depend on each other."""
-    facts = plan.provenance
-    model = facts.model
-    folder = workspace(model.weights_sha256, model.config_sha256, facts.text.calibration.sha256, facts.seed)
     allocation = repr([(unit.name, unit.format, unit.rounding) for unit in plan.units])
-    distilled = facts.text.search.sha256 if plan.distilled else ""  # healing stops by the search text
-    return folder / "plans" / sha256(allocation, distilled)[:24]
+    distilled = plan.provenance.text.search.sha256 if plan.distilled else ""  # healing stops by the search text
+    return workspace_of(plan.provenance) / "plans" / sha256(allocation, distilled)[:24]
 
 
 def unit_path(folder: Path, unit: str) -> Path:

@@ -9,13 +9,11 @@ from pathlib import Path
 from bitplan.formats.errors import FileInvalid
 from bitplan.sensitivity.profile import Profile, Provenance, read, write
 from bitplan.sensitivity.store import drop_damaged, sha256
-from bitplan.sensitivity.weight_cache import workspace
+from bitplan.sensitivity.weight_cache import workspace_of
 
 
 def _folder(facts: Provenance) -> Path:
-    model = facts.model
-    folder = workspace(model.weights_sha256, model.config_sha256, facts.text.calibration.sha256, facts.seed)
-    return folder / "profiles"
+    return workspace_of(facts) / "profiles"
 
 
 def _name(profile: Profile) -> str:

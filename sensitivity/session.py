@@ -146,7 +146,9 @@ def open_session(
             )
         texts.remember(blocks)
     kept = [tensor.name for tensor in graph.unquantized if tensor.reason == ON_REQUEST]
-    folder = workspace(source.weights_sha256, source.config_sha256, session_texts.calibration.fingerprint, SEED, kept)
+    folder = workspace(
+        source.weights_sha256, source.config_sha256, session_texts.calibration.fingerprint, SEED, device, kept
+    )
     mark_workspace(folder, source.model)
     store = StatisticsStore(folder / "statistics", device)
     paged = memory is not None

@@ -1,7 +1,8 @@
 """Rounded weights, one per (unit, format, rounding), made when first asked for.
 
 Roundings that need text are slow, so their codes are kept on disk: an interrupted audit goes on where it was, and a
-plan is applied from the very codes that it was chosen with. May import: formats, sensitivity.curvature/graph/store.
+plan is applied from the very codes that it was chosen with. May import: formats,
+sensitivity.graph/profile/statistics/store.
 """
 
 import json
@@ -19,6 +20,7 @@ from bitplan.formats.rounding import ROUNDINGS
 from bitplan.formats.scheme import QuantScheme
 from bitplan.formats.table import format_named
 from bitplan.sensitivity.graph import Unit
+from bitplan.sensitivity.profile import Provenance
 from bitplan.sensitivity.statistics import StatisticsStore
 from bitplan.sensitivity.store import (
     cache_folder,
@@ -37,12 +39,19 @@ MARKER = "workspace.json"
 
 
 def workspace(
-    weights_sha256: str, config_sha256: str, calibration_sha256: str, seed: int, kept: Sequence[str] = ()
+    weights_sha256: str, config_sha256: str, calibration_sha256: str, seed: int, device: str, kept: Sequence[str] = ()
 ) -> Path:
     """The cache folder of everything that follows from a model, as this transformers runs it, from this text and this
-    seed; `kept`: parameters that were left unquantized on request, which shape the units."""
-    model = (weights_sha256, config_sha256, version("transformers"))
+    seed. `device`: "cpu", where models run in float32, or any other, where they run in their own type; `kept`:
+    parameters that were left unquantized on request, which shape the units."""
+    model = (weights_sha256, config_sha256, version("transformers"), "cpu" if device == "cpu" else "gpu")
     return cache_folder() / sha256(VERSION, *model, calibration_sha256, str(seed), *sorted(kept))[:24]
+
+
+def workspace_of(facts: Provenance) -> Path:
+    """The same, of what a profile or a plan was made from, whatever was kept."""
+    model, calibration = facts.model, facts.text.calibration.sha256
+    return workspace(model.weights_sha256, model.config_sha256, calibration, facts.seed, facts.device)
 
 
 def mark_workspace(folder: Path, model: str) -> None:

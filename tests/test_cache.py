@@ -24,7 +24,7 @@ from bitplan.sensitivity.audit import audit
 from bitplan.sensitivity.fingerprint import sampled_fingerprint
 from bitplan.sensitivity.session import open_session, read_texts
 from bitplan.sensitivity.store import load_tensors, save_tensors, scratch, sha256
-from bitplan.sensitivity.weight_cache import mark_workspace
+from bitplan.sensitivity.weight_cache import mark_workspace, workspace
 from tests.test_cli import LITTLE, run, text  # noqa: F401 (fixtures)
 
 
@@ -201,6 +201,11 @@ class TestDisk:
                 scratch((1 << 20,)).fill_(1)
         finally:
             subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_what_a_gpu_has_computed_is_not_taken_for_a_cpus():
+    made = {device: workspace("w", "c", "t", 0, device) for device in ("cpu", "cuda", "cuda:1", "NVIDIA H200")}
+    assert made["cpu"] != made["cuda"] == made["cuda:1"] == made["NVIDIA H200"]
 
 
 def test_one_process_at_a_time_makes_an_entry(tmp_path):

@@ -18,7 +18,7 @@ from bitplan.formats.table import FORMATS
 from bitplan.planner.assemble import is_float, uniform_plan
 from bitplan.planner.evaluate.compare import ComparisonRow, recalled
 from bitplan.sensitivity.loss import Evaluation
-from bitplan.sensitivity.session import SEED, Session, open_session
+from bitplan.sensitivity.session import SEED, Session, open_session, pick_device
 from bitplan.sensitivity.source import Source
 from bitplan.sensitivity.texts.text import Texts
 from bitplan.sensitivity.weight_cache import workspace
@@ -106,7 +106,7 @@ def recommend(source: Source, purpose: str, texts: Texts | None, device: str = "
     """The answer for one of PURPOSES. Without `texts`, no rows are used. The model is loaded if the cache holds rows
     of it on this text, and for training, whose answer reports its activations. Raises ModelUnreadable, UsageError."""
     session = None
-    if texts is not None and (purpose == "training" or has_rows(source, texts)):
+    if texts is not None and (purpose == "training" or has_rows(source, texts, device)):
         session = open_session(source, texts, device=device)
     found: dict[str, ComparisonRow] = {}
     for scheme in EVIDENCE[purpose]:
@@ -121,9 +121,11 @@ def recommend(source: Source, purpose: str, texts: Texts | None, device: str = "
     return Advice(purpose, other or format, why, tuple(notes), tuple(found.values()), missing, activation)
 
 
-def has_rows(source: Source, texts: Texts) -> bool:
+def has_rows(source: Source, texts: Texts, device: str) -> bool:
     """The cache holds rows that `compare` has measured of this model on this text."""
-    folder = workspace(source.weights_sha256, source.config_sha256, texts.calibration.fingerprint, SEED)
+    folder = workspace(
+        source.weights_sha256, source.config_sha256, texts.calibration.fingerprint, SEED, pick_device(device)
+    )
     return any((folder / "compared").glob("*.json"))
 
 
