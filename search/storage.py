@@ -90,7 +90,12 @@ class Storage:
     def _open(self) -> BaseStorage:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            return JournalStorage(Journal(str(self.path), lock_obj=JournalLock(self.path)))
+            if self.path.exists() and not self.path.is_file():  # devices are read without an end
+                raise BitplanError(f"cannot use the study's storage {self.shown()}: it is no file")
+            lock = JournalLock(self.path)
+            lock.acquire()  # raises where it cannot be written
+            lock.release()
+            return JournalStorage(Journal(str(self.path), lock_obj=lock))
         assert self.url is not None
         name, _, rest = self.url.partition("://")
         driver = next((each for each in DRIVERS if find_spec(each)), DRIVERS[0])
@@ -102,6 +107,8 @@ class Storage:
             beats: dict[str, Any] = {"heartbeat_interval": HEARTBEAT, "grace_period": GRACE, after: run_again}
             if name.startswith("sqlite"):
                 beats["engine_kwargs"] = {"connect_args": {"timeout": GRACE}}  # of other writers' locks
+            elif name == "postgresql":
+                beats["engine_kwargs"] = {"connect_args": {"connect_timeout": GRACE}}  # a host may not answer at all
             for _ in range(TRIES):
                 try:
                     return RDBStorage(url, **beats)

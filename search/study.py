@@ -29,6 +29,8 @@ WORSE = 0.05
 """p-value of the signed-rank test below which a candidate is dropped; five blocks, all worse, have 0.03."""
 LOOK = 1.0
 """Seconds between two looks at trials that other workers are running."""
+TAKEN = (optuna.exceptions.UpdateFinishedTrialError, ValueError, AssertionError)
+"""What Optuna raises where another worker has ended the trial."""
 FACTS = "bitplan"
 """The study's attribute that holds what it was made for."""
 
@@ -111,8 +113,10 @@ def search(
             study.sampler = sampler(done) if sampler else work.sampler((seed, done, *storage.seed))
             try:
                 study.optimize(work.objective, n_trials=1, catch=(Surplus,))
-            except (optuna.exceptions.UpdateFinishedTrialError, ValueError, AssertionError):  # as Optuna has it
+            except TAKEN as error:
                 if not work.was_taken_for_dead():
+                    if isinstance(error.__context__, BitplanError):  # the trial's end could not be written either
+                        raise error.__context__ from None
                     raise
             losses = [loss_of(trial) for trial in work.trials(ENDED)]
             bar.set_postfix(loss=f"{min(losses):.5f}" if losses else "", refresh=False)

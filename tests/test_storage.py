@@ -151,6 +151,21 @@ def test_a_journal_on_a_full_disk_is_one_sentence(tmp_path, monkeypatch, shared)
     assert found.trials == len(ended(read(place))) == 4
 
 
+def test_a_disk_that_stays_full_is_the_same_sentence(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    def filling(allocation):
+        losses = evaluate(allocation)
+        yield losses[0]
+        monkeypatch.setattr("optuna.storages.journal._file.os.fsync", full)
+        yield from losses[1:]
+
+    place = tmp_path / "journal.log"
+    with pytest.raises(BitplanError, match=f"cannot write {place}: No space left on device$"):
+        search(PROBLEM, BUDGET, filling, trials=2, journal=place, **FACTS)
+
+
 @pytest.mark.parametrize("when", ["in the middle", "at the end"])
 def test_a_worker_that_was_taken_for_dead_goes_on_with_the_others(tmp_path, when):
     place, taken = tmp_path / "journal.log", []
@@ -247,10 +262,22 @@ class TestRefused:
         garbled, folder = tmp_path / "garbled", tmp_path / "folder"
         garbled.write_text("not a journal\nat all\n", encoding="utf-8")
         folder.mkdir()
-        for place, told in ((garbled, "no journal of Optuna's"), (folder, "Is a directory"), (garbled / "x", "")):
+        for place, told in ((garbled, "no journal of Optuna's"), (folder, "it is no file"), (garbled / "x", "")):
             with pytest.raises(BitplanError, match="cannot use the study's storage") as caught:
                 self.search(place)
             assert told in str(caught.value)
+
+    def test_a_file_that_cannot_be_written(self, tmp_path):
+        database, journal = tmp_path / "study.db", tmp_path / "journal.log"
+        self.search(f"sqlite:///{database}")
+        with pytest.raises(BitplanError, match=r"the study's storage .*attempt to write a readonly database"):
+            self.search(f"sqlite:///file:{database}?mode=ro&uri=true")
+        self.search(journal)
+        journal.chmod(0o444)
+        if os.access(journal, os.W_OK):
+            pytest.skip("this user may write any file")
+        with pytest.raises(BitplanError, match=r"cannot use the study's storage .*Permission denied"):
+            self.search(journal)
 
     def test_studies_of_something_else(self, tmp_path):
         place = tmp_path / "j"

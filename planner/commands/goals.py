@@ -10,6 +10,7 @@ from bitplan.planner.evaluate.trials import StudyPlace
 from bitplan.planner.memory.budget import budget_bytes, refuse_unclear
 from bitplan.planner.plan import Budget
 from bitplan.planner.select import LossLimit
+from bitplan.search.storage import Storage
 
 SIZES = ("budget", "bpw", "fraction")
 
@@ -58,7 +59,8 @@ def outputs_of(output: Path | None, budgets: list[Budget]) -> list[Path | None]:
 
 
 def place_of(arguments: Namespace, trials: int) -> StudyPlace | None:
-    """Where several processes share a study. Raises UsageError."""
+    """Where several processes share a study. Raises UsageError, and BitplanError for a storage that cannot be opened:
+    an audit may take hours."""
     if arguments.storage is None:
         if arguments.study:
             raise UsageError("--study names a study in a storage that workers share: give --storage too")
@@ -67,4 +69,5 @@ def place_of(arguments: Namespace, trials: int) -> StudyPlace | None:
         raise UsageError("--storage holds trials, and --trials 0 runs none: give --trials 1 or more")
     if arguments.study and len(budgets_of(arguments, 1)) > 1:
         raise UsageError("--study names one study, and each budget has its own: give one budget, or leave --study out")
+    Storage(arguments.storage, shared=True)
     return StudyPlace(arguments.storage, arguments.study)

@@ -31,7 +31,10 @@ def history(study: optuna.Study) -> str:
 
 def importances(study: optuna.Study) -> str:
     """Of the parameters, by PED-ANOVA (Watanabe et al. 2023), whose evaluator needs nothing beside Optuna."""
-    axes = partial(plot_param_importances, study, evaluator=PedAnovaImportanceEvaluator())
+
+    def axes() -> Axes:
+        return plot_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
+
     return _drawn("importances", "Importance of the corrections", axes, "importance", "correction")
 
 
