@@ -10,6 +10,7 @@ BitplanError              exit code 1
 ├── PlanMismatch          the plan was made for another model
 ├── FileInvalid           a plan or profile file that does not parse
 ├── CodesMissing          the plan's codes follow from calibration text that was not given
+├── WriteFailed           a file that cannot be written, a disk that is full
 ├── OutputsNotFinite      a model that gives NaN or infinity
 └── RoundingFailed        NaN weights, or a Hessian that is singular at any damping
 """
@@ -64,6 +65,10 @@ class FileInvalid(BitplanError):
 
 
 class CodesMissing(BitplanError):
+    pass
+
+
+class WriteFailed(BitplanError):
     pass
 
 

@@ -7,6 +7,7 @@ May import: formats.errors; planner.commands once the arguments are read.
 import logging
 import os
 import sys
+import traceback
 import warnings
 from errno import EDQUOT, ENOSPC
 from importlib import import_module
@@ -28,10 +29,10 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()  # here, where a full disk is a sentence
         return 0
     except BitplanError as error:
-        print(f"bitplan: {error}", file=sys.stderr)
+        _say(error, f"bitplan: {error}")
         return error.exit_code
-    except KeyboardInterrupt:
-        print("\nbitplan: interrupted; run the same command again to resume", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        _say(error, "\nbitplan: interrupted; run the same command again to resume")
         return 130
     except BrokenPipeError:
         _drop_stdout()
@@ -39,10 +40,19 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:  # one line; the traceback is shown on request
         if os.environ.get("BITPLAN_DEBUG"):
             raise
-        print(f"bitplan: {printable(_unexpected(error))}", file=sys.stderr)
+        _say(error, f"bitplan: {printable(_unexpected(error))}")
         if isinstance(error, OSError) and error.errno in FULL:
             _drop_stdout()
         return 1
+
+
+def _say(error: BaseException, text: str) -> None:
+    """Print a sentence below the progress bars of what failed, which end with the frames that hold them."""
+    reason: BaseException | None = error
+    while reason is not None:
+        traceback.clear_frames(reason.__traceback__)
+        reason = reason.__context__
+    print(text, file=sys.stderr)
 
 
 def _drop_stdout() -> None:

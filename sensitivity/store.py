@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bitplan.formats.errors import BitplanError, UsageError, first_line, printable
+from bitplan.formats.errors import UsageError, WriteFailed, first_line, printable
 from bitplan.formats.sizes import format_bytes
 
 IN_MEMORY = 1 << 30
@@ -38,7 +38,7 @@ def cache_folder() -> Path:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raises BitplanError, one sentence with the path, where what is done inside cannot write there."""
+    """Raises WriteFailed, one sentence with the path, where what is done inside cannot write there."""
     try:
         yield
     except Exception as error:
@@ -47,11 +47,11 @@ def writing(path: Path) -> Iterator[None]:
             raise
         reason = getattr(error, "strerror", None) or first_line(error)
         hint = "; set BITPLAN_CACHE to a folder with room that can be written" if cache_folder() in path.parents else ""
-        raise BitplanError(f"cannot write {path}: {reason}{hint}") from None
+        raise WriteFailed(f"cannot write {path}: {reason}{hint}") from None
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside, then rename; of a symbolic link, what it points to is replaced. Raises BitplanError where the file
+    """Write beside, then rename; of a symbolic link, what it points to is replaced. Raises WriteFailed where the file
     cannot be written; the old one is then as it was."""
     target, part = Path(os.path.realpath(path)), None
     with writing(path):
@@ -80,7 +80,7 @@ def refuse_overwrite(path: Path | None, force: bool) -> None:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file beside, under a name of its own, and rename. Raises BitplanError, as for a full disk."""
+    """Write a safetensors file beside, under a name of its own, and rename. Raises WriteFailed, as for a full disk."""
     part = path.with_name(f"{path.name}.{uuid4().hex}.part")
     with writing(path):
         try:
@@ -94,18 +94,18 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def refuse_full_disk(folder: Path, size: int) -> None:
-    """Raises BitplanError where the disk of an existing folder has less than `size` bytes free."""
+    """Raises WriteFailed where the disk of an existing folder has less than `size` bytes free."""
     free = shutil.disk_usage(folder).free
     if free < size:
         prune = "; `bitplan cache` lists what can go" if cache_folder() in (folder, *folder.parents) else ""
         sizes = f"{format_bytes(free)} free, {format_bytes(size)} are needed"
-        raise BitplanError(f"the disk of {folder} has {sizes}{prune}")
+        raise WriteFailed(f"the disk of {folder} has {sizes}{prune}")
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """One process at a time makes the cache's entry at `path`; the others wait, and then find it. The lock is a file
-    beside it, on a network volume too. Raises BitplanError where the file system cannot lock."""
+    beside it, on a network volume too. Raises WriteFailed where the file system cannot lock."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{path}.lock")
@@ -115,7 +115,7 @@ def locked(path: Path) -> Iterator[None]:
             print(f"waiting for another process that makes {path}", file=sys.stderr)
             lock.acquire()
     except (OSError, NotImplementedError) as error:
-        raise BitplanError(f"cannot lock {path}: {getattr(error, 'strerror', None) or first_line(error)}") from None
+        raise WriteFailed(f"cannot lock {path}: {getattr(error, 'strerror', None) or first_line(error)}") from None
     try:
         yield
     finally:
@@ -187,12 +187,12 @@ def drop_damaged(path: Path) -> None:
 
 
 def write_row(path: Path, row: Any) -> None:
-    """Write a JSON value with its checksum, for `read_row`. Raises BitplanError."""
+    """Write a JSON value with its checksum, for `read_row`. Raises WriteFailed."""
     write_text(path, checked_json(row))
 
 
 def append_row(path: Path, row: Any) -> None:
-    """Add a line with a JSON value and its checksum, for `unchecked_json`. Raises BitplanError."""
+    """Add a line with a JSON value and its checksum, for `unchecked_json`. Raises WriteFailed."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:  # the line break goes first: a line may be cut before its own
@@ -239,12 +239,12 @@ def scratch(shape: tuple[int, ...]) -> Tensor:
             return torch.from_file(file.name, shared=True, size=size, dtype=torch.float32).view(shape)
     except OSError as error:
         reason = error.strerror or first_line(error)
-        raise BitplanError(
+        raise WriteFailed(
             f"{format_bytes(4 * size)} of hidden states or probabilities do not fit the temporary folder: {reason}; set"
             f" TMPDIR to a folder on a larger disk, or give fewer --tokens"
         ) from None
-    except BitplanError as error:
-        raise BitplanError(f"{error}: set TMPDIR to a folder on a larger disk, or give fewer --tokens") from None
+    except WriteFailed as error:
+        raise WriteFailed(f"{error}: set TMPDIR to a folder on a larger disk, or give fewer --tokens") from None
 
 
 class States:
@@ -285,7 +285,7 @@ class States:
         except OSError as error:
             where = self.path.parent if self.path else tempfile.gettempdir()
             need = 4 * prod(self.shape)
-            raise BitplanError(
+            raise WriteFailed(
                 f"cannot keep hidden states in {where} ({need:,} bytes a decoder block): {error.strerror}; set TMPDIR"
                 " and BITPLAN_CACHE to folders with room, or give fewer --tokens"
             ) from None

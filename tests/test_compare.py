@@ -11,6 +11,8 @@ from filelock import FileLock, Timeout
 
 import bitplan.planner.evaluate.compare
 from bitplan import QuantizationManager
+from bitplan.formats.errors import BitplanError, WriteFailed
+from bitplan.planner.evaluate.compare import why_not
 from bitplan.planner.evaluate.throughput import Throughput
 from bitplan.sensitivity.loss import Reference
 from tests.test_cli import LITTLE, run, text  # noqa: F401 (fixtures)
@@ -232,3 +234,9 @@ def test_bad_words(run, checkpoint, tmp_path):  # noqa: F811
     ):
         found, out, err = run(*asked, *words)
         assert (found, out) == (code, "") and told in err
+
+
+def test_a_full_disk_is_no_matter_of_one_row():
+    assert why_not(BitplanError("no format")) == "no format"
+    with pytest.raises(WriteFailed, match="cannot write"):
+        why_not(WriteFailed("cannot write x"))

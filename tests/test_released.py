@@ -1,9 +1,10 @@
 """Files of every schema that there has been: they are read.
 
-tests/released has plans of schemas 1 to 4, a profile of schema 1, and a checkpoint that was saved with a plan of
-schema 3. When a schema changes, add a file of the last one.
+tests/released has plans of schemas 1 to 4, a profile of schema 1, checkpoints that were saved with plans of schemas 1
+to 4, and a study as Optuna 5 keeps it. When a schema changes, add a file of the last one.
 """
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,17 @@ from transformers import AutoModelForCausalLM
 import bitplan
 from bitplan.planner.hf.checks import resident_bytes
 from bitplan.planner.plan import Plan
+from bitplan.search.study import search
 from bitplan.sensitivity.profile import Profile, read
+from tests.test_study import BUDGET, PROBLEM, evaluate, mean
 
-TOKENS = [2, 226, 179, 177, 10, 24, 177, 226, 39, 212, 177, 102, 201, 115, 37, 160]
-"""The saved checkpoint's most likely tokens after 3, 4, … 18."""
+TOKENS = {
+    1: [215, 7, 5, 50, 7, 12, 9, 252, 252, 12, 174, 124, 156, 108, 17, 18],
+    2: [215, 7, 5, 50, 7, 12, 9, 252, 252, 12, 174, 124, 156, 108, 17, 18],
+    3: [2, 226, 179, 177, 10, 24, 177, 226, 39, 212, 177, 102, 201, 115, 37, 160],
+    4: [215, 7, 5, 128, 7, 12, 9, 252, 252, 12, 252, 14, 179, 16, 17, 18],
+}
+"""The saved checkpoints' most likely tokens after 3, 4, … 18."""
 RELEASED = Path(__file__).parent / "released"
 assert bitplan.__version__  # the import registers the checkpoints' quantization method
 
@@ -35,10 +43,22 @@ def test_a_profile_is_read():
     assert profile.schema_version == 2 and profile.rows and profile.unquantized
 
 
-def test_a_saved_checkpoint_loads():
-    model = AutoModelForCausalLM.from_pretrained(RELEASED / "saved-3").eval()
-    plan = read(RELEASED / "plan-3.json", Plan)
-    assert resident_bytes(model) == plan.bytes
+@pytest.mark.parametrize("schema", TOKENS)
+def test_a_saved_checkpoint_loads(schema):
+    model = AutoModelForCausalLM.from_pretrained(RELEASED / f"saved-{schema}").eval()
+    assert resident_bytes(model) == model.config.quantization_config.plan.bytes
     with torch.no_grad():
         logits = model(input_ids=torch.arange(3, 19)[None], use_cache=False).logits
-    assert logits.isfinite().all() and logits.argmax(-1)[0].tolist() == TOKENS
+    assert logits.isfinite().all() and logits.argmax(-1)[0].tolist() == TOKENS[schema]
+
+
+def test_a_study_goes_on(tmp_path):
+    def finished(allocation):
+        raise AssertionError("its trials are all there")
+
+    place = shutil.copy(RELEASED / "study-1.log", tmp_path)
+    kept = {"journal": Path(place), "shared": True, "name": "s", "facts": {"budget": "28 bytes"}}
+    found, _ = search(PROBLEM, BUDGET, finished, trials=4, **kept)
+    assert found.trials == 4 and found.best.loss == pytest.approx(mean(found.best.allocation))
+    longer, _ = search(PROBLEM, BUDGET, evaluate, trials=6, **kept)
+    assert longer.trials == 6 and longer.best.loss <= found.best.loss

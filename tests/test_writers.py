@@ -14,6 +14,7 @@ from bitplan.planner import cli
 from bitplan.planner.export import gptqmodel
 from bitplan.planner.memory import kv_size
 from bitplan.planner.report.model_card import refuse_folder, written_beside
+from bitplan.sensitivity.progress import progress
 from bitplan.sensitivity.source import Source
 from bitplan.sensitivity.store import States, append_row, refuse_overwrite, write_row, write_text
 
@@ -138,6 +139,20 @@ def test_a_journal_and_states_that_cannot_be_written(tmp_path, monkeypatch, plac
     ):
         with pytest.raises(BitplanError, match=f"cannot write {under / 'x'}: .*{hint}"):
             write()
+
+
+def test_the_sentence_comes_after_the_progress_bars(monkeypatch, capsys):
+    def run(arguments):
+        for _ in progress(range(3), desc="work", file=sys.stderr, disable=False):
+            try:
+                raise OSError(28, "No space left on device")
+            except OSError as error:
+                raise BitplanError("cannot write x: No space left on device") from error
+
+    monkeypatch.setattr("bitplan.planner.commands.formats.run", run)
+    assert cli.main(["formats"]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert "work" in lines[0] and lines[-1] == "bitplan: cannot write x: No space left on device"
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 import bitplan
-from bitplan.formats.errors import BitplanError
+from bitplan.formats.errors import BitplanError, WriteFailed
 from bitplan.formats.table import FORMATS
 from bitplan.planner.assemble import is_float, uniform_plan
 from bitplan.planner.evaluate.throughput import Throughput, run
@@ -87,7 +87,7 @@ FAILURES = (BitplanError, MemoryError, RuntimeError)
 
 def why_not(error: Exception) -> str:
     """A row's failure as a sentence. Reraises errors that are not specific to a row."""
-    if isinstance(error, BitplanError):
+    if isinstance(error, BitplanError) and not isinstance(error, WriteFailed):
         return str(error)
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "allocate memory" in str(error):
         return "out of memory: give a smaller --block, or another --device"

@@ -178,6 +178,6 @@ def save(model: PreTrainedModel, plan: Plan, source: Source, folder: Path, force
     Everything is written beside and renamed at the end. Raises BitplanError where the folder cannot be written.
     """
     with written_beside(folder, force) as part:
-        refuse_full_disk(part, plan.bytes)
+        refuse_full_disk(part.parent, plan.bytes)
         model.save_pretrained(part)
         write_papers(part, plan, source, OWN)

@@ -85,7 +85,10 @@ def cases(tmp_path_factory):
         case.content = case.run(folder / f"{case.name}-out", folder / f"{case.name}-cache")
     plan = folder / "plan-out" / "plan.json"
     made["apply"] = Case(folder, "apply", "saved", "apply", plan, "--model", model, "--text", text, *LITTLE)
-    made["apply"].content = made["apply"].run(folder / "apply-out", folder / "apply-cache")
+    export = ("export", plan, "--model", model, "--to", "compressed-tensors", "--nearest", "--text", text)
+    made["export"] = Case(folder, "export", "exported", *export, "--device", "cpu")
+    for name in ("apply", "export"):
+        made[name].content = made[name].run(folder / f"{name}-out", folder / f"{name}-cache")
     return made
 
 
@@ -164,11 +167,11 @@ def test_flipped_bits_in_the_cache(name, cases, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 4 MiB, where one can be mounted."""
+    """A file system of 64 MiB, where one can be mounted."""
     folder = tmp_path / "small"
     folder.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], capture_output=True, check=False
     )
     if mounted.returncode:
         pytest.skip("no file system can be mounted here (it takes root)")
@@ -176,27 +179,40 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=False)
 
 
-@pytest.mark.parametrize("name", ["audit", "plan", "compare", "apply"])
+def leave(folder: Path, room: int) -> None:
+    """Fill a file system until `room` bytes are left."""
+    filler = folder / "filler"
+    with open(filler, "ab", buffering=0) as file:
+        try:
+            while True:
+                file.write(b"x" * 4096)
+        except OSError:
+            pass
+        file.truncate(max(0, file.tell() - room))
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("name", ["audit", "plan", "compare", "apply", "export"])
 def test_a_full_disk(name, cases, small_disk, tmp_path):
-    case = cases[name]
-    (small_disk / "filler").write_bytes(b"x" * (3 << 20))
-    for cache, place in ((small_disk / "cache", tmp_path), (tmp_path / "cache", small_disk)):
-        filler = small_disk / "more"
-        filler.write_bytes(b"")
-        with open(filler, "ab") as file:  # to the last byte
-            try:
-                while True:
-                    file.write(b"x" * 4096)
-                    file.flush()
-            except OSError:
-                pass
+    """Full from the start, and while the command runs: with room for some of what it keeps in the cache, or writes."""
+    case, whole = cases[name], tmp_path / "cache"
+    kept, written = size_of(case.folder / f"{name}-cache"), sum(map(len, case.content.values())) if case.output else 0
+    rooms = [(kept * part // 4, small_disk / "cache", tmp_path) for part in range(4)]
+    rooms += [(room, whole, small_disk) for room in ((0, written // 2) if case.output else ())]
+    for room, cache, place in rooms:
+        leave(small_disk, room)
         code, out, err = finished(case.command(place, cache))
-        assert code == 1 and out == "", (code, err[-2000:])
-        assert "Traceback" not in err and str(small_disk) in err.strip().splitlines()[-1]
+        assert (code, out) == (1, ""), (room, code, err[-2000:])
+        assert "Traceback" not in err and str(small_disk) in err.strip().splitlines()[-1], (room, err[-2000:])
         assert not case.output or not (place / case.output).exists()
-        filler.unlink()
-    (small_disk / "filler").unlink()
-    assert without_times(case.run(tmp_path, tmp_path / "cache")) == without_times(case.content)
+        assert {path.name for path in small_disk.iterdir()} <= {"filler", "cache"}
+        assert not list(small_disk.rglob("*.part"))
+        drop(small_disk / "filler")
+        shutil.rmtree(small_disk / "cache", ignore_errors=True)
+    assert without_times(case.run(tmp_path, whole)) == without_times(case.content)
     print(f"\n{name}: a full disk ends in one sentence with the path; with room, the bytes of an undisturbed run")
 
 
