@@ -6,7 +6,7 @@ LOWEST := .venv-lowest
 
 .PHONY: setup test test-all test-faults gpu zoo fuzz lint demo wheel-smoke test-lowest plans bench-prediction bench-rounding bench-one-bit bench-layout \
 	bench-exports bench-audit bench-memory bench-speed bench-compare bench-interval bench-search bench-reduced bench-real \
-	bench-double-quant bench-rotation
+	bench-double-quant bench-rotation bench-calibration
 
 setup: $(VENV)/.done
 
@@ -87,6 +87,10 @@ bench-real: setup
 	$(BIN)/pip install -q -c constraints.txt -e ".[gguf]"
 	$(BIN)/python -m benchmarks.rounding --only-also --also "$$($(BIN)/python -m benchmarks.real_model)" $(TEXT) $(HELDOUT) \
 	  --tokens 8192 --methods $(METHODS) --bits $(BITS)
+
+# How much calibration text, and which, rounding gains from (10 minutes). ALSO="--also MODEL TEXT HELDOUT" adds models.
+bench-calibration: setup
+	$(BIN)/python -m benchmarks.calibration $(ALSO)
 
 # Whether offline rotation and rows lose less than groups at equal bytes, on the same model (half an hour).
 bench-rotation: setup

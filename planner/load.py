@@ -67,7 +67,9 @@ def make_codes(plan: Plan, source: Source, files: list[Path] | None = None, devi
     plan = plan.for_model(sources.current_facts(plan.provenance.model, source))
     refuse_full(plan, source, pick_device(device))
     needed = ("calibration", "search") if plan.distilled else ("calibration",)
-    if missing_codes(plan) and (found := recall_texts(plan.provenance.text, source, files, needed=needed)):
+    if missing_codes(plan) and (
+        found := recall_texts(plan.provenance.text, source, files, needed=needed, device=device)
+    ):
         round_missing(plan, open_session(source, found, device=device, whole=False))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import bitplan
 from bitplan.formats.errors import ModelUnreadable, PlanMismatch, UsageError
@@ -27,9 +27,10 @@ from bitplan.sensitivity.pages import page_out_after
 from bitplan.sensitivity.profile import ModelFacts, Provenance, TextFacts, TextPart
 from bitplan.sensitivity.source import Source
 from bitplan.sensitivity.statistics import StatisticsStore
-from bitplan.sensitivity.store import IN_MEMORY
+from bitplan.sensitivity.store import IN_MEMORY, cache_folder, load_tensors, locked, save_tensors, sha256
 from bitplan.sensitivity.swapper import WeightSwapper
 from bitplan.sensitivity.texts import text as texts
+from bitplan.sensitivity.texts.samples import SAMPLED, first_tokens, written
 from bitplan.sensitivity.texts.text import Blocks, Texts
 from bitplan.sensitivity.vocabulary import vocabulary_size
 from bitplan.sensitivity.weight_cache import MOMENT_BYTES, WeightCache, mark_workspace, workspace
@@ -231,13 +232,45 @@ def read_texts(
     files: list[Path] | None = None,
     dataset: str | None = None,
     heldout: list[Path] | None = None,
+    sampled: bool = False,
     tokens: int = texts.TOKENS,
     length: int = texts.BLOCK,
+    device: str = "auto",
 ) -> Texts:
-    """The three texts, tokenized for a model. Raises TextTooShort, UsageError, ModelUnreadable."""
+    """The three texts, tokenized for a model. `sampled`: what the model itself writes on `device`, but for `heldout`.
+    Raises TextTooShort, UsageError, ModelUnreadable."""
     tokenizer = sources.load_tokenizer(source)
     length = sources.block_length(source, length)
+    if sampled:
+        return _sampled(source, tokenizer, tokens, length, device, heldout)
     return texts.prepare(tokenizer, files=files, dataset=dataset, heldout=heldout, tokens=tokens, length=length)
+
+
+def _sampled(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+    length: int,
+    device: str,
+    heldout: list[Path] | None,
+) -> Texts:
+    """Blocks that the model writes, made once and kept in the cache."""
+    wanted, device = texts.counts(tokens, length), pick_device(device)
+    total = sum(wanted.values())
+    facts = (source.weights_sha256, source.config_sha256, version("transformers"), "cpu" if device == "cpu" else "gpu")
+    path = cache_folder() / "text" / f"sampled-{sha256(*facts, str(total), str(length), str(SEED))[:24]}.safetensors"
+    with locked(path):
+        kept = load_tensors(path)
+        if kept is None:
+            model = load_reference(source, device)
+            vocabulary = min(len(tokenizer), vocabulary_size(model))
+            first = first_tokens(texts.first_token(tokenizer), vocabulary, total, SEED)
+            kept = {"ids": written(model, first, length, SEED)}
+            save_tensors(path, kept)
+    parts = dict(zip(wanted, (Blocks(ids) for ids in kept["ids"].split(list(wanted.values()))), strict=True))
+    if heldout:
+        parts["heldout"] = texts.prepare(tokenizer, heldout=heldout, tokens=tokens, length=length).heldout
+    return Texts(**parts, source=SAMPLED, tokens=tokens)
 
 
 def recall_texts(
@@ -246,23 +279,34 @@ def recall_texts(
     files: list[Path] | None = None,
     heldout: list[Path] | None = None,
     needed: tuple[str, ...] = PARTS,
+    device: str = "auto",
 ) -> Texts | None:
-    """The very texts that a plan or profile names: from the cache, or read again from `files` and `heldout`, or from
-    the standard library. Only the parts `needed` are sure to be those. None where there is nothing to read them from.
+    """The very texts that a plan or profile names: from the cache, or read again from `files` and `heldout`, from the
+    standard library or from the model. Only the parts `needed` are sure to be those. None where there is nothing to
+    read them from.
 
     Raises PlanMismatch where what there is to read is other text.
     """
     parts = {name: texts.recall(getattr(facts, name).sha256) for name in PARTS}
     if all(parts.values()):
         return Texts(**parts, source=facts.source, tokens=facts.tokens)  # type: ignore[arg-type]
-    places = [None] if facts.source == texts.DEFAULT_SOURCE else []
+    places = [None] if facts.source in (texts.DEFAULT_SOURCE, SAMPLED) else []
     for place in [files, *places] if files else places:
-        again = read_texts(source, files=place, heldout=heldout, tokens=facts.tokens, length=facts.calibration.length)
+        again = read_texts(
+            source,
+            files=place,
+            heldout=heldout,
+            sampled=place is None and facts.source == SAMPLED,
+            tokens=facts.tokens,
+            length=facts.calibration.length,
+            device=device,
+        )
         if all(getattr(again, name).fingerprint == getattr(facts, name).sha256 for name in needed):
             return again
     if not files and not places:
         return None
-    given = ", ".join(file.name for file in files) if files else "this Python's standard library"
+    own = "what the model writes here" if facts.source == SAMPLED else "this Python's standard library"
+    given = ", ".join(file.name for file in files) if files else own
     more = " and its --heldout" if "heldout" in needed else ""
     raise PlanMismatch(
         f"{given} is not the text that was used ({facts.source}; fingerprint {facts.calibration.sha256[:12]}): give"

@@ -34,7 +34,7 @@ def run(arguments: Namespace) -> None:
     make_codes(plan, source, arguments.text, arguments.device)
     refuse_missing(plan)
     reference = None
-    if arguments.text or arguments.dataset or arguments.heldout:
+    if arguments.text or arguments.dataset or arguments.sample or arguments.heldout:
         texts = texts_of(arguments, source)
         reference = Reference(load_reference(source, arguments.device), texts.heldout)
     model = load_planned(plan, source, arguments.device)

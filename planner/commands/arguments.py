@@ -101,6 +101,9 @@ def _text(parser: argparse.ArgumentParser) -> None:
         "--text", type=Path, nargs="+", metavar="FILE", help="files, split into calibration, search and held-out text"
     )
     group.add_argument("--dataset", metavar="NAME[:CONFIG]", help="column 'text' of a hub dataset's train split")
+    group.add_argument(
+        "--sample", action="store_true", help="text that the model itself writes: better than text of another kind"
+    )
     group.add_argument("--heldout", type=Path, nargs="+", metavar="FILE", help="separate files of held-out text")
     group.add_argument(
         "--tokens",

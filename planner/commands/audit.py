@@ -54,6 +54,8 @@ def run(arguments: Namespace) -> None:
     memory = parse_size(arguments.max_memory) if arguments.max_memory else None
     if memory and arguments.around:
         raise UsageError("--around holds all other units' weights in memory: leave it or --max-memory out")
+    if memory and arguments.sample:
+        raise UsageError("--sample runs the whole model in memory: give --text, or leave --max-memory out")
     device = ranks.start(pick_device(arguments.device))
     texts, keep = texts_of(arguments, source), tuple(arguments.keep)
     session = open_session(source, texts, keep, device, memory=memory, per_expert=arguments.per_expert)

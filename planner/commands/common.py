@@ -14,7 +14,7 @@ from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.session import read_texts
 from bitplan.sensitivity.source import Source
 from bitplan.sensitivity.tasks.task import Task, read_task
-from bitplan.sensitivity.texts.text import Texts
+from bitplan.sensitivity.texts.text import DEFAULT_SOURCE, Texts
 
 SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
@@ -37,19 +37,23 @@ def log(text: str) -> None:
 def texts_of(arguments: Namespace, source: Source) -> Texts:
     if arguments.block < 8:
         raise UsageError(f"--block {arguments.block}: it must be at least 8 tokens")
-    if arguments.text and arguments.dataset:
-        raise UsageError("give --text or --dataset, not both")
+    if sum(map(bool, (arguments.text, arguments.dataset, arguments.sample))) > 1:
+        raise UsageError("give one of --text, --dataset and --sample")
     texts = read_texts(
         source,
         files=arguments.text,
         dataset=arguments.dataset,
         heldout=arguments.heldout,
+        sampled=arguments.sample,
+        device=arguments.device,
         tokens=arguments.tokens,
         length=arguments.block,
     )
     parts = {name: getattr(texts, name).ids.shape for name in ("calibration", "search", "heldout")}
     sizes = ", ".join(f"{name} {count} × {length} tokens" for name, (count, length) in parts.items())
     log(f"text: {texts.source}: {sizes}")
+    if texts.source == DEFAULT_SOURCE:
+        log("text of the kind that the model reads (--text), or that it writes itself (--sample), loses less")
     found, length = texts.calibration.ids.numel(), texts.calibration.ids.shape[1]
     if found < arguments.tokens // length * length:
         log(f"the text has {found:,} calibration tokens, fewer than the {arguments.tokens:,} requested")

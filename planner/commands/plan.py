@@ -181,7 +181,7 @@ def _kept(profile: Profile) -> tuple[str, ...]:
 
 
 def _profile_texts(arguments: Namespace, profile: Profile, source: Source) -> Texts:
-    texts = recall_texts(profile.provenance.text, source, arguments.text, arguments.heldout)
+    texts = recall_texts(profile.provenance.text, source, arguments.text, arguments.heldout, device=arguments.device)
     if texts is None:
         raise UsageError(
             f"the profile's text ({profile.provenance.text.source}) is not in the cache: give it with --text,"

@@ -18,7 +18,7 @@ from bitplan.planner.report.memory import fit_text
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.store import cache_folder
 
-TEXT = ("text", "dataset", "heldout", "tokens", "block")
+TEXT = ("text", "dataset", "sample", "heldout", "tokens", "block")
 DEVICE = ("gpu", "context", "batch", "kv_dtype", "prefill_chunk", "reserve")
 """Options of the text and of a device, as `_typed` says them again."""
 

@@ -15,7 +15,7 @@ from bitplan.formats.errors import UsageError
 from bitplan.sensitivity.store import sha256
 from bitplan.sensitivity.tasks.harness import harness_questions
 from bitplan.sensitivity.tasks.question import Kind, Question, read_questions
-from bitplan.sensitivity.texts.text import _encode, _first_token
+from bitplan.sensitivity.texts.text import _encode, first_token
 
 SLACK = 4
 """Tokens that an exact answer may take beyond its own, for the line's end."""
@@ -110,7 +110,7 @@ def encode(question: Question, tokenizer: PreTrainedTokenizerBase, length: int) 
     tokenizer begins texts with, if it does; an empty prompt needs that, or an end token in its place. Prompts are cut
     from the left where the longest choice would not fit. Raises UsageError.
     """
-    first = _first_token(tokenizer)
+    first = first_token(tokenizer)
     if question.kind == "text":
         return Item(tuple(_windows(question, first + _encode(tokenizer, question.candidates[0][1]), length, first)))
     prompts = [_encode(tokenizer, prompt) for prompt, _ in question.candidates]

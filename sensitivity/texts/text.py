@@ -87,6 +87,17 @@ def read_dataset(name: str, characters: int) -> str:
     return "\n".join(parts)
 
 
+def counts(tokens: int, length: int) -> dict[str, int]:
+    """Blocks of each text for so many calibration tokens. Raises UsageError for too few."""
+    if tokens < MINIMUM["calibration"] * length:
+        raise UsageError(
+            f"{tokens} calibration tokens are fewer than {MINIMUM['calibration']} blocks of {length}: raise --tokens to"
+            f" {MINIMUM['calibration'] * length}, or lower --block"
+        )
+    sizes = {"calibration": tokens, "search": tokens // 4, "heldout": tokens // 2}
+    return {name: max(1, size // length) for name, size in sizes.items()}
+
+
 def prepare(
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -100,12 +111,7 @@ def prepare(
     out (or left unused, where `heldout` files are given). Without any text: the standard library's sources, whose
     held-out modules are fixed. Raises TextTooShort, UsageError (also where held-out text stands in the
     other text too)."""
-    if tokens < MINIMUM["calibration"] * length:
-        raise UsageError(
-            f"{tokens} calibration tokens are fewer than {MINIMUM['calibration']} blocks of {length}: raise --tokens to"
-            f" {MINIMUM['calibration'] * length}, or lower --block"
-        )
-    wanted = {"calibration": tokens, "search": tokens // 4, "heldout": tokens // 2}
+    wanted = counts(tokens, length)
     parts: dict[str, list[list[int]]] = {name: [] for name in SHARES}
     if files or dataset:
         documents = [read_text(path) for path in files] if files else [read_dataset(str(dataset), tokens * 20)]
@@ -139,11 +145,11 @@ def prepare(
             start = stop
     if fixed:
         parts["heldout"] = [_encode(tokenizer, document) for document in fixed]
-    first = _first_token(tokenizer)
+    first = first_token(tokenizer)
     made = {}
     for name, streams in parts.items():
-        blocks = _blocks(streams, length, first)[: max(1, wanted[name] // length)]
-        if len(blocks) < min(MINIMUM[name], max(1, wanted[name] // length)):
+        blocks = _blocks(streams, length, first)[: wanted[name]]
+        if len(blocks) < min(MINIMUM[name], wanted[name]):
             have = sum(map(len, streams))
             raise TextTooShort(
                 f"text too short: {name} text has {have} tokens in blocks of {length}, and {MINIMUM[name] * length} are"
@@ -157,7 +163,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _first_token(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def first_token(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token that the tokenizer starts every text with, which models trained so need at the start of a block."""
     start = tokenizer("a")["input_ids"][:1]
     return start if tokenizer.bos_token_id is not None and start == [tokenizer.bos_token_id] else []
