@@ -90,9 +90,9 @@ class PriorSampler(PosteriorSampler):
 
 @dataclass
 class Work:
-    """Segments and blocks of text that an arm's trials consist of, and those of them that have to be run."""
+    """Plans and blocks of text that an arm's trials consist of, and what of them has to be rounded and run."""
 
-    segments: int = 0
+    plans: int = 0
     blocks: int = 0
     run: int = 0
     rounded: set[tuple] = field(default_factory=set)
@@ -126,7 +126,7 @@ class Case:
         losses, seconds = self._losses[key]
         self.seconds += seconds
         prefixes = self.trials.candidates.prefixes(self.plan(allocation))
-        self.work.segments += len(prefixes)
+        self.work.plans += 1
         self.work.blocks += len(losses)
         self.work.rounded |= set(prefixes)
         for loss in losses:
@@ -139,10 +139,11 @@ class Case:
     def skipped(self) -> float:
         """The share of an arm's trials that sharing and dropping saves in `bitplan plan`, in seconds."""
         work, trials, candidates = self.work, self.trials, self.trials.candidates
-        segment = trials.rounding / max(1, candidates.segments - candidates.shared)
         block = trials.running / max(1, trials.blocks)
-        whole = work.segments * segment + work.blocks * block
-        return 1 - (len(work.rounded) * segment + work.run * block) / whole if whole else 0.0
+        segments = {len(prefix) - 1 for prefix in work.rounded}
+        whole = work.plans * sum(candidates.seconds(index) for index in segments) + work.blocks * block
+        run = sum(candidates.seconds(len(prefix) - 1) for prefix in work.rounded) + work.run * block
+        return 1 - run / whole if whole else 0.0
 
     def finished(self, allocation: Allocation) -> tuple[float, Measured]:
         """KL on the search text, and the figures on held-out text."""
@@ -212,7 +213,7 @@ def arms_table(cases: Iterable[Case], arms: list[tuple[str, int]], seeds: int) -
             allocation = job()
             kl, error = (found := case.finished(allocation)[1]).kl, found.kl_se
             figures = (f"{kl:.5f}", f"{error:.5f}", f"{kl / base:.3f}", f"{case.seconds:.0f}")
-            figures += (f"{case.skipped():.0%}" if case.work.segments else "",)
+            figures += (f"{case.skipped():.0%}" if case.work.plans else "",)
             rows.append((case.name, case.budget.requested, name, f"{case.problem.nbytes(allocation):,}", *figures))
             print(*rows[-1], file=sys.stderr, flush=True)
     head = ("model", "budget", "arm", "bytes", "held-out KL", "± se", "of knapsack", "seconds", "work skipped")

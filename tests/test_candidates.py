@@ -48,6 +48,7 @@ def test_what_is_shared_up_to_a_block_changes_nothing(session_of, monkeypatch):
     assert (candidates.segments, candidates.shared) == (4, 0)
     candidates.put(other)
     assert (candidates.segments, candidates.shared) == (8, 2)  # the embedding and the first block
+    assert candidates.saved == pytest.approx(candidates.seconds(0) + candidates.seconds(1)) and candidates.saved > 0
     found = weights(session, session.swapper.units)
     fresh.put(other)
     assert all(torch.equal(found[name], now) for name, now in weights(session, found).items())

@@ -76,7 +76,7 @@ class Trials:
         self.problem, self.budget, self.session = problem, budget, session
         self.objective, self.effort, self.place = objective, effort, place
         self.candidates = candidates or Candidates(session)
-        self._before = self.candidates.segments, self.candidates.shared
+        self._before = self.candidates.segments, self.candidates.shared, self.candidates.saved
         """Of the searches before, with which this one may share its candidates."""
         self.available = budget.weights - problem.profile.unquantized_bytes
         self.exact = knapsack.solve(problem.options, self.available)
@@ -210,10 +210,10 @@ class Trials:
         """The share of the work that was not done, in the seconds that it would have taken."""
         segments = self.candidates.segments - self._before[0]
         shared = self.candidates.shared - self._before[1]
-        per_segment, per_block = self.rounding / max(1, segments - shared), self.running / max(1, self.blocks)
         blocks = self.evaluated * self.objective.count
-        whole = segments * per_segment + blocks * per_block
-        skipped = 1 - (self.rounding + self.running) / whole
+        saved = self.candidates.saved - self._before[2]
+        saved += (blocks - self.blocks) * self.running / max(1, self.blocks)
+        skipped = saved / (saved + self.rounding + self.running)
         return (
             f"{self.evaluated} plans were rounded and evaluated: {shared} of {segments} segments were shared with"
             f" earlier ones, {blocks - self.blocks} of {blocks} blocks of text not run: {skipped:.0%} of the work"

@@ -5,6 +5,7 @@ some block share all codes up to it, and the hidden states behind it.
 May import: formats, sensitivity, planner.plan, planner.quantize.segment.
 """
 
+import time
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 
@@ -56,6 +57,9 @@ class Candidates:
         self._inputs: dict[tuple[str, int], list[Tensor]] | None = {} if kept <= IN_MEMORY else None
         self._cache: OrderedDict[tuple, Rounded] = OrderedDict()
         self.segments = self.shared = 0
+        self.saved = 0.0
+        """Seconds that the shared segments would have taken."""
+        self._seconds, self._rounded = [0.0] * len(self._chain), [0] * len(self._chain)
 
     def put(self, plan: Plan) -> None:
         """Round a plan's units and exchange the model's weights for theirs. Raises RoundingFailed."""
@@ -66,9 +70,14 @@ class Candidates:
         made: list[tuple[Unit, Tensors]] = []
         for index, (units, key) in enumerate(zip(self._chain.units, self.prefixes(plan), strict=True)):
             self.segments += 1
-            self.shared += key in self._cache
-            if key not in self._cache:
+            if key in self._cache:
+                self.shared += 1
+                self.saved += self.seconds(index)
+            else:
+                began = time.perf_counter()
                 self._remember(key, self._round(plan, index, before, first))
+                self._seconds[index] += time.perf_counter() - began
+                self._rounded[index] += 1
             self._cache.move_to_end(key)
             before = self._cache[key]
             first = before.weights if index == 0 else first
@@ -77,6 +86,10 @@ class Candidates:
             format = format_named(schemes[unit.name].format)
             weight = format.dequantize(tensors, unit.columns, torch.float32)
             self._session.swapper.exchange(unit, weight.to(self._session.device))
+
+    def seconds(self, index: int) -> float:
+        """What it took to round a segment so far, on average."""
+        return self._seconds[index] / max(1, self._rounded[index])
 
     def prefixes(self, plan: Plan) -> list[tuple]:
         """For each segment what its codes follow from: the schemes of its units and of all before it."""
