@@ -158,7 +158,7 @@ def test_a_disk_that_stays_full_is_the_same_sentence(tmp_path, monkeypatch):
     def filling(allocation):
         losses = evaluate(allocation)
         yield losses[0]
-        monkeypatch.setattr("optuna.storages.journal._file.os.fsync", full)
+        monkeypatch.setattr(storage_module.JournalFileBackend, "append_logs", full)  # nothing is written
         yield from losses[1:]
 
     place = tmp_path / "journal.log"
@@ -238,6 +238,11 @@ def test_options_that_make_no_sense_together(run, tmp_path):  # noqa: F811
     ]:
         code, _, err = run("plan", "model", "--bpw", "5", *wrong)
         assert code == 2 and told in err
+
+
+def test_a_storage_that_cannot_be_used_is_refused_before_the_model_is_read(run, tmp_path):  # noqa: F811
+    code, _, err = run("plan", tmp_path / "model", "--bpw", "5", "--storage", tmp_path)
+    assert code == 1 and f"cannot use the study's storage {tmp_path}: it is no file" in err
 
 
 class TestRefused:
