@@ -4,7 +4,7 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -26,7 +26,10 @@ from bitplan.sensitivity.profile import CacheRow, Check, CheckRow, Profile, Prof
 from bitplan.sensitivity.progress import progress
 from bitplan.sensitivity.session import Session
 from bitplan.sensitivity.store import IN_MEMORY, locked, sha256
+from bitplan.sensitivity.texts.text import Blocks
 
+CHECK_TOKENS = 4096
+"""Of the search text, on which a sample is measured: on all of it, it takes as long as the pass."""
 Rows = dict[tuple[str, QuantScheme], dict[str, Any]]
 
 
@@ -155,7 +158,9 @@ def checked(session: Session, profile: Profile, wanted: Sequence[tuple[Unit, Qua
     pairs = sampled_pairs([pair for pair in wanted if predicted[pair[0].name, pair[1]] > 0], units)
     if len(pairs) < 3:
         return profile
-    found, *_ = measure_units(session, pairs)
+    ids = session.texts.search.ids
+    few = Blocks(ids[: max(1, CHECK_TOKENS // ids.shape[1])])
+    found, *_ = measure_units(replace(session, texts=replace(session.texts, search=few)), pairs)
     rows = tuple(
         CheckRow(
             unit=name,
