@@ -17,19 +17,20 @@ May import: formats, sensitivity.
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from bitplan.formats.errors import RoundingFailed, UsageError
 from bitplan.sensitivity import ranks
 from bitplan.sensitivity.chain import Chain
 from bitplan.sensitivity.forward import inputs
+from bitplan.sensitivity.gradients import backward
 from bitplan.sensitivity.graph import Graph, Unit
 from bitplan.sensitivity.progress import progress
 from bitplan.sensitivity.resume import Back, Finished, Sums
@@ -197,7 +198,6 @@ class _Pass:
         watched: dict[str, Tensor] = {
             unit.parameter: parameters[self.chain.local(segment, unit.parameter)] for unit in units
         }
-        last = segment == len(self.chain) - 1
         sums = self.zeros(units, lookups=segment == 0 or not self.chain.paths, products=segment > 0)
         seen = partial(self.seen, {unit.parameter: unit for unit in units}, sums)
         handles = []
@@ -210,16 +210,11 @@ class _Pass:
             for i, row in enumerate(self.ids.to(self.device).split(1)):
                 x = torch.zeros(0, device=self.device) if states is None else states[i].unsqueeze(0).to(self.device)
                 x.requires_grad_()
-                trace = Trace(watched, seen)
-                if last:
-                    backward_of_loss(
-                        self.chain, module, x, row, self.seed, self.numbers[i], trace, self.refuse_not_finite
-                    )
-                else:
-                    assert above is not None
-                    with torch.enable_grad(), trace:
-                        out = self.chain.run(segment, module, x, row, {})
-                    out.backward(above[i].unsqueeze(0).to(out))
+                gradient = None if above is None else above[i].unsqueeze(0)
+                trace, number = Trace(watched, seen), self.numbers[i]
+                backward(
+                    self.chain, segment, module, x, row, gradient, self.seed, number, trace, self.refuse_not_finite
+                )
                 if below is not None:
                     assert x.grad is not None
                     below[i] = x.grad[0]
@@ -338,38 +333,6 @@ def _report_unreached(routed: Mapping[Unit, Tensor | None]) -> None:
             f" in rounding; more text (--tokens) may reach them: {', '.join(names)}",
             file=sys.stderr,
         )
-
-
-def backward_of_loss(
-    chain: Chain,
-    module: nn.Module,
-    x: Tensor,
-    row: Tensor,
-    seed: int,
-    number: int,
-    trace: AbstractContextManager = nullcontext(),  # noqa: B008 (it holds nothing)
-    check: Callable[[Tensor], None] = lambda logits: None,
-) -> None:
-    """Run the last segment on hidden states x [1, length, width] of the text block row [1, length], and the summed loss
-    back, some tokens at a time. Labels are drawn from the model's predictions by `seed` and the block's `number`."""
-    draws = torch.rand(row.shape[1], generator=torch.Generator().manual_seed(seed * 1_000_003 + number))
-    length, last = row.shape[1], len(chain) - 1
-    for at in chain.pieces(last, length):
-        with torch.enable_grad(), trace:
-            part = x[:, at] if chain.paths else x
-            logits = chain.run(last, module, part, row[:, at], {})[0]
-            check(logits)
-            logits = logits[: length - 1 - at.start]  # the last token predicts none of the text
-            labels = draw(logits.detach(), draws[at][: len(logits)].to(chain.device))
-            loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-        loss.backward()  # type: ignore[no-untyped-call]
-
-
-def draw(logits: Tensor, draws: Tensor) -> Tensor:
-    """Labels int64 [n] from the softmax of logits [n, vocabulary], by numbers drawn from [0, 1): one token's label
-    follows from its number alone."""
-    sums = logits.double().softmax(-1).cumsum(-1)
-    return (sums <= draws.double().unsqueeze(-1) * sums[:, -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)
 
 
 def _add_squares(sum_of: Tensor, gradient: Tensor) -> None:

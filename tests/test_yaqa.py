@@ -17,8 +17,7 @@ from bitplan.planner.assemble import uniform_plan
 from bitplan.planner.codes import codes_folder, unit_path
 from bitplan.planner.quantize.distillation import round_missing
 from bitplan.planner.quantize.segment import Segment
-from bitplan.sensitivity.curvature import draw
-from bitplan.sensitivity.gradients import output_gradients
+from bitplan.sensitivity.gradients import draw, output_gradients
 from bitplan.sensitivity.session import SEED
 from bitplan.sensitivity.store import load_tensors
 from bitplan.testing.formats import weights
