@@ -136,6 +136,7 @@ class _Pass:
                     else:
                         ready[unit.name] = heads.get(unit.name, {}) | sums[unit.name]
                 self.finish([unit for unit in units if unit.name in ready], ready)
+                del sums, ready  # their moments, before the next are gathered
             ranks.gathered(None)  # what a rank goes on from names only statistics that all ranks have written
             states[segment] = None
             if below is not None:

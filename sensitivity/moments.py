@@ -25,7 +25,9 @@ def moments(
     seen_in = [[unit for unit in chain.seen(segment) if unit in units] for segment in range(len(chain))]
     highest = max((segment for segment in range(len(chain)) if seen_in[segment]), default=-1)
     states: States | None = None
-    for segment in progress(range(highest + 1), desc="second moments", unit="block"):
+
+    def through(segment: int, states: States | None) -> tuple[States | None, dict[Unit, Tensor]]:
+        """The hidden states behind a segment, but for the highest, and its units' second moments."""
         module = chain.module(segment, own=True)
         parameters = dict(module.named_parameters(remove_duplicate=False))
         sums: dict[str, Tensor] = {}
@@ -38,7 +40,7 @@ def moments(
                 by_parameter[unit.parameter] = unit
                 sums[unit.name] = torch.zeros(unit.experts, unit.columns, unit.columns, device=chain.device)
 
-        def add(use: Use, by_parameter: dict[str, Unit] = by_parameter, sums: dict[str, Tensor] = sums) -> None:
+        def add(use: Use) -> None:
             if not use.lookup:
                 x = use.input.float().flatten(0, -2)
                 sums[by_parameter[use.parameter].name][use.expert].addmm_(x.T, x)
@@ -54,7 +56,11 @@ def moments(
                 shape = (len(ids), *out.shape[1:])
                 made = made or States(shape, in_memory=8 * len(ids) * out[0].numel() <= memory)
                 made[i] = out[0]
-        states = made
+        for total in sums.values():
+            total /= ids.numel()  # in place: it can be the largest tensor there is
+        return made, {unit: sums[leads[graph.readers.get(unit.name, unit.name)]] for unit in seen_in[segment]}
+
+    for segment in progress(range(highest + 1), desc="second moments", unit="block"):
+        states, found = through(segment, states)
         for unit in seen_in[segment]:
-            reads = leads[graph.readers.get(unit.name, unit.name)]
-            yield unit, sums[reads] / ids.numel()
+            yield unit, found.pop(unit)  # none is kept here

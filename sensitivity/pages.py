@@ -7,11 +7,23 @@ import ctypes
 import mmap
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 
 from torch import Tensor, nn
 
 MADV_PAGEOUT = 21
 """Linux 5.4 and later: reclaim these pages. Those of a file are read again when they are needed, so nothing is lost."""
+
+
+M_MMAP_THRESHOLD, LARGE = -3, 1 << 20
+
+
+def give_back_freed() -> None:
+    """From now on, memory of more than a mebibyte goes back to the system as soon as it is freed; glibc keeps some of
+    it otherwise, up to hundreds of mebibytes. Elsewhere than on Linux, do nothing."""
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 def page_out(tensors: Iterable[Tensor]) -> None:

@@ -23,7 +23,7 @@ from bitplan.sensitivity.curvature import gather
 from bitplan.sensitivity.graph import ON_REQUEST, Graph, Unit, build_graph
 from bitplan.sensitivity.loss import Reference
 from bitplan.sensitivity.moments import moments
-from bitplan.sensitivity.pages import page_out_after
+from bitplan.sensitivity.pages import give_back_freed, page_out_after
 from bitplan.sensitivity.profile import ModelFacts, Provenance, TextFacts, TextPart
 from bitplan.sensitivity.source import Source
 from bitplan.sensitivity.statistics import StatisticsStore
@@ -132,6 +132,7 @@ def open_session(
         blocks_of = [model.get_submodule(path) for path in find_blocks(model)]
         _refuse_memory(model, blocks_of, memory, session_texts.search.ids.shape[1])
         page_out_after(blocks_of)
+        give_back_freed()
     dtype = str(model.dtype).removeprefix("torch.")
     graph = build_graph(model, keep, per_expert)
     if not graph.units:

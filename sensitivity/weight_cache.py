@@ -96,19 +96,23 @@ class WeightCache:
             if unit not in self.statistics:
                 raise CodesMissing(f"{unit.name}: {schemes[0]} needs calibration text")
         for unit, moment in self._with_moments(list(missing)):
-            hessians, weight = self.statistics[unit].hessians(moment), self._finite(unit)
-            with locked(self.folder / "locks" / unit.name):
-                for scheme in missing[unit]:
-                    path = codes_path(self.folder, unit.name, scheme)
-                    if is_whole(path):
-                        continue  # another process has made it
-                    alone = ROUNDINGS[scheme.rounding].alone
-                    assert alone is not None, scheme
-                    try:
-                        tensors = alone(weight, format_named(scheme.format), hessians)
-                    except BitplanError as error:
-                        raise type(error)(f"{unit.name}: {error}") from error
-                    save_tensors(path, for_file(tensors))
+            self._make(unit, missing[unit], moment)
+            del moment  # before the next is gathered
+
+    def _make(self, unit: Unit, schemes: list[QuantScheme], moment: Tensor | None) -> None:
+        hessians, weight = self.statistics[unit].hessians(moment), self._finite(unit)
+        with locked(self.folder / "locks" / unit.name):
+            for scheme in schemes:
+                path = codes_path(self.folder, unit.name, scheme)
+                if is_whole(path):
+                    continue  # another process has made it
+                alone = ROUNDINGS[scheme.rounding].alone
+                assert alone is not None, scheme
+                try:
+                    tensors = alone(weight, format_named(scheme.format), hessians)
+                except BitplanError as error:
+                    raise type(error)(f"{unit.name}: {error}") from error
+                save_tensors(path, for_file(tensors))
 
     def _with_moments(self, units: list[Unit]) -> Iterator[tuple[Unit, Tensor | None]]:
         """Units with their inputs' second moments (None for lookups), those first of which it is at hand."""
@@ -122,6 +126,7 @@ class WeightCache:
             if sum(distinct.values()) <= self.moment_bytes:
                 self._moments[unit.name] = moment
             yield unit, moment
+            del moment
 
     def _finite(self, unit: Unit) -> Tensor:
         weight = self.weight(unit)
