@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optuna
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from optuna.exceptions import ExperimentalWarning
 from optuna.importance import PedAnovaImportanceEvaluator
@@ -48,8 +49,8 @@ def _drawn(name: str, title: str, draw: Callable[[], Axes], xlabel: str, ylabel:
     with mpl.rc_context(), warnings.catch_warnings():  # Optuna changes the style of all figures
         warnings.simplefilter("ignore", ExperimentalWarning)
         axes = draw()
-        figure = axes.get_figure(root=True)
-        assert figure is not None
+        figure = axes.figure
+        assert isinstance(figure, Figure)
         plt.close(figure)
     with mpl.rc_context(STYLE):
         figure.set(size_inches=(4.4, 3.4), layout_engine="constrained", facecolor="none")
