@@ -33,7 +33,7 @@ from bitplan.sensitivity.texts import text as texts
 from bitplan.sensitivity.texts.samples import SAMPLED, first_tokens, written
 from bitplan.sensitivity.texts.text import Blocks, Texts
 from bitplan.sensitivity.vocabulary import vocabulary_size
-from bitplan.sensitivity.weight_cache import MOMENT_BYTES, WeightCache, mark_workspace, workspace
+from bitplan.sensitivity.weight_cache import MOMENT_BYTES, WeightCache, computed_on, mark_workspace, workspace
 
 SEED = 0
 PROGRAM = 600 << 20
@@ -258,7 +258,7 @@ def _sampled(
     """Blocks that the model writes, made once and kept in the cache."""
     wanted, device = texts.counts(tokens, length), pick_device(device)
     total = sum(wanted.values())
-    facts = (source.weights_sha256, source.config_sha256, version("transformers"), "cpu" if device == "cpu" else "gpu")
+    facts = (source.weights_sha256, source.config_sha256, version("transformers"), computed_on(device))
     path = cache_folder() / "text" / f"sampled-{sha256(*facts, str(total), str(length), str(SEED))[:24]}.safetensors"
     with locked(path):
         kept = load_tensors(path)

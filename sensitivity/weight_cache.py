@@ -38,13 +38,17 @@ VERSION = "3"
 MARKER = "workspace.json"
 
 
+def computed_on(device: str) -> str:
+    """What keys of the cache say of a device: "cpu", where models run in float32, or "gpu", in their own type."""
+    return "cpu" if device == "cpu" else "gpu"
+
+
 def workspace(
     weights_sha256: str, config_sha256: str, calibration_sha256: str, seed: int, device: str, kept: Sequence[str] = ()
 ) -> Path:
     """The cache folder of everything that follows from a model, as this transformers runs it, from this text and this
-    seed. `device`: "cpu", where models run in float32, or any other, where they run in their own type; `kept`:
-    parameters that were left unquantized on request, which shape the units."""
-    model = (weights_sha256, config_sha256, version("transformers"), "cpu" if device == "cpu" else "gpu")
+    seed. `kept`: parameters that were left unquantized on request, which shape the units."""
+    model = (weights_sha256, config_sha256, version("transformers"), computed_on(device))
     return cache_folder() / sha256(VERSION, *model, calibration_sha256, str(seed), *sorted(kept))[:24]
 
 
