@@ -3,9 +3,9 @@
 May import: sensitivity, planner.plan.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitplan.planner.plan import Measured, TaskFacts, TaskMeasured
@@ -53,7 +53,7 @@ class Objective:
 
     @property
     def count(self) -> int:
-        """The number of `blocks`."""
+        """The number of blocks that a model is evaluated on."""
         return 1 if self._halves else len(self._search.blocks.ids)
 
     def evaluate(self, model: PreTrainedModel) -> Evaluation:
@@ -71,7 +71,6 @@ class Objective:
         task = self._halves[0]
         return float(losses(task, self._bases[0].likelihoods, likelihoods(model, task)).mean())
 
-    @torch.no_grad()
     def blocks(self, model: PreTrainedModel) -> Iterator[float]:
         """The objective block by block of the search text, one after the other; their mean is `loss`. A task's loss is
         a single block."""
@@ -79,8 +78,13 @@ class Objective:
             yield self.loss(model)
             return
         ids = self._search.blocks.ids
-        for i in range(len(ids)):
-            yield float(self._search.kl(i, log_probabilities(model, ids[i : i + 1])))
+        yield from self.kl_blocks(lambda block: log_probabilities(model, ids[block : block + 1]))
+
+    def kl_blocks(self, log_probabilities_of: Callable[[int], Tensor]) -> Iterator[float]:
+        """KL block by block of the search text, nats per token, of what gives log-probabilities float32 [1, length - 1,
+        vocabulary] for a block's number."""
+        for block in range(len(self._search.blocks.ids)):
+            yield float(self._search.kl(block, log_probabilities_of(block)))
 
     def heldout(self, model: PreTrainedModel, kv_format: str = "native") -> Measured:
         """The reported figures: on the held-out text, and on the task's other half. Raises OutputsNotFinite."""

@@ -15,8 +15,8 @@ from bitplan.formats.errors import UsageError
 from bitplan.formats.scheme import QuantScheme
 from bitplan.planner.assemble import Finish, allocated_plan
 from bitplan.planner.evaluate.objective import Objective
-from bitplan.planner.plan import Budget
-from bitplan.planner.quantize.candidates import TOKENS, Candidates
+from bitplan.planner.plan import Budget, Plan
+from bitplan.planner.quantize.candidates import TOKENS, Candidates, Rounded
 from bitplan.search import knapsack
 from bitplan.search.corrections import Allocation
 from bitplan.search.problem import Problem
@@ -124,21 +124,28 @@ class Trials:
     def losses(self, allocation: Allocation) -> Iterator[float]:
         """The objective of an allocation, rounded in sequence, block by block of the search text."""
         began = time.monotonic()
-        self._put(allocation)
+        plan = self._plan(allocation)
+        segments = self.candidates.round(plan)
         self.evaluated += 1
         rounded = time.monotonic()
         self.rounding += rounded - began
         try:
-            for loss in self.objective.blocks(self.session.model):
+            for loss in self._blocks(plan, segments):
                 self.blocks += 1
                 yield loss
         finally:
-            self.candidates.restore()
             self.running += time.monotonic() - rounded
             self.longest = max(self.longest, time.monotonic() - began)
 
-    def _put(self, allocation: Allocation) -> None:
-        self.candidates.put(allocated_plan(self.problem, allocation, self.budget, self.exact, self._finish))
+    def _blocks(self, plan: Plan, segments: list[Rounded]) -> Iterator[float]:
+        if self.objective.task is None:
+            yield from self.objective.kl_blocks(self.candidates.log_probabilities(plan, segments))
+            return
+        with self.candidates.exchanged(plan, segments) as model:
+            yield from self.objective.blocks(model)
+
+    def _plan(self, allocation: Allocation) -> Plan:
+        return allocated_plan(self.problem, allocation, self.budget, self.exact, self._finish)
 
     def kl(self, allocation: Allocation, found: Found | None = None) -> float:
         """Of an allocation, rounded in sequence, on the search text; not run again where a trial's loss is that."""
@@ -146,10 +153,10 @@ class Trials:
             for each in found.ranked:
                 if each.allocation == allocation:
                     return each.loss
-        self._put(allocation)
-        loss = self.objective.kl(self.session.model)
-        self.candidates.restore()
-        return loss
+        plan = self._plan(allocation)
+        of_block = self.candidates.log_probabilities(plan, self.candidates.round(plan))
+        losses = list(self.objective.kl_blocks(of_block))
+        return sum(losses) / len(losses)
 
     def best_uniform(self) -> tuple[QuantScheme, Allocation] | None:
         """The uniform allocation within the budget that loses least on the search text, with its scheme."""

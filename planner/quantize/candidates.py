@@ -1,4 +1,4 @@
-"""Weights of candidate allocations, rounded in sequence as a plan's are, but on less text and with shared work.
+"""Candidate allocations, rounded in sequence as a plan is, but on less text, and run segment by segment.
 
 The codes of a block follow from its own schemes and from those of the blocks before it, so candidates that agree up to
 some block share all codes up to it, and the hidden states behind it.
@@ -7,15 +7,19 @@ May import: formats, sensitivity, planner.plan, planner.quantize.segment.
 
 import time
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from bitplan.formats.base import Tensors
 from bitplan.formats.table import format_named
 from bitplan.planner.plan import Plan
 from bitplan.planner.quantize.segment import Segment
+from bitplan.sensitivity.forward import after_blocks
 from bitplan.sensitivity.graph import Unit
 from bitplan.sensitivity.session import Session
 from bitplan.sensitivity.store import IN_MEMORY
@@ -23,9 +27,11 @@ from bitplan.sensitivity.texts.text import Blocks
 
 TOKENS = 4096
 """Of the calibration text."""
+AT_ONCE = 4
+"""Blocks of the search text that run through a segment together: a candidate may be dropped after each block."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rounded:
     """What follows from the schemes of a segment and of all before it."""
 
@@ -35,16 +41,22 @@ class Rounded:
     """Hidden states behind the segment, float32 [blocks, length, width]; None behind the last."""
     weights: dict[str, Tensor]
     """Of the first segment: parameter → weight, which the last may read again (tied heads)."""
+    search: dict[int, Tensor] = field(default_factory=dict)
+    """Number of a block of the search text → the hidden states of it and those after it, as `states`."""
+    kept: bool = True
+    """For other plans; else its hidden states are given up as soon as the next segment has them."""
 
     @property
     def nbytes(self) -> int:
-        tensors = [tensor for each in self.tensors.values() for tensor in each.values()] + list(self.weights.values())
+        tensors = [tensor for each in self.tensors.values() for tensor in each.values()]
+        tensors += [*self.weights.values(), *self.search.values()]
         return sum(tensor.nbytes for tensor in tensors) + (0 if self.states is None else self.states.nbytes)
 
 
 class Candidates:
-    """Rounds plans in sequence on the first `tokens` of the calibration text, and puts their weights into the session's
-    model. `segments` counts those of all plans, `shared` those that an earlier plan had rounded."""
+    """Rounds plans in sequence on the first `tokens` of the calibration text, and runs them on the search text without
+    a second model: one segment at a time. `segments` counts those of all plans, `shared` those that an earlier plan had
+    rounded; `saved` is how many seconds these, and the text that an earlier plan had run, would have taken."""
 
     def __init__(self, session: Session, tokens: int = TOKENS):
         ids = session.texts.calibration.ids
@@ -56,36 +68,63 @@ class Candidates:
         kept = 4 * few.ids.numel() * sum(unit.columns for unit in session.graph.units)
         self._inputs: dict[tuple[str, int], list[Tensor]] | None = {} if kept <= IN_MEMORY else None
         self._cache: OrderedDict[tuple, Rounded] = OrderedDict()
+        self._held = 0
+        """Bytes of the cache."""
         self.segments = self.shared = 0
         self.saved = 0.0
-        """Seconds that the shared segments would have taken."""
         self._seconds, self._rounded = [0.0] * len(self._chain), [0] * len(self._chain)
+        self._running, self._run = [0.0] * len(self._chain), [0] * len(self._chain)
 
-    def put(self, plan: Plan) -> None:
-        """Round a plan's units and exchange the model's weights for theirs. Raises RoundingFailed."""
-        self.restore()  # segments are rounded from the full-precision weights
-        schemes = {unit.name: unit.scheme for unit in plan.units}
-        before: Rounded | None = None
-        first: dict[str, Tensor] = {}
-        made: list[tuple[Unit, Tensors]] = []
-        for index, (units, key) in enumerate(zip(self._chain.units, self.prefixes(plan), strict=True)):
+    def round(self, plan: Plan) -> list[Rounded]:
+        """A plan's segments. Raises RoundingFailed."""
+        made: list[Rounded] = []
+        for index, key in enumerate(self.prefixes(plan)):
             self.segments += 1
             if key in self._cache:
                 self.shared += 1
                 self.saved += self.seconds(index)
             else:
                 began = time.perf_counter()
-                self._remember(key, self._round(plan, index, before, first))
+                states, first = (made[-1].states, made[0].weights) if made else (None, {})
+                self._cache[key] = self._round(plan, index, states, first)
+                self._keep(self._cache[key].nbytes)
                 self._seconds[index] += time.perf_counter() - began
                 self._rounded[index] += 1
             self._cache.move_to_end(key)
-            before = self._cache[key]
-            first = before.weights if index == 0 else first
-            made += [(unit, before.tensors[unit.name]) for unit in units if unit.name in before.tensors]
-        for unit, tensors in made:
-            format = format_named(schemes[unit.name].format)
-            weight = format.dequantize(tensors, unit.columns, torch.float32)
-            self._session.swapper.exchange(unit, weight.to(self._session.device))
+            made.append(self._cache[key])
+        for key in reversed(self.prefixes(plan)):  # more plans share the first segments than the last
+            if key in self._cache:
+                self._cache.move_to_end(key)
+        return made
+
+    def log_probabilities(self, plan: Plan, segments: list[Rounded]) -> Callable[[int], Tensor]:
+        """Of a plan that `round` gave the segments of: float32 [1, length - 1, vocabulary] by the number of a block of
+        the search text."""
+        ids, last = self._session.texts.search.ids, len(self._chain) - 1
+        behind: dict[int, Tensor] = {}
+
+        def hidden(block: int) -> Tensor:
+            first = block - block % AT_ONCE
+            if first not in behind:
+                behind.clear()
+                behind[first] = self._behind_blocks(plan, segments, first)
+            return behind[first][block - first].unsqueeze(0)
+
+        weights = segments[0].weights | self._weights(plan, last, segments[last])
+        return after_blocks(self._chain, hidden, ids, weights)
+
+    @contextmanager
+    def exchanged(self, plan: Plan, segments: list[Rounded]) -> Iterator[PreTrainedModel]:
+        """The session's model with the weights of a plan that `round` gave the segments of, beside its own."""
+        swapper = self._session.swapper
+        try:
+            for index, segment in enumerate(segments):
+                for unit, weight in self._dequantized(plan, index, segment):
+                    swapper.exchange(unit, weight)
+            yield self._session.model
+        finally:
+            for unit in swapper.units.values():
+                swapper.restore(unit)
 
     def seconds(self, index: int) -> float:
         """What it took to round a segment so far, on average."""
@@ -97,13 +136,41 @@ class Candidates:
         parts = [tuple((unit.name, schemes[unit.name]) for unit in units) for units in self._chain.units]
         return [tuple(parts[: index + 1]) for index in range(len(parts))]
 
-    def restore(self) -> None:
-        """Put the full-precision weights back."""
-        for unit in self._session.swapper.units.values():
-            self._session.swapper.restore(unit)
+    def _dequantized(self, plan: Plan, index: int, rounded: Rounded) -> Iterator[tuple[Unit, Tensor]]:
+        """A segment's units that are not native, each with its weight, float32 [experts * rows, columns]."""
+        formats = {unit.name: unit.format for unit in plan.units}
+        for unit in self._chain.units[index]:
+            if unit.name in rounded.tensors:
+                format = format_named(formats[unit.name])
+                weight = format.dequantize(rounded.tensors[unit.name], unit.columns, torch.float32)
+                yield unit, weight.to(self._session.device)
 
-    def _round(self, plan: Plan, index: int, before: Rounded | None, first: dict[str, Tensor]) -> Rounded:
-        states = None if before is None else before.states
+    def _weights(self, plan: Plan, index: int, rounded: Rounded) -> dict[str, Tensor]:
+        """Parameter → weight of a segment."""
+        shaped = self._session.swapper.shaped
+        return {unit.parameter: shaped(unit, weight) for unit, weight in self._dequantized(plan, index, rounded)}
+
+    @torch.no_grad()
+    def _behind_blocks(self, plan: Plan, segments: list[Rounded], first: int) -> Tensor:
+        """Inputs of the last segment, for AT_ONCE blocks of the search text from `first` on; what an earlier plan ran
+        with the same segments is not run again."""
+        last = len(self._chain) - 1
+        ids = self._session.texts.search.ids[first : first + AT_ONCE].to(self._session.device)
+        begun = max((index for index in range(last) if first in segments[index].search), default=-1)
+        self.saved += sum(self._running[index] / max(1, self._run[index]) for index in range(begun + 1))
+        x = ids if begun < 0 else segments[begun].search[first].to(self._session.device)
+        for index in range(begun + 1, last):
+            began = time.perf_counter()
+            weights = self._weights(plan, index, segments[index]) if index else segments[0].weights
+            x = self._chain.run(index, self._chain.module(index, own=True), x, ids, weights)
+            if segments[index].kept:
+                segments[index].search[first] = x.cpu()
+                self._keep(4 * x.numel())
+            self._running[index] += time.perf_counter() - began
+            self._run[index] += 1
+        return x
+
+    def _round(self, plan: Plan, index: int, states: Tensor | None, first: dict[str, Tensor]) -> Rounded:
         work = Segment(plan, self._session, self._chain, index, self._true[index], states, first, self._inputs)
         native = {unit.name for unit in plan.units if unit.is_native}
         units = [unit for unit in self._chain.units[index] if unit.name not in native]
@@ -115,9 +182,11 @@ class Candidates:
         after = None if last else work.outputs(states, work.now)
         return Rounded(tensors, after, dict(work.now) if index == 0 else {})
 
-    def _remember(self, key: tuple, rounded: Rounded) -> None:
-        """Least recently used ones make room."""
-        self._cache[key] = rounded
-        size = sum(each.nbytes for each in self._cache.values())
-        while size > IN_MEMORY and len(self._cache) > 1:
-            size -= self._cache.popitem(last=False)[1].nbytes
+    def _keep(self, nbytes: int) -> None:
+        """So many bytes more are in the cache: least recently used segments make room."""
+        self._held += nbytes
+        while self._held > IN_MEMORY and len(self._cache) > 1:
+            oldest = self._cache.popitem(last=False)[1]
+            self._held -= oldest.nbytes
+            oldest.kept, oldest.states = False, None
+            oldest.search.clear()
