@@ -17,17 +17,17 @@ from bitplan.planner.plan import (
     Budget,
     Measured,
     Plan,
+    PlanLatency,
     PlannedUnit,
     PlanOverride,
     Predicted,
     Uniform,
     Workload,
 )
-from bitplan.search import knapsack
 from bitplan.search.corrections import Allocation
 from bitplan.search.knapsack import Solution
 from bitplan.search.overrides import matched
-from bitplan.search.problem import Problem, refuse_infeasible
+from bitplan.search.problem import Problem, refuse_infeasible, refuse_too_slow
 from bitplan.sensitivity.profile import Provenance, UnitEntry, UnquantizedEntry, unit_entry, unquantized_entry
 from bitplan.sensitivity.session import Session
 
@@ -70,6 +70,7 @@ def assemble(
     )
     total = sum(unit.bytes for unit in units) + sum(entry.bytes for entry in unquantized)
     return Plan(
+        schema_version=5 if parts.get("latency") else 4,
         budget=Budget(requested=budget, weights=total) if isinstance(budget, str) else budget,
         bytes=total,
         bits_per_weight=total * 8 / provenance.model.parameters,
@@ -91,8 +92,14 @@ def allocated_plan(
     shipped: Literal["search", "uniform"] = "search",
     **parts: Any,
 ) -> Plan:
-    """The plan of an allocation, with its predicted loss and the bound of the exact `solution`."""
-    profile = problem.profile
+    """The plan of an allocation, with its predicted loss and the bound of the exact `solution`; where a latency is
+    limited, also its predicted one."""
+    profile, limit = problem.profile, problem.latency
+    if limit is not None:
+        seconds = problem.seconds(allocation) + limit.rest
+        parts |= {
+            "latency": PlanLatency(requested=limit.requested, limit=limit.limit, device=limit.device, predicted=seconds)
+        }
     predicted = Predicted(nll=problem.loss(allocation), bound=solution.bound)
     overrides = tuple(PlanOverride(**vars(each), units=matched(profile, each)) for each in problem.overrides)
     return assemble(
@@ -112,7 +119,8 @@ def allocated_plan(
 def quick_plan(problem: Problem, budget: Budget, finish: Finish, workload: Workload = NATIVE_WORKLOAD) -> Plan:
     """The knapsack's solution, unmeasured: seconds, and no model. Raises BudgetInfeasible."""
     refuse_infeasible(problem, budget.weights, budget.requested)
-    solution = knapsack.solve(problem.options, budget.weights - problem.profile.unquantized_bytes)
+    refuse_too_slow(problem, budget.weights)
+    solution = problem.solved(budget.weights)
     fitting = problem.uniform(budget.weights)
     uniform = uniform_facts(problem, *fitting[0], finish) if fitting else None
     return allocated_plan(problem, solution.allocation, budget, solution, finish, uniform=uniform, workload=workload)

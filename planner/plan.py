@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import FailFast, Field, model_validator
+from pydantic import FailFast, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from bitplan.formats.kv.cache import KV_FORMATS
 from bitplan.formats.rounding import ROUNDINGS
@@ -15,6 +15,7 @@ from bitplan.sensitivity.profile import (
     Name,
     Nats,
     Provenance,
+    Seconds,
     Sha256,
     Size,
     Strict,
@@ -63,6 +64,18 @@ class Workload(Strict):
 
 
 NATIVE_WORKLOAD = Workload()
+
+
+class PlanLatency(Strict):
+    """A limit on the seconds of one decoded token, and what the plan takes: predicted by a speed table, and measured on
+    the plan as it is loaded."""
+
+    requested: Text
+    limit: Seconds
+    device: Text
+    """What it holds for: the processor and its threads, or the GPU."""
+    predicted: Seconds
+    measured: Seconds | None = None
 
 
 class KVCacheLoss(Strict):
@@ -186,7 +199,8 @@ def _renamed(data: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
 
 
 class Plan(Strict):
-    schema_version: Literal[4] = 4
+    schema_version: Literal[4, 5] = 4
+    """5 where there is a latency, which bitplans that know schema 4 do not."""
     budget: Budget
     bytes: Bytes
     bits_per_weight: float = Field(ge=0, le=1e6)
@@ -199,6 +213,7 @@ class Plan(Strict):
     """Whether scales and unquantized vectors are distilled from the full-precision model after rounding."""
     workload: Workload = NATIVE_WORKLOAD
     kv_cache_loss: KVCacheLoss | None = None
+    latency: PlanLatency | None = None
     predicted: Predicted | None = None
     search: Search | None = None
     measured: Measured | None = None
@@ -209,7 +224,7 @@ class Plan(Strict):
     @classmethod
     def _upgrade(cls, data: Any) -> Any:
         """Schemas 1 to 3 had other names."""
-        refuse_newer(data, 4)
+        refuse_newer(data, 5)
         if not isinstance(data, dict) or data.get("schema_version") not in (1, 2, 3):
             return data
         upgraded = _renamed(data, {"kept": "unquantized", "healed": "distilled"}) | {"schema_version": 4}
@@ -224,8 +239,18 @@ class Plan(Strict):
                 upgraded["kv_cache_loss"] = {"kl": cache["kl"], "kl_se": cache.get("kl_se")}
         return upgraded
 
+    @model_serializer(mode="wrap")
+    def _without_latency(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Schema 4 has no such field."""
+        data: dict[str, Any] = handler(self)
+        if self.latency is None:
+            data.pop("latency", None)
+        return data
+
     @model_validator(mode="after")
     def _adds_up(self) -> Self:
+        if (self.schema_version == 5) != (self.latency is not None):
+            raise ValueError(f"schema {self.schema_version} has {'no' if self.latency else 'a'} latency")
         refuse_untrue_tensors(self.units, self.unquantized)
         if self.workload.kv_format not in KV_FORMATS:
             raise ValueError(f"the KV cache has an unknown format {self.workload.kv_format[:40]!r}")

@@ -5,7 +5,7 @@ May import: formats, sensitivity, search, planner.assemble, planner.evaluate, pl
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -23,7 +23,7 @@ from bitplan.planner.quantize.candidates import Candidates
 from bitplan.search import knapsack
 from bitplan.search.corrections import Allocation, Corrections
 from bitplan.search.limit import Tried, narrow, smallest
-from bitplan.search.problem import Problem, refuse_infeasible
+from bitplan.search.problem import Problem, refuse_infeasible, refuse_too_slow
 from bitplan.search.study import Found
 from bitplan.sensitivity.loss import Evaluation, finite, standard_error
 from bitplan.sensitivity.session import Session
@@ -75,12 +75,43 @@ class Selection:
         return self.within(goal) if isinstance(goal, Budget) else self.within_loss(goal)
 
     def within(self, budget: Budget) -> Plan:
+        """The plan of least loss within a budget and, where one is set, within the latency as it is measured on the
+        plan as loaded: where that is above the limit, the search starts again with less.
+
+        Raises BudgetInfeasible and UsageError before anything runs; BitplanError where the measured latency stays above
+        the limit.
+        """
+        asked, limit = self.problem, self.problem.latency
+        if limit is None:
+            return self._within(budget)
+        try:
+            for _ in range(ROUNDS):
+                plan = self._within(budget)
+                assert plan.latency is not None
+                seconds = self.finished.decode_seconds(plan)
+                told = f"{1e3 * seconds:.3f} ms per token as loaded, {1e3 * plan.latency.predicted:.3f} ms predicted"
+                above = "above" if seconds > limit.limit else "within"
+                print(f"{plan.bytes:,} bytes: {told}, {above} {limit.requested}", file=sys.stderr)
+                if seconds <= limit.limit:
+                    measured = plan.latency.model_copy(update={"measured": seconds})
+                    return plan.model_copy(update={"latency": measured})
+                limit = replace(limit, aim=limit.aim * SAFETY * limit.limit / seconds)
+                self.problem = replace(self.problem, latency=limit)
+        finally:
+            self.problem = asked
+        raise BitplanError(
+            f"{limit.requested}: the plan takes {1e3 * seconds:.3f} ms per token as loaded, and after {ROUNDS} tries"
+            " that is still above the limit: run `bitplan speed` again while nothing else runs, or give a higher limit"
+        )
+
+    def _within(self, budget: Budget) -> Plan:
         """The plan of least loss within a budget. The best candidates and the best uniform plan are finished; the
         search text chooses among the candidates, and held-out text between that one and the uniform one.
 
         Raises BudgetInfeasible and UsageError before anything runs.
         """
         refuse_infeasible(self.problem, budget.weights, budget.requested)
+        refuse_too_slow(self.problem, budget.weights)
         trials = self._trials(budget)
         found = trials.run()
         self.study = found.study

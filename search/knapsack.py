@@ -5,7 +5,8 @@ Pisinger 2004, ch. 11). At a price p per byte each group takes its option of lea
 minima less p · budget is a lower bound of every allocation's loss (the Lagrangian; at the break step's price it is the
 linear relaxation's). The steps before the break step make an allocation within the budget, which exchanges between two
 groups improve. Where the two are still further apart than `GAP`, options whose reduced cost exceeds the difference
-cannot be in a better allocation and are dropped, and HiGHS' branch and bound solves what is left.
+cannot be in a better allocation and are dropped, and HiGHS' branch and bound solves what is left. A second limit, on
+seconds, is `search.latency`'s.
 
 May import: formats.errors, formats.scheme.
 """
@@ -13,11 +14,11 @@ May import: formats.errors, formats.scheme.
 import ctypes
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
-from math import gcd
+from math import gcd, inf
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -41,6 +42,8 @@ class Option:
     scheme: QuantScheme
     nbytes: int
     loss: float
+    seconds: float = field(default=0.0, repr=False)
+    """That one decoded token spends in the group, where a latency is limited. Studies are known by the rest's repr."""
 
 
 Options = Mapping[str, Sequence[Option]]
@@ -99,7 +102,7 @@ def solve(problem: Options, budget: int, gap: float = GAP) -> Solution:
     if floor(problem) > budget:
         raise BudgetInfeasible(f"{budget:,} bytes asked, {floor(problem):,} is the least that the formats allow")
     groups = [undominated(options) for options in problem.values()]
-    chosen, price = _greedy(groups, budget)
+    chosen, price = greedy(groups, budget)
     if price == 0:  # every group has its least loss
         bound = _loss(chosen)
     else:
@@ -107,7 +110,7 @@ def solve(problem: Options, budget: int, gap: float = GAP) -> Solution:
         bound = sum(least) - price * budget
         chosen = _exchanged(groups, chosen, bound, budget, gap)
         if _loss(chosen) - bound > gap * _loss(chosen):
-            chosen, bound = _branch_and_bound(groups, least, chosen, price, bound, budget, gap)
+            chosen, bound = branch_and_bound(groups, least, chosen, price, bound, budget, gap)
     loss = _loss(chosen)
     return Solution(
         allocation={group: option.scheme for group, option in zip(problem, chosen, strict=True)},
@@ -125,7 +128,11 @@ def _nbytes(options: Sequence[Option]) -> int:
     return sum(option.nbytes for option in options)
 
 
-def _greedy(groups: Sequence[Sequence[Option]], budget: int) -> tuple[list[Option], float]:
+def seconds_of(options: Iterable[Option]) -> float:
+    return sum(option.seconds for option in options)
+
+
+def greedy(groups: Sequence[Sequence[Option]], budget: int) -> tuple[list[Option], float]:
     """The hull's steps, most nats per byte first, up to the first that does not fit. Returns the options and that
     step's nats per byte, 0.0 if all fit."""
     corners = [hull(options) for options in groups]
@@ -191,7 +198,7 @@ def _stdout_kept_clean() -> Iterator[None]:
         os.close(stdout)
 
 
-def _branch_and_bound(
+def branch_and_bound(
     groups: Sequence[Sequence[Option]],
     least: Sequence[float],
     chosen: list[Option],
@@ -199,11 +206,17 @@ def _branch_and_bound(
     bound: float,
     budget: int,
     gap: float,
+    per_second: float = 0.0,
+    seconds: float = inf,
 ) -> tuple[list[Option], float]:
     """The best allocation that HiGHS finds, `chosen` at worst, and its bound. `least` are the groups' losses at
-    `price`."""
+    `price` and, where seconds are limited too, at a price `per_second`."""
+
+    def cost(option: Option) -> float:
+        return option.loss + price * option.nbytes + per_second * option.seconds
+
     slack = (_loss(chosen) - bound) * (1 + 1e-9)
-    left = [[o for o in groups[row] if o.loss + price * o.nbytes - least[row] <= slack] for row in range(len(groups))]
+    left = [[o for o in groups[row] if cost(o) - least[row] <= slack] for row in range(len(groups))]
     open_rows = [row for row, options in enumerate(left) if len(options) > 1]
     if not open_rows or any(not options for options in left):  # nothing better is possible, but for rounding
         return chosen, _loss(chosen)
@@ -217,25 +230,32 @@ def _branch_and_bound(
     one_each = csr_array((np.ones(len(flat)), ([i for i, _ in flat], range(len(flat)))), shape=shape)
     room = budget - _nbytes(fixed)
     gap *= _loss(chosen) / max(_loss(chosen) - _loss(fixed), gap * _loss(chosen))  # of what is open
-    limit = room
-    # HiGHS works to a tolerance: where its answer is some bytes over, ask again for that much less.
+    limit, limited = room, seconds < inf
+    times = np.array([option.seconds for _, option in flat])
+    second = float(times.max()) or 1.0
+    most = seconds - seconds_of(fixed)
+    # HiGHS works to a tolerance: where its answer is some bytes or seconds over, ask again for that much less.
     for _ in range(8):
-        within = LinearConstraint((nbytes // unit)[None, :].astype(float), -np.inf, limit // unit)
+        within = [LinearConstraint((nbytes // unit)[None, :].astype(float), -np.inf, limit // unit)]
+        within += [LinearConstraint((times / second)[None, :], -np.inf, most / second)] if limited else []
         with _stdout_kept_clean():
             result = milp(
                 losses / scale,
                 integrality=np.ones(len(flat), dtype=np.int64),
                 bounds=Bounds(0, 1),
-                constraints=[LinearConstraint(one_each, 1, 1), within],
+                constraints=[LinearConstraint(one_each, 1, 1), *within],
                 options={"mip_rel_gap": min(gap, 1.0), "time_limit": SECONDS},
             )
         if result.x is None:
             return chosen, bound
         picked = {open_rows[flat[i][0]]: flat[i][1] for i in np.flatnonzero(result.x > 0.5)}
         used = sum(option.nbytes for option in picked.values())
-        if used <= room:
-            found = [picked.get(row, options[0]) for row, options in enumerate(left)]
-            proven = _loss(fixed) + float(result.mip_dual_bound) * scale if limit == room else bound
+        found = [picked.get(row, options[0]) for row, options in enumerate(left)]
+        over = seconds_of(found) - seconds
+        if used <= room and over <= 0:
+            whole = limit == room and most == seconds - seconds_of(fixed)
+            proven = _loss(fixed) + float(result.mip_dual_bound) * scale if whole else bound
             return min(found, chosen, key=_loss), max(bound, proven)
-        limit -= used - room
+        limit -= max(0, used - room)
+        most -= 2 * max(0.0, over)
     return chosen, bound

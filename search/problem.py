@@ -1,23 +1,25 @@
 """The allocation problem: groups, the schemes that each can take, their bytes and predicted losses.
 
-May import: formats, search.corrections/knapsack/overrides, sensitivity.
+May import: formats, search.corrections/knapsack/latency/overrides, sensitivity.
 """
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from math import ceil, floor, inf, log10
 
 from bitplan.formats.errors import BudgetInfeasible
 from bitplan.formats.scheme import QuantScheme
 from bitplan.formats.sizes import format_bytes
 from bitplan.formats.table import DTYPES, FORMATS
-from bitplan.search import knapsack
+from bitplan.search import knapsack, latency
 from bitplan.search.corrections import Allocation
-from bitplan.search.knapsack import Option, Options
+from bitplan.search.knapsack import GAP, Option, Options, Solution
+from bitplan.search.latency import Latency
 from bitplan.search.overrides import Override, overridden
 from bitplan.sensitivity.graph import ON_REQUEST
-from bitplan.sensitivity.profile import Profile, ProfileRow
+from bitplan.sensitivity.profile import Profile, ProfileRow, UnitEntry
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Problem:
     overrides: tuple[Override, ...] = ()
     """What cut down the options; `offered` are those before."""
     offered: Options = field(default_factory=dict)
+    latency: Latency | None = None
+    """A limit beside the bytes."""
 
     def nbytes(self, allocation: Allocation) -> int:
         """Bytes of the whole model, unquantized tensors included."""
@@ -44,24 +48,43 @@ class Problem:
         """Predicted nats per token above full precision."""
         return sum(self._option(g, s).loss for g, s in allocation.items())
 
+    def seconds(self, allocation: Allocation) -> float:
+        """Predicted seconds that one decoded token spends in the units."""
+        return sum(self._option(g, s).seconds for g, s in allocation.items())
+
+    @property
+    def unit_seconds(self) -> float:
+        """What the units may take of a decoded token's step; infinite without a limit."""
+        return self.latency.of_units if self.latency else inf
+
+    def solved(self, budget: int, gap: float = GAP) -> Solution:
+        """The allocation of least predicted loss within `budget` bytes, unquantized tensors included, and within the
+        latency. Raises BudgetInfeasible."""
+        return latency.solve(self.options, budget - self.profile.unquantized_bytes, gap, self.unit_seconds)
+
+    def fits(self, allocation: Allocation, budget: int) -> bool:
+        """Whether it keeps to `budget` bytes and to the latency."""
+        return self.nbytes(allocation) <= budget and self.seconds(allocation) <= self.unit_seconds
+
     def _option(self, group: str, scheme: QuantScheme) -> Option:
         return next(option for option in self.options[group] if option.scheme == scheme)
 
     def uniform(self, budget: int) -> list[tuple[QuantScheme, Allocation]]:
-        """Allocations of one scheme for all groups within `budget` bytes, by rising predicted loss. A group that an
-        override keeps from the scheme has its smallest option."""
+        """Allocations of one scheme for all groups within `budget` bytes and the latency, by rising predicted loss. A
+        group that an override keeps from the scheme has its smallest option."""
         made = [(scheme, self._filled(dict.fromkeys(self.options, scheme))) for scheme in self._common()]
-        fitting = [(scheme, each) for scheme, each in made if each is not None and self.nbytes(each) <= budget]
+        fitting = [(scheme, each) for scheme, each in made if each is not None and self.fits(each, budget)]
         return sorted(fitting, key=lambda pair: self.loss(pair[1]))
 
     def ends_high(self, budget: int) -> Allocation | None:
-        """The allocation of least predicted loss within `budget` bytes that gives one scheme to the first and the last
-        layer and to what belongs to no layer, and a smaller one to all others. None where there is none."""
+        """The allocation of least predicted loss within `budget` bytes and the latency that gives one scheme to the
+        first and the last layer and to what belongs to no layer, and a smaller one to all others. None where there is
+        none."""
         layers = {group: int(found[0]) for group in self.options if (found := re.findall(r"(?<=\.)\d+(?=\.)", group))}
         inner = [group for group, at in layers.items() if at not in (min(layers.values()), max(layers.values()))]
         pairs = [(high, low) for high in self._common() for low in self._common() if high != low] if inner else []
         made = [self._filled(dict.fromkeys(self.options, high) | dict.fromkeys(inner, low)) for high, low in pairs]
-        fitting = [each for each in made if each is not None and self.nbytes(each) <= budget]
+        fitting = [each for each in made if each is not None and self.fits(each, budget)]
         rising = [
             each for each in fitting if self._bits(each, inner) < self._bits(each, set(self.options) - set(inner))
         ]
@@ -116,6 +139,50 @@ def _grouped(profile: Profile, formats: Sequence[str] | None) -> Problem:
         ]
     offered = None if formats is None else tuple(formats)
     return Problem(profile, options, rows, dict(members), offered, offered=options)
+
+
+def limited(problem: Problem, seconds: Callable[[UnitEntry, str], float], limit: Latency) -> Problem:
+    """The problem with a limit on its latency too: `seconds(unit, format)` of one decoded token in a unit."""
+    units = {unit.name: unit for unit in problem.profile.units}
+
+    def timed(group: str, option: Option) -> Option:
+        return replace(option, seconds=sum(seconds(units[n], option.scheme.format) for n in problem.members[group]))
+
+    options = {group: [timed(group, option) for option in each] for group, each in problem.options.items()}
+    return replace(problem, options=options, latency=limit)
+
+
+def refuse_too_slow(problem: Problem, budget: int) -> None:
+    """Raises BudgetInfeasible where no allocation of at most `budget` bytes keeps to the latency: the sentence names
+    the fewest milliseconds there are, at how many bytes, and what to change."""
+    if problem.latency is None:
+        return
+    most = problem.latency
+    unquantized = problem.profile.unquantized_bytes
+    found = latency.fastest(problem.options, budget - unquantized)
+    if found.loss <= most.of_units:
+        return
+    anywhere = latency.fastest(problem.options, knapsack.ceiling(problem.options))
+    nbytes = found.nbytes + unquantized
+    names = sorted({option.scheme.format for options in problem.options.values() for option in options})
+    lowered = f", lowered to {1e3 * most.aim:.4g} ms as a finished plan was measured," if most.aim < most.limit else ""
+    ways = [f"raise it to at least --max-latency {milliseconds_above(found.loss + most.rest):g}ms"]
+    if anywhere.loss <= most.of_units:
+        larger = anywhere.nbytes + unquantized
+        ways += [f"raise the budget (--budget {larger}B can reach {1e3 * (anywhere.loss + most.rest):.4g} ms)"]
+    ways += ["add a faster format to --formats"]
+    ways += ["drop an override"] if problem.overrides else []
+    raise BudgetInfeasible(
+        f"{most.requested}{lowered}: the least that the formats {', '.join(names)} reach within {budget:,} bytes is"
+        f" {1e3 * (found.loss + most.rest):.4g} ms per token, at {nbytes:,} bytes ({format_bytes(nbytes)}), of which"
+        f" {1e3 * most.rest:.4g} ms are outside of the units: {', or '.join(ways)}"
+    )
+
+
+def milliseconds_above(seconds: float) -> float:
+    """Three digits, rounded up."""
+    step = 10 ** (floor(log10(1e3 * seconds)) - 2)
+    return round(ceil(1e3 * seconds / step) * step, 9)
 
 
 def refuse_infeasible(problem: Problem, budget: int, requested: str) -> None:

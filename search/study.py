@@ -5,7 +5,7 @@ candidate fits the budget, and the candidate is evaluated as a whole, one block 
 that is worse than the best one on the same blocks (Wilcoxon's signed-rank test) is dropped, and its loss estimated from
 the blocks that were run. The first trial has no corrections. Trials lie in a storage (`search.storage`): a study that
 was cut short goes on, with one worker as it would have, and several workers share its trials.
-May import: formats.errors, search.corrections/knapsack/storage/worker, sensitivity.progress.
+May import: formats.errors, search.corrections/knapsack/latency/storage/worker, sensitivity.progress.
 """
 
 import math
@@ -20,7 +20,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from bitplan.formats.errors import BitplanError, UsageError
 from bitplan.search.corrections import Allocation
-from bitplan.search.knapsack import Options, Solution, solve
+from bitplan.search.knapsack import Options, Solution
+from bitplan.search.latency import solve
 from bitplan.search.storage import Storage
 from bitplan.search.worker import ENDED, Surplus, Worker, loss_of
 from bitplan.sensitivity.progress import progress
@@ -73,6 +74,7 @@ def search(
     shared: bool = False,
     facts: Mapping[str, str] | None = None,
     seed: int = 0,
+    seconds: float = math.inf,
     enough: Callable[[int], bool] = lambda done: False,
     sampler: Callable[[int], optuna.samplers.BaseSampler] | None = None,
 ) -> tuple[Found, Solution]:
@@ -82,12 +84,12 @@ def search(
     `evaluate(allocation)` gives the losses of blocks of text, whose mean is to be least: KL on the search text, or a
     task's nats as a single block. A loss that is not finite counts as infinitely bad. `journal` is a file, or the URL
     of a database; `shared`: other processes may work on the study, too. `facts` say what the study is for, by name.
-    `sampler(finished trials)` replaces Thompson sampling.
+    `sampler(finished trials)` replaces Thompson sampling. `seconds` limits the latency of the groups.
 
     Raises BudgetInfeasible; UsageError where the study has other facts; BitplanError where no trial has a finite loss,
     or the storage cannot be used.
     """
-    exact = solve(problem, budget)
+    exact = solve(problem, budget, seconds=seconds)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     storage = Storage(journal, shared)
     with warnings.catch_warnings():
@@ -96,7 +98,7 @@ def search(
         with storage.refusals():
             study = optuna.create_study(storage=storage.storage, study_name=name, pruner=pruner, load_if_exists=True)
             _refuse_other_study(study, storage, facts or {})
-    work = Worker(study, storage, problem, budget, exact, evaluate, trials)
+    work = Worker(study, storage, problem, budget, exact, evaluate, trials, seconds)
     bar = progress(total=trials, initial=len(work.trials(ENDED)), desc="trials", unit="plan")
     with storage.working(), storage.refusals(opening=False):
         while True:

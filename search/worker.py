@@ -1,6 +1,6 @@
 """The trials of a study that one process runs, and what they leave in the study.
 
-May import: search.corrections/knapsack/sampler/storage.
+May import: search.corrections/knapsack/latency/sampler/storage.
 """
 
 import math
@@ -11,7 +11,8 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from bitplan.search.corrections import Allocation, Corrections
-from bitplan.search.knapsack import GAP, Options, Solution, solve
+from bitplan.search.knapsack import GAP, Options, Solution
+from bitplan.search.latency import solve
 from bitplan.search.sampler import PosteriorSampler, distributions
 from bitplan.search.storage import Storage
 
@@ -37,8 +38,10 @@ class Worker:
         exact: Solution,
         evaluate: Callable[[Allocation], Iterable[float]],
         count: int,
+        seconds: float = math.inf,
     ):
         self.study, self.storage, self.problem, self.budget, self.exact = study, storage, problem, budget, exact
+        self.seconds = seconds
         self.evaluate, self.count, self.corrections = evaluate, count, Corrections(problem)
         self.ranges = distributions(self.corrections)
         self._options = {group: [option.scheme for option in options] for group, options in problem.items()}
@@ -54,7 +57,7 @@ class Worker:
         key = tuple(theta.get(name, 0.0) for name in self.corrections.names)
         if key not in self._solved:
             corrected = self.corrections.corrected(theta)
-            self._solved[key] = solve(corrected, self.budget, ROUGH if any(key) else GAP).allocation
+            self._solved[key] = solve(corrected, self.budget, ROUGH if any(key) else GAP, self.seconds).allocation
         return self._solved[key]
 
     def allocation_in(self, trial: FrozenTrial) -> Allocation:

@@ -27,6 +27,7 @@ Size = Annotated[int, Field(ge=1, lt=1 << 40, strict=True)]
 Nats = Annotated[float, Field(ge=-1e100, le=1e100)]
 """A loss whose sums over units stay finite."""
 Loss = Annotated[float, Field(ge=0, le=1e100)]
+Seconds = Annotated[float, Field(ge=0, le=1e9)]
 Text = Annotated[str, Field(max_length=1 << 16)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.\w+)*$", max_length=512)]

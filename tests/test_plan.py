@@ -121,8 +121,9 @@ def changed(example: dict, path: str, value: object) -> dict:
         ("units.0.parameter", "/tmp/x", "units.0.parameter: String should match pattern"),
         ("units.0.name", "model.layers.1.mlp.up_proj", "is there more than once"),
         ("units.0.format", "int9", "unknown format 'int9'"),
-        ("schema_version", 0, "schema_version: Input should be 4"),
-        ("schema_version", 5, f"schema 5, which bitplan 0 wrote: bitplan {bitplan.__version__} reads up to 4"),
+        ("schema_version", 0, "schema_version: Input should be 4 or 5"),
+        ("schema_version", 5, "schema 5 has a latency"),
+        ("schema_version", 6, f"schema 6, which bitplan 0 wrote: bitplan {bitplan.__version__} reads up to 5"),
         ("provenance.model.weights_sha256", "abc", "weights_sha256: String should match pattern"),
     ],
 )

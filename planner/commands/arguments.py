@@ -85,6 +85,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     command("formats", "List the formats.")
 
+    _timed(command("speed", "Time a decoded token in each weight's shape and format.", _model, _device))
+
     cache = command("cache", "List the entries of the cache, or delete those that an option below selects.")
     _cached(cache)
     return parser
@@ -211,6 +213,11 @@ def _planned(plan: argparse.ArgumentParser) -> None:
     )
     _use(budget)
     budget.add_argument("--reserve", metavar="SIZE", help="memory of the device to leave unused (default: 2%% of it)")
+    latency = plan.add_argument_group("a second limit beside the memory budget")
+    latency.add_argument(
+        "--max-latency", metavar="TIME", help="a decoded token takes at most this, such as 30ms; needs --speed"
+    )
+    latency.add_argument("--speed", type=Path, metavar="FILE", help="speed table of this device, by `bitplan speed`")
     plan.add_argument(
         "--profile", type=Path, metavar="FILE", help="profile written by `bitplan audit`; by default, audit first"
     )
@@ -268,6 +275,12 @@ def _explained(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="print every group, not only the closest decisions")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the plan's page; needs bitplan[report]")
     parser.add_argument("--force", action="store_true", help="overwrite existing files")
+
+
+def _timed(speed: argparse.ArgumentParser) -> None:
+    speed.add_argument("--formats", metavar="A,B,…", help="candidate formats; `bitplan formats` lists them all")
+    speed.set_defaults(rounding=None)
+    _output(speed, "speed.json")
 
 
 def _cached(cache: argparse.ArgumentParser) -> None:

@@ -1,16 +1,22 @@
-"""What `bitplan plan` is asked for: one budget or several, or a loss. May import: everything."""
+"""What `bitplan plan` is asked for: one budget or several, a latency beside it, or a loss. May import: everything."""
 
 import math
 import re
 from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 
 from bitplan.formats.errors import UsageError
+from bitplan.planner.evaluate.speed import Speed, refuse_other
 from bitplan.planner.evaluate.trials import StudyPlace
 from bitplan.planner.memory.budget import budget_bytes, refuse_unclear
 from bitplan.planner.plan import Budget
 from bitplan.planner.select import LossLimit
+from bitplan.search.problem import Problem, limited
 from bitplan.search.storage import Storage
+from bitplan.sensitivity.profile import read
+from bitplan.sensitivity.session import pick_device
+from bitplan.sensitivity.source import Source
 
 SIZES = ("budget", "bpw", "fraction")
 
@@ -37,6 +43,43 @@ def limit_of(arguments: Namespace) -> LossLimit | None:
         if getattr(arguments, name):
             raise UsageError(f"{option} is a loss on text, found by as many sizes as it takes: leave --{name} out")
     return limit
+
+
+@dataclass(frozen=True)
+class LatencyGoal:
+    """A limit on the seconds of one decoded token, and the table that predicts them."""
+
+    requested: str
+    seconds: float
+    speed: Speed
+
+    def bind(self, problem: Problem) -> Problem:
+        """The problem within the limit, too. Raises UsageError for a format that was not timed."""
+        units = problem.profile.units
+        return limited(problem, self.speed.seconds, self.speed.latency(self.requested, self.seconds, units))
+
+
+def latency_of(arguments: Namespace, source: Source) -> LatencyGoal | None:
+    """Raises UsageError, FileInvalid; PlanMismatch for a table of another model or device."""
+    text, file = arguments.max_latency, arguments.speed
+    if text is None and file is None:
+        return None
+    if text is None or file is None:
+        raise UsageError("--max-latency and --speed, a table by `bitplan speed`, go together: give both")
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s)", text)
+    if not found or not (seconds := float(found[1]) / (1e3 if found[2] == "ms" else 1)):
+        raise UsageError(f"--max-latency {text!r} is no time above zero: write for example 30ms or 0.5s")
+    if arguments.max_loss is not None or arguments.max_ppl_increase is not None:
+        raise UsageError("--max-latency is a second limit beside a budget in bytes: leave the limit on the loss out")
+    if arguments.storage or arguments.time:
+        option = "--storage" if arguments.storage else "--time"
+        raise UsageError(
+            "with --max-latency the finished plan is timed, and searched for again where it is too slow: leave"
+            f" {option} out"
+        )
+    speed = read(file, Speed)
+    refuse_other(speed, source, pick_device(arguments.device))
+    return LatencyGoal(f"--max-latency {text}", seconds, speed)
 
 
 def budgets_of(arguments: Namespace, parameters: int) -> list[Budget]:

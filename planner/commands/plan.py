@@ -12,18 +12,18 @@ from bitplan.formats.errors import FormatUnavailable, UsageError
 from bitplan.formats.table import FORMATS
 from bitplan.planner.assemble import Finish, quick_plan
 from bitplan.planner.commands.common import candidate_formats, emit, log, seconds_in, tasks_of, texts_of
-from bitplan.planner.commands.goals import budgets_of, limit_of, outputs_of, place_of
+from bitplan.planner.commands.goals import budgets_of, latency_of, limit_of, outputs_of, place_of
 from bitplan.planner.evaluate.trials import EFFORTS, Effort
 from bitplan.planner.memory.budget import CONTEXT, DeviceBudget, device_budget, requested_workload
 from bitplan.planner.memory.chunks import CANNOT_READ_CHUNKS, chunked_workload
-from bitplan.planner.memory.device import find_device
+from bitplan.planner.memory.device import Device, find_device
 from bitplan.planner.plan import Budget, Plan, Workload
 from bitplan.planner.report.memory import device_budget_text, kv_cache_text
 from bitplan.planner.report.page.render import refuse_without_report, render
 from bitplan.planner.report.show import plan_text
 from bitplan.planner.select import LossLimit, Selection
 from bitplan.search.overrides import Override, followers, parse_overrides
-from bitplan.search.problem import Problem, problem_of, refuse_infeasible
+from bitplan.search.problem import Problem, problem_of, refuse_infeasible, refuse_too_slow
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.audit import audit, sizes
 from bitplan.sensitivity.graph import ON_REQUEST
@@ -43,6 +43,7 @@ def run(arguments: Namespace) -> None:
     found = find_device(arguments.gpu, arguments.device) if arguments.gpu else None
     formats = candidate_formats(arguments)
     source = sources.find(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    latency = latency_of(arguments, source)
     task = next(iter(tasks_of(arguments, source)), None)
     if task:
         task.halves()  # raises for too few items, before any work
@@ -55,42 +56,36 @@ def run(arguments: Namespace) -> None:
         exactly=arguments.context is not None,
     )
 
-    def goals_of(profile: Profile, formats: tuple[str, ...] | None) -> Sequence[Budget | LossLimit]:
-        def report(terms: DeviceBudget) -> None:
-            log(device_budget_text(terms))
-            log(kv_cache_text(source, profile.provenance.model.dtype))
-
+    def bound(profile: Profile, formats: tuple[str, ...] | None) -> Problem:
         problem = problem_of(profile, formats, overrides)
-        if limit is not None:
-            return [limit]
-        if found is not None:
-            return [device_budget(found, arguments.reserve, source, problem, workload, report)]
-        budgets = budgets_of(arguments, profile.provenance.model.parameters)
-        for budget in budgets:
-            refuse_infeasible(problem, budget.weights, budget.requested)
-        return budgets
+        return latency.bind(problem) if latency else problem
+
+    def goals_of(problem: Problem) -> Sequence[Budget | LossLimit]:
+        return [limit] if limit else _budgets(arguments, problem, source, workload, found)
 
     offered = formats if arguments.formats or not arguments.profile else None
     if arguments.profile:
         profile, session = _check_profile(arguments, source, formats if arguments.formats else ()), None
         workload = _readable(workload, source, profile.provenance.model.dtype, None)
-        goals = goals_of(profile, offered)
+        goals = goals_of(bound(profile, offered))
         if effort.trials or limit:
             session = open_session(source, _profile_texts(arguments, profile, source), _kept(profile), arguments.device)
     else:
         session = open_session(source, texts_of(arguments, source), device=arguments.device)
         audited = tuple(dict.fromkeys((*formats, *_named(overrides, session))))
         workload = _readable(workload, source, session.provenance.model.dtype, session.model)
-        goals = goals_of(sizes(session, audited, arguments.rounding), formats)
+        goals = goals_of(bound(sizes(session, audited, arguments.rounding), formats))
         profile = audit(session, audited, arguments.rounding)
     remember(profile)  # for `bitplan explain`
-    problem = problem_of(profile, offered, overrides)
+    problem = bound(profile, offered)
     _report_followers(profile, overrides)
     finish = Finish(arguments.rounding, bool(arguments.heal))
     selection = None
     if session is not None and (effort.trials or limit):
         parts: dict[str, Any] = {"device": arguments.device, "workload": workload, "task": task, "place": place}
         selection = Selection(problem, session, finish, effort, **parts)
+    elif latency:
+        log("--trials 0 runs no model: the plan's latency is predicted, not measured")
     plans: list[Plan] = []
     for goal, (output, page) in zip(goals, files, strict=True):
         plans.append(made := selection.made(goal) if selection else _quick(problem, finish, workload, goal))
@@ -101,6 +96,25 @@ def run(arguments: Namespace) -> None:
             _write_page(page, selection, made)
     data = [made.model_dump(mode="json") for made in plans]
     emit(arguments, data if len(data) > 1 else data[0], "\n\n".join(plan_text(made) for made in plans))
+
+
+def _budgets(
+    arguments: Namespace, problem: Problem, source: Source, workload: Workload, device: Device | None
+) -> list[Budget]:
+    """Raises BudgetInfeasible where no allocation is within one."""
+
+    def report(terms: DeviceBudget) -> None:
+        log(device_budget_text(terms))
+        log(kv_cache_text(source, problem.profile.provenance.model.dtype))
+
+    if device is not None:
+        budgets = [device_budget(device, arguments.reserve, source, problem, workload, report)]
+    else:
+        budgets = budgets_of(arguments, problem.profile.provenance.model.parameters)
+    for budget in budgets:
+        refuse_infeasible(problem, budget.weights, budget.requested)
+        refuse_too_slow(problem, budget.weights)
+    return budgets
 
 
 def _report_followers(profile: Profile, overrides: Sequence[Override]) -> None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from bitplan.formats.errors import BitplanError
 from bitplan.planner.assemble import Finish, allocated_plan
 from bitplan.planner.evaluate.objective import Objective
+from bitplan.planner.evaluate.speed import decode_seconds, prompt_length
 from bitplan.planner.load import load_planned
 from bitplan.planner.plan import Budget, Plan, Workload
 from bitplan.planner.quantize.distillation import round_missing
@@ -70,6 +71,10 @@ class FinishedPlans:
             found = self._kl.get(_key(allocation))
             _refuse_other_function(model, self.objective.kl(model) if found is None else found, expected)
         return plan.model_copy(update={"measured": self.objective.heldout(model, self.workload.kv_format)})
+
+    def decode_seconds(self, plan: Plan) -> float:
+        """Of one decoded token in the loaded model."""
+        return decode_seconds(self._loaded(plan), prompt_length(self.session.source), self.workload.kv_format)
 
     def _loaded(self, plan: Plan) -> PreTrainedModel:
         round_missing(plan, self.session)

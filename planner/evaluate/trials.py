@@ -17,7 +17,6 @@ from bitplan.planner.assemble import Finish, allocated_plan
 from bitplan.planner.evaluate.objective import Objective
 from bitplan.planner.plan import Budget, Plan
 from bitplan.planner.quantize.candidates import TOKENS, Candidates, Rounded
-from bitplan.search import knapsack
 from bitplan.search.corrections import Allocation
 from bitplan.search.problem import Problem
 from bitplan.search.study import Found, search
@@ -79,7 +78,7 @@ class Trials:
         self._before = self.candidates.segments, self.candidates.shared, self.candidates.saved
         """Of the searches before, with which this one may share its candidates."""
         self.available = budget.weights - problem.profile.unquantized_bytes
-        self.exact = knapsack.solve(problem.options, self.available)
+        self.exact = problem.solved(budget.weights)
         self._finish = Finish("nearest" if finish.rounding == "nearest" else None)
         self.began = time.monotonic()
         self.rounding = self.running = self.longest = 0.0
@@ -96,8 +95,10 @@ class Trials:
             self.objective.fingerprint,
             tokens,
             "in sequence, with facts",
+            *([repr(self._seconds())] if self.problem.latency else []),
         )[:24]
         options = {"trials": self.effort.trials, "enough": self._enough, "facts": self._facts(tokens)}
+        options |= {"seconds": self.problem.unit_seconds}
         asked = (self.problem.options, self.available, self.losses)
         if self.place is not None:
             name = self.place.name(self.session.source.model, self.budget.requested)
@@ -110,6 +111,10 @@ class Trials:
         if self.evaluated:
             print(self._skipped(), file=sys.stderr)
         return found
+
+    def _seconds(self) -> tuple[float, list[float]]:
+        """What makes another study of a latency that is limited."""
+        return self.problem.unit_seconds, [o.seconds for each in self.problem.options.values() for o in each]
 
     def _facts(self, tokens: str) -> dict[str, str]:
         """What a study is for: workers that differ in one of them are refused."""

@@ -11,7 +11,7 @@ import torch
 from bitplan.formats.kernels.dispatch import Kernel, Machine, choose
 from bitplan.formats.sizes import format_bytes
 from bitplan.formats.table import FORMATS
-from bitplan.planner.plan import NATIVE_WORKLOAD, Plan, PlannedUnit, TaskFacts, TaskMeasured
+from bitplan.planner.plan import NATIVE_WORKLOAD, Plan, PlanLatency, PlannedUnit, TaskFacts, TaskMeasured
 from bitplan.planner.report.tables import NUMBER, folded, table, with_error, with_interval
 
 
@@ -57,6 +57,8 @@ def _figures(plan: Plan) -> list[str]:
         lines.append(_workload_text(plan))
     if plan.research:
         lines.append(f"research stage: {', '.join(plan.research)}")
+    if plan.latency:
+        lines.append(_latency_text(plan.latency))
     if plan.predicted:
         lines.append(
             f"predicted {plan.predicted.nll:.4f} nats per token above full precision; no allocation has less than"
@@ -98,6 +100,14 @@ def _on_task(task: TaskFacts, m: TaskMeasured) -> str:
     return (
         f"measured on {m.items} held-out items of {task.name}: {'accuracy' if accuracy else 'nats per token'} {score},"
         f" loss {m.loss:.5f} ± {m.loss_se:.5f}; in brackets the difference from full precision, 95 % interval"
+    )
+
+
+def _latency_text(latency: PlanLatency) -> str:
+    measured = "not measured" if latency.measured is None else f"{1e3 * latency.measured:.3f} ms measured as loaded"
+    return (
+        f"latency: {latency.requested}; {1e3 * latency.predicted:.3f} ms per decoded token predicted, {measured},"
+        f" on {latency.device}"
     )
 
 
