@@ -62,3 +62,31 @@ def test_the_command_prints_optimal_sizes_of_a_profile(tmp_path, capsys):
     assert main(["frontier", str(path), "--points", "1"]) == 2
     assert main(["frontier", str(path), "--formats", "fp8"]) == 2
     assert "no rows for fp8" in capsys.readouterr().err
+
+
+def test_some_sizes_are_measured(checkpoint, tmp_path, capsys):
+    """As the plan of the same bytes is, on the same text."""
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"the {i} cats sat on {i * 7} mats." for i in range(800)), encoding="utf-8")
+    little = ["--text", str(text), "--tokens", "1024", "--block", "64", "--device", "cpu", "--json"]
+    model, formats = str(checkpoint("llama-tied")), ["--formats", "int8,int4-g64,int2-g64"]
+    page = tmp_path / "page.html"
+    asked = ["frontier", model, *little, *formats, "--points", "4", "--measure", "2", "--html", str(page)]
+    assert main(asked) == 0
+    rows = json.loads(capsys.readouterr().out)
+    measured = [row for row in rows if "measured_kl" in row]
+    assert len(measured) == 2 and any(row["knee"] for row in measured)
+    assert page.read_text(encoding="utf-8").count("measured plan") >= 2
+    budget = ["--budget", f"{measured[1]['bytes']}B", "--trials", "1"]
+    assert main(["plan", model, *little, *formats, *budget]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["bytes"] == measured[1]["measured_bytes"] <= measured[1]["bytes"]
+    assert plan["shipped"] == "search"
+    assert measured[1]["measured_kl"] == pytest.approx(plan["measured"]["kl"], rel=1e-5)
+
+
+def test_a_profile_alone_cannot_be_measured(tmp_path, capsys):
+    path = tmp_path / "profile.json"
+    write(path, made_profile(layers=3))
+    assert main(["frontier", str(path), "--measure", "2"]) == 2
+    assert "name it in the profile's place" in capsys.readouterr().err

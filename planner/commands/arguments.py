@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     explain = command("explain", "Explain a plan: each unit's alternatives, the price of a byte, and what pins it.")
     _explained(explain)
 
-    frontier = command("frontier", "Predict the least loss for every size.", _text, _device)
+    frontier = command("frontier", "Predict the least loss for every size, and measure it at some.", _text, _device)
     _frontier(frontier)
 
     export = command("export", "Export a plan to another tool.", _device)
@@ -292,8 +292,15 @@ def _cached(cache: argparse.ArgumentParser) -> None:
 def _frontier(frontier: argparse.ArgumentParser) -> None:
     frontier.add_argument("source", metavar="PROFILE|MODEL", help="profile of `bitplan audit`, or a model to audit")
     frontier.add_argument("--points", type=int, default=12, metavar="N", help="sizes to print (default: 12)")
+    frontier.add_argument(
+        "--measure",
+        type=int,
+        default=0,
+        metavar="N",
+        help="make the plans of so many of them, the knee's first, and measure these on held-out text; needs MODEL",
+    )
     frontier.add_argument("--formats", metavar="A,B,…", help="candidate formats; `bitplan formats` lists them all")
-    frontier.add_argument("--rounding", metavar="NAME", help="rounding to audit a model's integer formats with")
+    frontier.add_argument("--rounding", metavar="NAME", help="rounding of a model's integer formats")
     frontier.add_argument("--html", type=Path, metavar="FILE", help="write the audit's page; needs bitplan[report]")
     frontier.add_argument("--force", action="store_true", help="overwrite existing files")
     frontier.add_argument("--trust-remote-code", action="store_true", help="run code from the model's repository")

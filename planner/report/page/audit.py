@@ -4,18 +4,39 @@ May import: formats, search, sensitivity, planner.report.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
 
 from bitplan.formats.sizes import format_bytes
+from bitplan.planner.report.figures.scatter import Dot
 from bitplan.planner.report.losses import Losses, losses_of
 from bitplan.planner.report.page.facts import model_name, number, provenance, unquantized
 from bitplan.planner.report.page.render import Page
 from bitplan.planner.report.page.sensitivity import Sizes, cache_table, sensitivity_parts, sizes_of
+from bitplan.planner.report.tables import with_error
 from bitplan.search.problem import problem_of
 from bitplan.sensitivity.profile import Profile
 
 
-def audit_page(profile: Profile) -> Page:
-    """Figures and tables of a profile; where no unit can take any format, only what is unquantized."""
+def measured_dots(rows: Sequence[dict[str, Any]]) -> list[Dot]:
+    """Of those rows of `bitplan frontier` that were measured."""
+    return [
+        Dot(
+            "",
+            row["bits_per_weight"],
+            row["measured_kl"],
+            f"measured plan\n{row['measured_bytes']:,} bytes\nKL"
+            f" {with_error(number(row['measured_kl']), row['measured_kl_se'])}",
+            own=True,
+        )
+        for row in rows
+        if "measured_kl" in row
+    ]
+
+
+def audit_page(profile: Profile, plans: Sequence[Dot] = ()) -> Page:
+    """Figures and tables of a profile, with measured plans beside its frontier; where no unit can take any format, only
+    what is unquantized."""
     losses = losses_of(profile)
     facts, formats = profile.provenance.model, losses.formats
     title, papers = model_name(facts.id), provenance(profile.provenance)
@@ -26,7 +47,7 @@ def audit_page(profile: Profile) -> Page:
     if not formats:
         return Page(title, lead, (), [unquantized(profile.unquantized)], papers)
     sizes = sizes_of(problem_of(profile))
-    parts = sensitivity_parts(losses, sizes)
+    parts = sensitivity_parts(losses, sizes, plans)
     return Page(
         title=title,
         lead=lead,

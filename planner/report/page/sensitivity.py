@@ -95,7 +95,7 @@ def frontier_figure(losses: Losses, sizes: Sizes, plans: Sequence[Dot] = ()) -> 
         frontier_plot([*dots, *plans], line, mark, ylabel="predicted nats per token"),
         f"The line is the least summed loss that any allocation reaches. Its knee is at"
         f" {sizes.bits(total):.2f} bits per weight, {format_bytes(total)}, {number(at.loss)} nats per token: before it"
-        " bytes gain much, after it little (Kneedle, on linear axes). Dots are uniform formats.",
+        " bytes gain much, after it little (Kneedle, on linear axes). Dots are uniform formats, predicted, and plans.",
     )
 
 
