@@ -79,14 +79,15 @@ plans: setup
 bench-rounding: setup
 	$(BIN)/python -m benchmarks.rounding $(ALSO)
 
-# The same on SmolLM2-135M from the registry, beside a mixed plan of the same bytes (hours; each row is kept when done).
+# The same on SmolLM2-135M from the registry, beside mixed plans of the same bytes; its plot is docs/real.svg (hours; each
+# row is kept when done).
 # TEXT and HELDOUT are text files; METHODS="yaqa" BITS=4 makes one row.
-METHODS ?= nearest,gptq,yaqa,plan,bitsandbytes,hqq,gptqmodel,auto-round
+METHODS ?= nearest,gptq,yaqa,tuned,plan,plan-whole,bitsandbytes,hqq,gptqmodel,auto-round
 BITS ?= 4,3,2
 bench-real: setup
 	$(BIN)/pip install -q -c constraints.txt -e ".[gguf]"
 	$(BIN)/python -m benchmarks.rounding --only-also --also "$$($(BIN)/python -m benchmarks.real_model)" $(TEXT) $(HELDOUT) \
-	  --tokens 8192 --methods $(METHODS) --bits $(BITS)
+	  --tokens 8192 --methods $(METHODS) --bits $(BITS) --picture docs/real.svg
 
 # How much calibration text, and which, rounding gains from (10 minutes). ALSO="--also MODEL TEXT HELDOUT" adds models.
 bench-calibration: setup

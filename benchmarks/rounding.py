@@ -8,7 +8,9 @@ May import: everything.
 """
 
 import argparse
+import itertools
 import json
+import math
 import os
 import platform
 import resource
@@ -31,10 +33,12 @@ from bitplan.planner.demo import CALIBRATION, HELDOUT, MODEL
 from bitplan.planner.load import load_planned
 from bitplan.planner.plan import Budget, Plan
 from bitplan.planner.quantize.distillation import round_missing
+from bitplan.planner.report.figures.scatter import Dot, frontier_plot
 from bitplan.planner.report.tables import table
 from bitplan.search.problem import problem_of
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.audit import audit
+from bitplan.sensitivity.fingerprint import read_header
 from bitplan.sensitivity.loss import Evaluation, Reference
 from bitplan.sensitivity.session import Session, load_reference, open_session, read_texts
 from bitplan.sensitivity.texts.text import Texts
@@ -42,12 +46,15 @@ from bitplan.sensitivity.texts.text import Texts
 HERE = Path(__file__).parent
 RESULTS = HERE / ".results"
 OURS = ("nearest", "awq", "gptq", "yaqa", "tuned", "tuned+healed")
-WHOLE = ("nearest", "gptq", "plan")
-"""What the second table shows, of everything planned. `plan` is a mixed plan at the bytes of ends kept."""
+PLANS = ("plan", "plan-whole")
+"""Mixed plans at the bytes of the uniform one whose ends are kept, and at those of the one with everything planned."""
+WHOLE = ("nearest", "gptq", *PLANS)
+"""What the second table shows, of everything planned."""
 PEERS = ("bitsandbytes", "hqq", "gptqmodel", "auto-round", "auto-round-best")
 BLOCK = 256
 GROUP = 64
 BITS = (4, 3, 2)
+LABEL = "KL to full precision, nats per token"
 
 
 class Case:
@@ -74,12 +81,13 @@ def ours(case: Case, method: str, bits: int, tokens: int, whole: bool) -> dict[s
     return judged(session, plan, case, time.perf_counter() - began)
 
 
-def planned(case: Case, bits: int, tokens: int) -> dict[str, Any]:
-    """The knapsack's plan at the bytes of the uniform one whose ends are kept; its seconds are those of the audit, the
-    solution and the rounding."""
+def planned(case: Case, method: str, bits: int, tokens: int) -> dict[str, Any]:
+    """The knapsack's plan at the bytes that `PLANS` says; its seconds are those of the audit, the solution and the
+    rounding."""
     texts = case.texts(tokens)
-    limit = uniform_plan(_ends_kept(case, texts), f"int{bits}-g{GROUP}").bytes
     session = open_session(case.source, texts, device="cpu")
+    limited = session if method == "plan-whole" else _ends_kept(case, texts)
+    limit = uniform_plan(limited, f"int{bits}-g{GROUP}").bytes
     began = time.perf_counter()
     problem = problem_of(audit(session, DEFAULT_FORMATS))
     plan = quick_plan(problem, Budget(requested=f"{limit} bytes", weights=limit), Finish())
@@ -166,6 +174,21 @@ def cell(case: Case, method: str, bits: int, tokens: int, whole: bool, redo: boo
     return result
 
 
+def picture(cases: list[Case], methods: list[str], chosen: list[int], tokens: int) -> str:
+    """KL of the second table over bits per weight."""
+    dots = []
+    for case in cases:
+        shapes = [entry["shape"] for path in case.source.files for entry in read_header(path)[1].values()]
+        for method, bits, whole in itertools.product([m for m in WHOLE if m in methods], chosen, (True, False)):
+            own = method in PLANS
+            if whole or not own:
+                result = cell(case, method, bits, tokens, whole, False)
+                name = "plan" if own else f"int{bits}-g{GROUP} {method}{'' if whole else ', ends bf16'}"
+                size = result["bytes"] * 8 / sum(map(math.prod, shapes))  # a tied weight lies in the file once
+                dots.append(Dot(name, size, result["kl"], name, own))
+    return frontier_plot(dots, ylabel=LABEL, alone=True)
+
+
 def shown(result: dict[str, Any]) -> list[str]:
     if result.get("failed"):
         return ["cannot", "", "", "", ""]
@@ -196,6 +219,7 @@ def main() -> None:
     parser.add_argument("--bits", default=",".join(map(str, BITS)), metavar="4,3,2")
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--redo", default="", metavar="A,B,…", help="methods to run again")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the second table's KL over its sizes as SVG")
     parser.add_argument("--one", nargs=2, metavar=("METHOD", "BITS"), help=argparse.SUPPRESS)
     parser.add_argument("--case", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--whole", action="store_true", help=argparse.SUPPRESS)
@@ -203,8 +227,8 @@ def main() -> None:
     if arguments.one:
         method, bits = arguments.one
         case = Case(*arguments.case)
-        if method == "plan":
-            print(json.dumps(planned(case, int(bits), arguments.tokens)))
+        if method in PLANS:
+            print(json.dumps(planned(case, method, int(bits), arguments.tokens)))
         else:
             print(json.dumps(ours(case, method, int(bits), arguments.tokens, arguments.whole)))
         return
@@ -220,7 +244,7 @@ def main() -> None:
     for bits in chosen:
         for case in cases:
             for method in methods:
-                if method == "plan":
+                if method in PLANS:
                     continue
                 result = cell(case, method, bits, arguments.tokens, False, method in redo)
                 rows.append((str(bits), case.name, method, *shown(result)))
@@ -231,9 +255,11 @@ def main() -> None:
                 if method in methods:
                     result = cell(case, method, bits, arguments.tokens, True, method in redo)
                     whole.append((str(bits), case.name, method, f"{result['bytes']:,}", *shown(result)[:3]))
-                    if method != "plan":
+                    if method not in PLANS:
                         kept = cell(case, method, bits, arguments.tokens, False, False)
                         whole.append(("", "", "  ends kept", f"{kept['bytes']:,}", *shown(kept)[:3]))
+    if arguments.picture:
+        arguments.picture.write_text(picture(cases, methods, chosen, arguments.tokens), encoding="utf-8")
     head = ("bits", "model", "method", "nats above full precision", "± se", "KL", "seconds", "peak MiB")
     print(table(head, rows, left=3))
     print("\nMeans over the models, for methods that can do them all:\n")
