@@ -211,6 +211,15 @@ def means(found: dict[tuple[str, int], list[dict[str, Any]]], chosen: list[int])
     return rows
 
 
+def one(arguments: argparse.Namespace) -> dict[str, Any]:
+    """A cell of ours, in this process."""
+    method, bits = arguments.one
+    case = Case(*arguments.case)
+    if method in PLANS:
+        return planned(case, method, int(bits), arguments.tokens)
+    return ours(case, method, int(bits), arguments.tokens, arguments.whole)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--also", nargs=3, action="append", default=[], metavar=("MODEL", "TEXT", "HELDOUT"))
@@ -225,12 +234,7 @@ def main() -> None:
     parser.add_argument("--whole", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        method, bits = arguments.one
-        case = Case(*arguments.case)
-        if method in PLANS:
-            print(json.dumps(planned(case, method, int(bits), arguments.tokens)))
-        else:
-            print(json.dumps(ours(case, method, int(bits), arguments.tokens, arguments.whole)))
+        print(json.dumps(one(arguments)))
         return
     methods = arguments.methods.split(",")
     for tool in sorted({method.removesuffix("-best") for method in methods if method in PEERS}):
