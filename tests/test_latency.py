@@ -15,6 +15,8 @@ from bitplan.planner.evaluate import finished, speed
 from bitplan.planner.evaluate.speed import Speed, device_text, measure, shape_of
 from bitplan.planner.evaluate.trials import Trials
 from bitplan.planner.plan import Plan
+from bitplan.planner.report.explain import explain_text, reasons, why
+from bitplan.planner.report.page.plan import plan_page
 from bitplan.search import knapsack
 from bitplan.search.knapsack import GAP, Option, ceiling, floor, seconds_of
 from bitplan.search.latency import fastest, solve
@@ -144,7 +146,8 @@ def asked(run, checkpoint, tmp_path):  # noqa: F811
     model, profile, file = checkpoint("llama"), tmp_path / "profile.json", tmp_path / "speed.json"
     formats = ("--formats", "int8,int4-g64")
     assert run("audit", model, *LITTLE, *formats, "--rounding", "nearest", "-o", profile)[0] == 0
-    units = read(profile, Profile).units
+    made = read(profile, Profile)
+    units = made.units
     rows = {
         (shape_of(unit), format): {
             name: getattr(unit, name) for name in ("kind", "experts", "rows", "columns", "dtype")
@@ -183,7 +186,7 @@ def asked(run, checkpoint, tmp_path):  # noqa: F811
         code, out, err = run(*start, *(("--max-latency", limit) if limit else ()), "--speed", file, *words)
         return code, Plan.model_validate_json(out) if code == 0 else None, err
 
-    call.units, call.table, call.file = units, table, file
+    call.units, call.profile, call.file = units, made, file
     return call
 
 
@@ -201,6 +204,12 @@ def test_the_seconds_force_what_the_bytes_do_not(asked):
         assert code == 0 and milliseconds(plan) <= limit and plan.uniform.format == "int4-g64"
         assert plan.latency.predicted == pytest.approx(milliseconds(plan) / 1e3)
         assert ("int8" in {unit.format for unit in plan.units}) == (limit > 1 + count / 4)
+    told = explain_text(reasons(plan, asked.profile))
+    assert f"keeps to --max-latency {limit}ms: prices are of bytes alone" in told
+    assert f"and --max-latency {limit}ms." in plan_page(reasons(plan, asked.profile)).lead
+    forced = next(group for group in reasons(plan, asked.profile).groups if "int4-g64" in group.scheme)
+    told = why(reasons(plan, asked.profile), forced)
+    assert "would be better at the plan's price, which is of bytes alone" in told and "fit the bytes or the sec" in told
 
 
 def test_a_limit_that_nothing_keeps_is_infeasible_and_says_the_least(asked):

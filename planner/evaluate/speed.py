@@ -1,8 +1,8 @@
 """The speed table: the seconds that one decoded token spends in a weight of each shape in each format, on one device.
 
 1. A weight's own module is packed as a loaded plan has it, 64 of its rows repeated for weights, and called with one
-   token. As many copies take turns as weights of the model lie between two calls, or as no cache holds; the median of
-   some rounds counts.
+   token. As many copies take turns as weights of the model lie between two calls, or as no cache holds; the median
+   counts.
 2. The full-precision model decodes: a step's seconds, and how often a token runs each unit, which is less than once for
    experts in a list.
 3. A plan's step is predicted as full precision's, less its units' seconds, plus those in the plan's formats.
@@ -48,7 +48,7 @@ ROWS = 64
 CACHES = 1 << 28
 """More bytes than any cache holds."""
 ROUNDS, ROUND_SECONDS = 5, 0.2
-"""Rounds that are timed: at least so many, and for so long."""
+"""Rounds over the copies that are timed: at least so many, and for so long with the first, which compiles kernels."""
 Shape = tuple[str, int, int, int, str]
 """Kind, experts, rows, columns and the checkpoint's type."""
 
@@ -237,21 +237,25 @@ def _twin(module: nn.Module, name: str, format: Format | None, tensors: dict[str
 
 
 def _timed(calls: Sequence[Callable[[], object]], device: torch.device) -> float:
-    """Seconds of a call: the median of rounds over all of them."""
+    """Seconds of a call, the median. On a CPU each is timed alone: what else runs there interrupts few of them. On a
+    GPU a call returns before its kernel has run, and all are timed together."""
+    parts = [calls] if device.type == "cuda" else [[call] for call in calls]
 
-    def once() -> float:
+    def once(part: Sequence[Callable[[], object]]) -> float:
         began = perf_counter()
-        for call in calls:
+        for call in part:
             call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return perf_counter() - began
+        return (perf_counter() - began) / len(part)
 
-    once()  # compiles kernels
-    rounds: list[float] = []
-    while len(rounds) < ROUNDS or sum(rounds) < ROUND_SECONDS:
-        rounds.append(once())
-    return median(rounds) / len(calls)
+    ended = perf_counter() + ROUND_SECONDS
+    for part in parts:  # compiles kernels
+        once(part)
+    timed = [once(part) for _ in range(ROUNDS) for part in parts]
+    while perf_counter() < ended:
+        timed += [once(part) for part in parts]
+    return median(timed)
 
 
 @torch.no_grad()

@@ -146,11 +146,13 @@ def why(reasons: Reasons, group: GroupReasons) -> str:
     if not better:
         return "of all formats the least loss at the plan's price of a byte"
     named = f"by the profile alone {', '.join(better)} would be better at the plan's price"
+    named += ", which is of bytes alone, not of seconds" if plan.latency else ""
     if plan.shipped == "uniform":
         return f"{named}; the uniform plan measured better and ships"
     if plan.search:
         return f"{named}; the search evaluated whole plans and chose otherwise"
-    return f"{named}, but it does not fit the bytes that are left, or is needed to use them up"
+    limits = "bytes or the seconds" if plan.latency else "bytes"
+    return f"{named}, but it does not fit the {limits} that are left, or is needed to use them up"
 
 
 def price_text(price: float | None) -> str:
@@ -192,6 +194,8 @@ def explain_text(reasons: Reasons, every: bool = False) -> str:
     """The price, what is pinned, and the closest decisions; with `every`, all groups in the model's order."""
     plan, price = reasons.plan, reasons.price
     lines = [f"budget {plan.budget.requested} = {plan.budget.weights:,} bytes, plan {plan.bytes:,}", price_text(price)]
+    if plan.latency:
+        lines.append(f"the plan also keeps to {plan.latency.requested}: prices are of bytes alone")
     lines += [f"override {each}: {len(each.units)} unit{'s' * (len(each.units) != 1)}" for each in plan.overrides]
     groups = list(reasons.groups)
     if not every and price is not None:

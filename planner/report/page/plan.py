@@ -19,9 +19,10 @@ def plan_page(reasons: Reasons) -> Page:
     """With a profile also the losses that the plan was chosen by; without, what the plan file alone says."""
     plan = reasons.plan
     title, papers = model_name(plan.provenance.model.id), provenance(plan.provenance)
+    beside = f" and {plan.latency.requested}" if plan.latency else ""
     lead = (
         f"A plan of {plan.bytes:,} bytes ({format_bytes(plan.bytes)}), {plan.bits_per_weight:.3f} bits per weight,"
-        f" for a budget of {plan.budget.requested} ({plan.budget.weights:,} bytes)."
+        f" for a budget of {plan.budget.requested} ({plan.budget.weights:,} bytes){beside}."
     )
     figures, tables = [_formats(plan)], [_reasons_table(reasons), *measured_tables(plan), *_overrides(plan)]
     found = [price_text(reasons.price), *_findings(plan)]
