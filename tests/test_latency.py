@@ -1,8 +1,11 @@
 """Two limits, bytes and seconds: the knapsack against all allocations, the speed table, and the command's plans."""
 
+import functools
 import itertools
 import json
+import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -52,6 +55,35 @@ def test_equals_brute_force(problem, share, of_seconds):
     assert fastest(problem, budget).loss == pytest.approx(times[0], rel=2 * GAP, abs=1e-7)
     with pytest.raises(BudgetInfeasible, match="is the least within"):
         solve(problem, budget, seconds=times[0] * (1 - GAP) - 1e-6)
+
+
+def sums(problem, value):
+    """Of every allocation, one after the other."""
+    return functools.reduce(np.add.outer, [[value(o) for o in options] for options in problem.values()]).ravel()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_equals_the_best_of_all_allocations_where_both_limits_bind(seed):
+    """Halfway between the fewest seconds and those of the least loss within the bytes."""
+    draw = random.Random(seed)
+
+    def option(i, size):
+        bits = draw.uniform(1, 16)
+        loss = 4.0**-bits * draw.uniform(0.5, 2) * size
+        return Option(QuantScheme(f"f{i}", "nearest"), int(size * bits), loss, draw.uniform(0.5, 2) * size)
+
+    problem = {f"g{g}": [option(i, draw.choice((64, 256, 1024))) for i in range(6)] for g in range(6)}
+    nbytes, times, losses = (sums(problem, lambda o, of=of: getattr(o, of)) for of in ("nbytes", "seconds", "loss"))
+    budget = int(np.quantile(nbytes, 0.4))
+    within = nbytes <= budget
+    least = np.flatnonzero(within)[losses[within].argmin()]
+    limit = float(times[least] + times[within].min()) / 2
+    best = losses[within & (times <= limit)].min()
+    assert best > losses[least]
+    solution = solve(problem, budget, seconds=limit)
+    picked = [next(o for o in problem[g] if o.scheme == c) for g, c in solution.allocation.items()]
+    assert seconds_of(picked) <= limit and solution.nbytes <= budget
+    assert best * (1 - 1e-9) <= solution.loss <= best * (1 + 2 * GAP) and solution.bound <= best * (1 + 1e-6)
 
 
 @given(problems, shares)
@@ -105,8 +137,9 @@ def test_every_shape_is_timed_and_experts_by_their_share(monkeypatch, tmp_path):
     assert {row.format for row in found.rows} == {"fp32", "int8", "int4-g64"}
     experts = [unit.name for unit in units if ".experts." in unit.name]
     assert experts and found.calls == {name: pytest.approx(1 / 8) for name in experts}
-    one = next(row for row in found.rows if shape_of(row) == shape_of(units[-1]) and row.format == "int8")
-    assert found.seconds(units[-1], "int8") == one.seconds * found.calls.get(units[-1].name, 1)
+    unit = next(unit for unit in units if unit.name in experts)
+    one = next(row for row in found.rows if shape_of(row) == shape_of(unit) and row.format == "int8")
+    assert found.seconds(unit, "int8") == pytest.approx(one.seconds / 8)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-tied", "mixtral"])

@@ -171,6 +171,16 @@ def test_an_older_plan_without_distillation_is_read(example):
     assert not Plan.model_validate(example).distilled
 
 
+def test_a_plan_without_a_latency_is_as_schema_4_has_it(example):
+    """Versions that know no latency read it."""
+    assert example["schema_version"] == 4 and "latency" not in example
+    limited = example | {"latency": {"requested": "x", "limit": 0.03, "device": "cpu", "predicted": 0.02}}
+    with pytest.raises(ValidationError, match="schema 4 has no latency"):
+        Plan.model_validate(limited)
+    plan = Plan.model_validate(limited | {"schema_version": 5})
+    assert Plan.model_validate_json(plan.model_dump_json()) == plan and plan.latency.predicted == 0.02
+
+
 def test_schema_3_is_read():
     """Made by the version before: `kept`, `healed`, `asked` and `kv_cache` had other names or places."""
     file = Path(__file__).parent / "data" / "plan-schema-3.json"
