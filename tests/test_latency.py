@@ -304,6 +304,12 @@ def test_a_plan_that_is_slower_than_predicted_is_searched_for_again(asked, monke
         1.3 * milliseconds(plan) == pytest.approx(1e3 * plan.latency.measured) and plan.latency.measured <= limit / 1e3
     )
     assert f"{1e3 * plan.latency.measured:.3f} ms measured as loaded" in run("show", tmp_path / "plan.json")[1]
+    monkeypatch.setattr(finished, "decode_seconds", lambda *_: 3 * seen[-1])
+    code, _, err = asked(f"{limit - 0.1}ms", "--trials", "1")  # a study that has not run yet
+    least = float(err.partition("at least --max-latency ")[2].partition("ms")[0])
+    assert (
+        code == 3 and "as finished plans were measured" in err and 3 * (1 + count / 4) == pytest.approx(least, rel=0.03)
+    )
     monkeypatch.setattr(finished, "decode_seconds", lambda *_: 1.001 * limit / 1e3)
     code, _, err = asked(f"{limit}ms", "--trials", "1")
     assert code == 1 and "after 4 tries that is still above the limit" in err

@@ -41,6 +41,8 @@ from bitplan.sensitivity.session import SEED, pick_device
 from bitplan.sensitivity.source import Source
 from bitplan.sensitivity.vocabulary import vocabulary_size
 
+RUNS = 3
+"""Sequences that are decoded to time a step: what else a machine does can slow one of them down as a whole."""
 PROMPT = 256
 """Tokens that the cache holds when a step is timed, or fewer where the model takes no more."""
 ROWS = 64
@@ -145,10 +147,10 @@ def _processor() -> str:
 
 
 def decode_seconds(model: PreTrainedModel, length: int, kv_format: str = "native") -> float:
-    """Of one decoded token, the median step, after a prompt of `length` tokens drawn at random."""
+    """Of one decoded token after a prompt of `length` tokens drawn at random: the median step, of RUNS the median."""
     generator = torch.Generator().manual_seed(SEED)
     ids = torch.randint(vocabulary_size(model), (length + STEPS + 1,), generator=generator)
-    return 1 / run(model, ids, kv_format).decode_tokens_per_s
+    return median(1 / run(model, ids, kv_format).decode_tokens_per_s for _ in range(RUNS))
 
 
 def prompt_length(source: Source) -> int:
