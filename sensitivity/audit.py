@@ -25,7 +25,7 @@ from bitplan.sensitivity.measured import Measured, Prefixes, known, measure
 from bitplan.sensitivity.profile import CacheRow, Check, CheckRow, Profile, ProfileRow, unit_entry, unquantized_entry
 from bitplan.sensitivity.progress import progress
 from bitplan.sensitivity.session import Session
-from bitplan.sensitivity.store import IN_MEMORY, locked, sha256
+from bitplan.sensitivity.store import locked, sha256
 from bitplan.sensitivity.texts.text import Blocks
 
 CHECK_TOKENS = 4096
@@ -140,9 +140,7 @@ def measure_units(
         for unit, scheme in others:
             session.swapper.exchange(unit, session.weight_cache.dequantized(unit, scheme))
         try:
-            prefixes = Prefixes(
-                session.chain(), session.texts.search, reference, session.part if limited else IN_MEMORY
-            )
+            prefixes = Prefixes(session.chain(), session.texts.search, reference, session.in_memory)
             parts = ranks.gathered(measure(session.swapper, session.weight_cache, prefixes, mine, journal, done))
             whole = {pair: evaluation for part in parts for pair, evaluation in part.items()}
             found = {pair: whole[pair] for pair in ((unit.name, scheme) for unit, scheme in wanted)}

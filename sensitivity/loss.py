@@ -7,7 +7,7 @@ are not independent. May import: formats.errors/kv, sensitivity.store/texts.
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import exp, isfinite
+from math import exp, isfinite, prod
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bitplan.formats.errors import OutputsNotFinite, UsageError
 from bitplan.formats.kv.cache import new_cache
-from bitplan.sensitivity.store import States, scratch
+from bitplan.sensitivity.store import IN_MEMORY, States
 from bitplan.sensitivity.texts.text import Blocks
 
 
@@ -108,8 +108,8 @@ class Reference:
         run = of_block or (lambda i: log_probabilities(model, blocks.ids[i : i + 1]))
         first = run(0).cpu()
         shape = (count, length - 1, first.shape[-1])
-        self.log_p: Tensor | States | _Asked
-        self.log_p = scratch(shape) if of_block is None else States(shape) if kept else _Asked(run)
+        small = of_block is None and 4 * prod(shape) <= IN_MEMORY
+        self.log_p: States | _Asked = States(shape, in_memory=small) if kept else _Asked(run)
         nll = []
         for i in range(count):
             log_p = run(i).cpu() if i else first

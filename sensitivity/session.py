@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import bitplan
@@ -70,7 +70,7 @@ class Session:
     def gather(self, units: Sequence[Unit] | None = None) -> None:
         """Make sure of the statistics of all units, or of these. Raises RoundingFailed."""
         units = self.graph.units if units is None else units
-        part = {} if self.memory is None else {"memory": self.part, "moments": self.part}
+        part = {} if self.memory is None else {"memory": self.in_memory, "moments": self.in_memory}
         leads = {self.graph.readers.get(unit.name, unit.name): unit for unit in self.graph.units}
         moments = sum(4 * unit.experts * unit.columns**2 for unit in leads.values())
         # A model in memory whose moments are small is not cut: that saves running every block a second time.
@@ -78,10 +78,10 @@ class Session:
         gather(chain, self.graph, units, self.texts.calibration, self.store, SEED, **part)
 
     @property
-    def part(self) -> int:
-        """Bytes that hidden states may take, where memory is limited, and as many for second moments."""
-        assert self.memory is not None
-        return self.memory // PART
+    def in_memory(self) -> int:
+        """Bytes that hidden states may take in memory, and as many for second moments and for what candidates share:
+        more lie in files."""
+        return IN_MEMORY if self.memory is None else self.memory // PART
 
     @cached_property
     def search_reference(self) -> Reference:
@@ -129,9 +129,8 @@ def open_session(
     whole = whole and memory is None
     model = sources.load_model(source, device if whole else "cpu")
     if memory is not None:
-        blocks_of = [model.get_submodule(path) for path in find_blocks(model)]
-        _refuse_memory(model, blocks_of, memory, session_texts.search.ids.shape[1])
-        page_out_after(blocks_of)
+        _refuse_memory(model, memory, session_texts.search.ids.shape[1])
+        page_out_after(model.get_submodule(path) for path in find_blocks(model))
         give_back_freed()
     dtype = str(model.dtype).removeprefix("torch.")
     graph = build_graph(model, keep, per_expert)
@@ -169,9 +168,10 @@ def open_session(
     )
 
 
-def _refuse_memory(model: PreTrainedModel, blocks: Sequence[nn.Module], memory: int, length: int) -> None:
+def _refuse_memory(model: PreTrainedModel, memory: int, length: int) -> None:
     """Raises UsageError where what lies outside of the blocks, the larger one of the largest block with its largest
     second moment and factors and of `length` tokens' logits, and this program itself take more than `memory` bytes."""
+    blocks = [model.get_submodule(path) for path in find_blocks(model)]
     sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
     outside = sum(p.numel() for p in model.parameters()) - sum(sizes)
     widest = max((p.shape[-1] for block in blocks for p in block.parameters() if p.ndim > 1), default=0)
@@ -181,7 +181,7 @@ def _refuse_memory(model: PreTrainedModel, blocks: Sequence[nn.Module], memory: 
     if need > memory:
         raise UsageError(
             f"--max-memory {format_bytes(memory)}: this model needs about {format_bytes(need)} (its largest block, what"
-            " lies outside of its blocks, second moments and logits): give that, or leave the limit out"
+            f" lies outside of its blocks, second moments and logits): give that, or leave the limit out"
         )
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from bitplan.formats.errors import UsageError, WriteFailed, first_line, printable
 from bitplan.formats.sizes import format_bytes
 
+LARGER = "set TMPDIR and BITPLAN_CACHE to folders on a larger disk, or give fewer --tokens"
 IN_MEMORY = 1 << 30
 """Bytes above which a tensor of hidden states or probabilities lies in a file."""
 
@@ -226,27 +227,6 @@ def read_row(path: Path) -> Any | None:
     return row
 
 
-def scratch(shape: tuple[int, ...]) -> Tensor:
-    """An empty float32 tensor on the CPU; a large one lies in a temporary file, which goes when the tensor does."""
-    size = prod(shape)
-    if 4 * size <= IN_MEMORY:
-        return torch.empty(shape)
-    try:
-        with tempfile.NamedTemporaryFile(prefix="bitplan-") as file:
-            refuse_full_disk(Path(file.name).parent, 4 * size)
-            if hasattr(os, "posix_fallocate"):  # a hole in the file would end the process once the disk is full
-                os.posix_fallocate(file.fileno(), 0, 4 * size)
-            return torch.from_file(file.name, shared=True, size=size, dtype=torch.float32).view(shape)
-    except OSError as error:
-        reason = error.strerror or first_line(error)
-        raise WriteFailed(
-            f"{format_bytes(4 * size)} of hidden states or probabilities do not fit the temporary folder: {reason}; set"
-            f" TMPDIR to a folder on a larger disk, or give fewer --tokens"
-        ) from None
-    except WriteFailed as error:
-        raise WriteFailed(f"{error}: set TMPDIR to a folder on a larger disk, or give fewer --tokens") from None
-
-
 class States:
     """Float32 hidden states or gradients of each text block, written and read a block at a time: in memory, or in a
     file (a temporary one where no path is given) that takes none of the process's memory."""
@@ -257,17 +237,31 @@ class States:
         self.path = path
         self._tensor = torch.empty(shape) if in_memory else None
         self._file: IO[bytes] | None = None
+        size = 4 * prod(shape)
         if path is not None:
             with writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 (as long as the states are)
         elif not in_memory:
+            try:
+                refuse_full_disk(Path(tempfile.gettempdir()), size)
+            except WriteFailed as error:
+                raise WriteFailed(f"{error}: {LARGER}") from None
             self._file = tempfile.TemporaryFile(prefix="bitplan-")  # noqa: SIM115
 
-    def __getitem__(self, block: int) -> Tensor:
+    @property
+    def nbytes(self) -> int:
+        """Of memory."""
+        return 0 if self._tensor is None else self._tensor.nbytes
+
+    def __getitem__(self, block: int | slice | Tensor) -> Tensor:
+        """A block [length, width], or several [blocks, length, width] by a slice or their numbers, int64 [blocks]."""
         if self._tensor is not None:
             return self._tensor[block].clone()
         assert self._file is not None
+        if not isinstance(block, int):
+            numbers = range(self.shape[0])[block] if isinstance(block, slice) else block.tolist()
+            return torch.stack([self[number] for number in numbers])
         size = 4 * prod(self.shape[1:])
         self._file.seek(block * size)
         return torch.frombuffer(bytearray(self._file.read(size)), dtype=torch.float32).view(self.shape[1:])
@@ -286,8 +280,7 @@ class States:
             where = self.path.parent if self.path else tempfile.gettempdir()
             need = 4 * prod(self.shape)
             raise WriteFailed(
-                f"cannot keep hidden states in {where} ({need:,} bytes a decoder block): {error.strerror}; set TMPDIR"
-                " and BITPLAN_CACHE to folders with room, or give fewer --tokens"
+                f"cannot keep hidden states or probabilities in {where} ({need:,} bytes): {error.strerror}; {LARGER}"
             ) from None
 
 

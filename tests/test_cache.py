@@ -23,7 +23,7 @@ from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.audit import audit
 from bitplan.sensitivity.fingerprint import sampled_fingerprint
 from bitplan.sensitivity.session import open_session, read_texts
-from bitplan.sensitivity.store import load_tensors, save_tensors, scratch, sha256
+from bitplan.sensitivity.store import States, load_tensors, save_tensors, sha256
 from bitplan.sensitivity.weight_cache import mark_workspace, workspace
 from tests.test_cli import LITTLE, run, text  # noqa: F401 (fixtures)
 
@@ -183,7 +183,7 @@ class TestDisk:
             save_tensors(own_cache / "a.safetensors", {"a": torch.ones(16)})
         assert not list(own_cache.iterdir())
 
-    @pytest.mark.parametrize("told", [True, False], ids=["disk_usage", "posix_fallocate"])
+    @pytest.mark.parametrize("told", [True, False], ids=["disk_usage", "write"])
     def test_a_full_temporary_folder_is_a_sentence(self, told, tmp_path, monkeypatch):
         """On a real file system of 1 MiB, where the process ended with a bus error."""
         place = tmp_path / "small"
@@ -193,12 +193,11 @@ class TestDisk:
             pytest.skip("no file system can be mounted here")
         try:
             monkeypatch.setattr("tempfile.tempdir", str(place))
-            monkeypatch.setattr("bitplan.sensitivity.store.IN_MEMORY", 0)
-            scratch((1000,)).fill_(1)
+            States((10, 10, 10))[9] = torch.ones(10, 10)
             if not told:
                 monkeypatch.setattr("bitplan.sensitivity.store.refuse_full_disk", lambda *a: None)
-            with pytest.raises(BitplanError, match="set TMPDIR to a folder on a larger disk"):
-                scratch((1 << 20,)).fill_(1)
+            with pytest.raises(BitplanError, match="set TMPDIR and BITPLAN_CACHE to folders on a larger disk"):
+                States((2, 1 << 9, 1 << 10))[1] = torch.ones(1 << 9, 1 << 10)
         finally:
             subprocess.run(["umount", "-l", str(place)], check=True)
 

@@ -66,7 +66,7 @@ def test_what_is_shared_up_to_a_block_changes_nothing(session_of, monkeypatch):
     torch.testing.assert_close(found, evaluated(fresh, other), rtol=0, atol=0)
     candidates.round(one)
     assert candidates.shared == 6
-    monkeypatch.setattr("bitplan.planner.quantize.candidates.IN_MEMORY", 1)  # nothing is kept but the last segment
+    monkeypatch.setattr("bitplan.sensitivity.session.IN_MEMORY", 1)  # nothing is kept but the last segment
     fresh.round(one)
     shared = fresh.shared
     torch.testing.assert_close(evaluated(fresh, other), found, rtol=0, atol=0)

@@ -26,7 +26,7 @@ def test_a_model_beside_itself_loses_nothing():
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_against_torchs_own_losses(in_memory, monkeypatch):
     if not in_memory:
-        monkeypatch.setattr("bitplan.sensitivity.store.IN_MEMORY", 0)
+        monkeypatch.setattr("bitplan.sensitivity.loss.IN_MEMORY", 0)
     model = tiny.build("llama")
     other = copy.deepcopy(model)
     for parameter in other.parameters():

@@ -22,7 +22,7 @@ from bitplan.planner.quantize.segment import Segment
 from bitplan.sensitivity.forward import after_blocks
 from bitplan.sensitivity.graph import Unit
 from bitplan.sensitivity.session import Session
-from bitplan.sensitivity.store import IN_MEMORY
+from bitplan.sensitivity.store import States
 from bitplan.sensitivity.texts.text import Blocks
 
 TOKENS = 4096
@@ -37,7 +37,7 @@ class Rounded:
 
     tensors: dict[str, Tensors]
     """Unit → its stored tensors."""
-    states: Tensor | None
+    states: States | None
     """Hidden states behind the segment, float32 [blocks, length, width]; None behind the last."""
     weights: dict[str, Tensor]
     """Of the first segment: parameter → weight, which the last may read again (tied heads)."""
@@ -63,10 +63,10 @@ class Candidates:
         few = Blocks(ids[: max(1, tokens // ids.shape[1])])
         self._session = replace(session, texts=replace(session.texts, calibration=few))
         self._chain = session.chain()
-        self._true: list[Tensor | None] = [None]
+        self._true: list[States | None] = [None]
         """Hidden states of the full-precision model in front of the segments so far."""
         kept = 4 * few.ids.numel() * sum(unit.columns for unit in session.graph.units)
-        self._inputs: dict[tuple[str, int], list[Tensor]] | None = {} if kept <= IN_MEMORY else None
+        self._inputs: dict[tuple[str, int], list[Tensor]] | None = {} if kept <= session.in_memory else None
         self._cache: OrderedDict[tuple, Rounded] = OrderedDict()
         self._held = 0
         """Bytes of the cache."""
@@ -170,7 +170,7 @@ class Candidates:
             self._run[index] += 1
         return x
 
-    def _round(self, plan: Plan, index: int, states: Tensor | None, first: dict[str, Tensor]) -> Rounded:
+    def _round(self, plan: Plan, index: int, states: States | None, first: dict[str, Tensor]) -> Rounded:
         work = Segment(plan, self._session, self._chain, index, self._true[index], states, first, self._inputs)
         native = {unit.name for unit in plan.units if unit.is_native}
         units = [unit for unit in self._chain.units[index] if unit.name not in native]
@@ -185,7 +185,7 @@ class Candidates:
     def _keep(self, nbytes: int) -> None:
         """So many bytes more are in the cache: least recently used segments make room."""
         self._held += nbytes
-        while self._held > IN_MEMORY and len(self._cache) > 1:
+        while self._held > self._session.in_memory and len(self._cache) > 1:
             oldest = self._cache.popitem(last=False)[1]
             self._held -= oldest.nbytes
             oldest.kept, oldest.states = False, None

@@ -5,6 +5,7 @@ full-precision model's inputs would have made (Li et al. 2025, GPTAQ). May impor
 from collections import defaultdict
 from contextlib import suppress
 from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from bitplan.planner.plan import Plan
 from bitplan.sensitivity.chain import BATCH, Chain
 from bitplan.sensitivity.graph import Unit
 from bitplan.sensitivity.session import SEED, Session
-from bitplan.sensitivity.store import States, scratch
+from bitplan.sensitivity.store import States
 from bitplan.sensitivity.trace import Trace, Use
 
 
@@ -44,8 +45,8 @@ class Segment:
         session: Session,
         chain: Chain,
         index: int,
-        true: Tensor | None,
-        got: Tensor | None,
+        true: States | None,
+        got: States | None,
         rounded: dict[str, Tensor],
         true_inputs: dict[tuple[str, int], list[Tensor]] | None = None,
         gradients: States | None = None,
@@ -86,19 +87,21 @@ class Segment:
     def _batches(self) -> list[slice]:
         return [slice(i, i + BATCH) for i in range(0, len(self.ids), BATCH)]
 
-    def forward(self, states: Tensor | None, at: slice | Tensor, weights: dict[str, Tensor]) -> Tensor:
+    def forward(self, states: States | None, at: slice | Tensor, weights: dict[str, Tensor]) -> Tensor:
         ids = self.ids[at].to(self.device)
         x = ids.new_zeros(0) if states is None else states[at].to(self.device)
         return self.chain.run(self.index, self.module, x, ids, weights)
 
     @torch.no_grad()
-    def outputs(self, states: Tensor | None, weights: dict[str, Tensor]) -> Tensor:
-        made: Tensor | None = None
+    def outputs(self, states: States | None, weights: dict[str, Tensor]) -> States:
+        made: States | None = None
         for at in self._batches():
             out = self.forward(states, at, weights)
             if made is None:
-                made = scratch((len(self.ids), *out.shape[1:]))
-            made[at] = out.cpu()
+                shape = (len(self.ids), *out.shape[1:])
+                made = States(shape, in_memory=4 * prod(shape) <= self.session.in_memory)
+            for i, hidden in enumerate(out.cpu(), at.start):
+                made[i] = hidden
             if not out.isfinite().all():
                 raise RoundingFailed(
                     f"{self.chain.name(self.index)}: its output holds NaN or infinity; the blocks before it are kept"
@@ -130,7 +133,7 @@ class Segment:
             if len(seen) == uses:
                 raise Enough
 
-        def inputs(states: Tensor | None, at: slice, weights: dict[str, Tensor]) -> list[Tensor]:
+        def inputs(states: States | None, at: slice, weights: dict[str, Tensor]) -> list[Tensor]:
             seen.clear()
             with suppress(Enough), Trace({first.parameter: weights[first.parameter]}, note):
                 self.forward(states, at, weights)
@@ -176,7 +179,7 @@ class Segment:
             counts[parameter] += len(g)
 
         for i in range(self.gradients.shape[0]):
-            x = self.true[i : i + 1].to(self.device).requires_grad_()
+            x = self.true[i].unsqueeze(0).to(self.device).requires_grad_()
             with torch.enable_grad(), Trace({name: self.originals[name] for name in sums}, seen):
                 out = self.chain.run(self.index, self.module, x, self.ids[i : i + 1].to(self.device), {})
             out.backward(self.gradients[i].unsqueeze(0).to(out))  # type: ignore[no-untyped-call]

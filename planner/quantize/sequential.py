@@ -15,7 +15,6 @@ from bitplan.planner.codes import codes_folder, missing_codes, unit_path, unquan
 from bitplan.planner.plan import Plan
 from bitplan.planner.quantize.folding import fold_scales
 from bitplan.planner.quantize.segment import Segment
-from bitplan.sensitivity.chain import Chain
 from bitplan.sensitivity.gradients import TOKENS, output_gradients
 from bitplan.sensitivity.progress import progress
 from bitplan.sensitivity.session import SEED, Session
@@ -33,7 +32,7 @@ class Sequence:
         self.folder = codes_folder(plan)
         self.device = session.device
         graph = replace(session.graph, units=tuple(u for u in session.graph.units if u.name in self.planned))
-        self.chain = Chain(session.model, graph, self.device)
+        self.chain = replace(session, graph=graph).chain()
         self.unfolded: list[str] = []
         """Units before which awq found nothing to fold a scale into."""
         self.gradients: list[States | None] = [None] * len(self.chain)
@@ -44,8 +43,8 @@ class Sequence:
             print(f"{self.chain.why}: the model is rounded as one block", file=sys.stderr)
 
     def run(self) -> None:
-        true: Tensor | None = None
-        got: Tensor | None = None
+        true: States | None = None
+        got: States | None = None
         self.gradients = self._gradients()
         for segment in progress(range(len(self.chain)), desc="rounding", unit="block"):
             true, got = self._segment(segment, true, got)
@@ -56,7 +55,7 @@ class Sequence:
                 file=sys.stderr,
             )
 
-    def segment(self, index: int, true: Tensor | None, got: Tensor | None) -> Segment:
+    def segment(self, index: int, true: States | None, got: States | None) -> Segment:
         return Segment(
             self.plan, self.session, self.chain, index, true, got, self.rounded, gradients=self.gradients[index]
         )
@@ -72,7 +71,7 @@ class Sequence:
 
     # One segment ----------------------------------------------------------------------------------------------------
 
-    def _segment(self, segment: int, true: Tensor | None, got: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def _segment(self, segment: int, true: States | None, got: States | None) -> tuple[States | None, States | None]:
         """Round a segment's units, write their codes, and run both models through it."""
         work = self.segment(segment, true, got)
         units = [unit for unit in self.chain.units[segment] if not self.planned[unit.name].is_native]
