@@ -48,6 +48,10 @@ class FormatUnavailable(BitplanError):
     pass
 
 
+class TextNotWritten(BitplanError):
+    """A model cannot write its own calibration text."""
+
+
 class TextTooShort(BitplanError):
     pass
 

@@ -20,7 +20,7 @@ from bitplan.planner.select import Selection
 from bitplan.search.problem import problem_of
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.audit import audit
-from bitplan.sensitivity.session import Session, load_reference, open_session, read_texts
+from bitplan.sensitivity.session import Session, default_texts, load_reference, open_session, read_texts
 from bitplan.sensitivity.tasks.paired import paired
 from bitplan.sensitivity.tasks.score import Scores, score
 from bitplan.sensitivity.tasks.task import Task, read_task
@@ -29,8 +29,8 @@ from bitplan.sensitivity.tasks.task import Task, read_task
 class QuantizationManager:
     """Loads one model in a format, or in mixed precision within a budget, and measures it.
 
-    `model` is a folder or hub id; `text` are files for calibration, search and evaluation, by default the sources of
-    Python's standard library. Raises ModelUnreadable if the model cannot be found.
+    `model` is a folder or hub id; `text` are files for calibration, search and evaluation, by default what the
+    model writes itself. Raises ModelUnreadable if the model cannot be found.
     """
 
     def __init__(self, model: str | Path, text: list[str | Path] | None = None, device: str = "auto"):
@@ -44,7 +44,9 @@ class QuantizationManager:
 
     def _open(self) -> Session:
         self._loaded = None
-        return open_session(self.source, read_texts(self.source, files=self.files), device=self.device)
+        read = read_texts if self.files else default_texts
+        texts = read(self.source, files=self.files, device=self.device)
+        return open_session(self.source, texts, device=self.device)
 
     def load(self, format: str, rounding: str | None = None, heal: bool = False) -> PreTrainedModel:
         """Load the model in one format. fp32, bf16 and fp16 apply to all tensors, other formats only to units.

@@ -4,18 +4,20 @@ May import: formats, sensitivity, bitplan for its version.
 """
 
 import platform
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import bitplan
-from bitplan.formats.errors import ModelUnreadable, PlanMismatch, UsageError
+from bitplan.formats.errors import ModelUnreadable, PlanMismatch, TextNotWritten, UsageError, first_line, printable
 from bitplan.formats.sizes import format_bytes
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.chain import Chain, find_blocks
@@ -239,12 +241,33 @@ def read_texts(
     device: str = "auto",
 ) -> Texts:
     """The three texts, tokenized for a model. `sampled`: what the model itself writes on `device`, but for `heldout`.
-    Raises TextTooShort, UsageError, ModelUnreadable."""
+    Raises TextTooShort, TextNotWritten, UsageError, ModelUnreadable."""
     tokenizer = sources.load_tokenizer(source)
     length = sources.block_length(source, length)
     if sampled:
         return _sampled(source, tokenizer, tokens, length, device, heldout)
     return texts.prepare(tokenizer, files=files, dataset=dataset, heldout=heldout, tokens=tokens, length=length)
+
+
+def default_texts(source: Source, **options: Any) -> Texts:
+    """`read_texts` of what the model itself writes; where it cannot, of the sources of Python's standard library, and a
+    line says so."""
+    try:
+        return read_texts(source, **options, sampled=True)
+    except TextNotWritten as error:
+        print(printable(f"{error}; {texts.DEFAULT_SOURCE} are used"), file=sys.stderr)
+        return read_texts(source, **options)
+
+
+def has_written(source: Source, tokens: int, length: int, device: str) -> bool:
+    """Whether the cache holds the text that a model writes, for `read_texts`' arguments of these names."""
+    length = sources.block_length(source, length)
+    return _written(source, sum(texts.counts(tokens, length).values()), length, pick_device(device)).exists()
+
+
+def _written(source: Source, blocks: int, length: int, device: str) -> Path:
+    facts = (source.weights_sha256, source.config_sha256, version("transformers"), computed_on(device))
+    return cache_folder() / "text" / f"sampled-{sha256(*facts, str(blocks), str(length), str(SEED))[:24]}.safetensors"
 
 
 def _sampled(
@@ -256,17 +279,22 @@ def _sampled(
     heldout: list[Path] | None,
 ) -> Texts:
     """Blocks that the model writes, made once and kept in the cache."""
+    sources.refuse_quantized(source)
     wanted, device = texts.counts(tokens, length), pick_device(device)
     total = sum(wanted.values())
-    facts = (source.weights_sha256, source.config_sha256, version("transformers"), computed_on(device))
-    path = cache_folder() / "text" / f"sampled-{sha256(*facts, str(total), str(length), str(SEED))[:24]}.safetensors"
+    path = _written(source, total, length, device)
     with locked(path):
         kept = load_tensors(path)
         if kept is None:
             model = load_reference(source, device)
             vocabulary = min(len(tokenizer), vocabulary_size(model))
             first = first_tokens(texts.first_token(tokenizer), vocabulary, total, SEED)
-            kept = {"ids": written(model, first, length, SEED)}
+            try:
+                kept = {"ids": written(model, first, length, SEED)}
+            except (torch.OutOfMemoryError, MemoryError):
+                raise
+            except Exception as error:  # model code refuses to generate in any type
+                raise TextNotWritten(f"{source.model} cannot write text itself: {first_line(error)}") from error
             save_tensors(path, kept)
     parts = dict(zip(wanted, (Blocks(ids) for ids in kept["ids"].split(list(wanted.values()))), strict=True))
     if heldout:

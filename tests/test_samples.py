@@ -1,9 +1,11 @@
 import json
+import os
 
 import pytest
 import torch
 
 from bitplan.sensitivity.texts.samples import SAMPLED, first_tokens, written
+from bitplan.sensitivity.texts.text import DEFAULT_SOURCE
 from tests import tiny
 from tests.test_cli import run  # noqa: F401
 
@@ -49,6 +51,31 @@ def test_a_plan_on_sampled_text_is_applied_where_no_cache_has_it(run, tmp_path, 
     code, out, err = run("apply", plan, "--sample", *LITTLE[:-2], "--json")
     assert code == 0, err
     assert json.loads(out)["kl"] == pytest.approx(made["measured"]["kl"], rel=1e-4)
+
+
+def cannot(*_):
+    raise RuntimeError("probabilities hold nan")
+
+
+def test_by_default_the_model_writes_and_where_it_cannot_pythons_sources_are_read(run, checkpoint, monkeypatch):  # noqa: F811
+    model = checkpoint("llama")
+    code, _, err = run("audit", model, *LITTLE, "--check", "0")
+    assert code == 0 and f"text: {SAMPLED}" in err
+    monkeypatch.setattr("bitplan.sensitivity.session.written", cannot)
+    assert run("audit", model, *LITTLE, "--check", "0")[0] == 0  # it is in the cache
+    monkeypatch.setenv("BITPLAN_CACHE", os.environ["BITPLAN_CACHE"] + "-empty")
+    code, _, err = run("audit", model, *LITTLE, "--check", "0")
+    assert code == 0 and f"cannot write text itself: probabilities hold nan; {DEFAULT_SOURCE} are used" in err
+    code, out, err = run("audit", model, *LITTLE, "--sample")
+    assert (code, out) == (1, "") and "cannot write text itself" in err
+    code, _, err = run("audit", model, *LITTLE, "--check", "0", "--max-memory", "2GiB")
+    assert code == 0 and f"text: {DEFAULT_SOURCE}" in err and "cannot" not in err
+
+
+def test_a_budget_that_is_too_small_is_refused_before_the_model_writes(run, checkpoint, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("bitplan.sensitivity.session.written", lambda *_: pytest.fail("it wrote"))
+    code, _, err = run("plan", checkpoint("llama"), *LITTLE, "--bpw", "1")
+    assert code == 3 and "the least that the formats" in err
 
 
 @pytest.mark.parametrize("command", ["audit", "compare"])

@@ -98,13 +98,15 @@ def _model(parser: argparse.ArgumentParser) -> None:
 
 
 def _text(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("text (default: the sources of Python's standard library)")
+    group = parser.add_argument_group(
+        "text (default: --sample; with --max-memory, the sources of Python's standard library)"
+    )
     group.add_argument(
         "--text", type=Path, nargs="+", metavar="FILE", help="files, split into calibration, search and held-out text"
     )
     group.add_argument("--dataset", metavar="NAME[:CONFIG]", help="column 'text' of a hub dataset's train split")
     group.add_argument(
-        "--sample", action="store_true", help="text that the model itself writes: better than text of another kind"
+        "--sample", action="store_true", help="text that the model itself writes, or an error where it cannot"
     )
     group.add_argument("--heldout", type=Path, nargs="+", metavar="FILE", help="separate files of held-out text")
     group.add_argument(

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from argparse import Namespace
+from functools import partial
 from typing import Any
 
 from bitplan.formats.errors import FormatUnavailable, UsageError, printable
@@ -11,7 +12,7 @@ from bitplan.formats.rounding import refuse_misfit
 from bitplan.formats.table import DEFAULT_FORMATS, FORMATS
 from bitplan.planner.assemble import parse_formats
 from bitplan.sensitivity import source as sources
-from bitplan.sensitivity.session import read_texts
+from bitplan.sensitivity.session import default_texts, has_written, read_texts
 from bitplan.sensitivity.source import Source
 from bitplan.sensitivity.tasks.task import Task, read_task
 from bitplan.sensitivity.texts.text import DEFAULT_SOURCE, Texts
@@ -35,16 +36,17 @@ def log(text: str) -> None:
 
 
 def texts_of(arguments: Namespace, source: Source) -> Texts:
+    """Of the options; by default what the model writes itself, where it is in memory whole and can write."""
     if arguments.block < 8:
         raise UsageError(f"--block {arguments.block}: it must be at least 8 tokens")
     if sum(map(bool, (arguments.text, arguments.dataset, arguments.sample))) > 1:
         raise UsageError("give one of --text, --dataset and --sample")
-    texts = read_texts(
+    read = default_texts if samples(arguments) else partial(read_texts, sampled=arguments.sample)
+    texts = read(
         source,
         files=arguments.text,
         dataset=arguments.dataset,
         heldout=arguments.heldout,
-        sampled=arguments.sample,
         device=arguments.device,
         tokens=arguments.tokens,
         length=arguments.block,
@@ -53,11 +55,22 @@ def texts_of(arguments: Namespace, source: Source) -> Texts:
     sizes = ", ".join(f"{name} {count} × {length} tokens" for name, (count, length) in parts.items())
     log(f"text: {texts.source}: {sizes}")
     if texts.source == DEFAULT_SOURCE:
-        log("text of the kind that the model reads (--text), or that it writes itself (--sample), loses less")
+        log("text of the kind that the model reads (--text) loses less")
     found, length = texts.calibration.ids.numel(), texts.calibration.ids.shape[1]
     if found < arguments.tokens // length * length:
         log(f"the text has {found:,} calibration tokens, fewer than the {arguments.tokens:,} requested")
     return texts
+
+
+def samples(arguments: Namespace) -> bool:
+    """Whether the model is to write the text: none was named, and the model is in memory whole."""
+    return not (arguments.text or arguments.dataset or arguments.sample or getattr(arguments, "max_memory", None))
+
+
+def has_texts(arguments: Namespace, source: Source) -> bool:
+    """Whether `texts_of` need not let the model write first."""
+    writes = arguments.sample or samples(arguments)
+    return not writes or has_written(source, arguments.tokens, arguments.block, arguments.device)
 
 
 def candidate_formats(arguments: Namespace) -> tuple[str, ...]:

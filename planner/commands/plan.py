@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from bitplan.formats.errors import FormatUnavailable, UsageError
 from bitplan.formats.table import FORMATS
 from bitplan.planner.assemble import Finish, quick_plan
-from bitplan.planner.commands.common import candidate_formats, emit, log, seconds_in, tasks_of, texts_of
+from bitplan.planner.commands.common import candidate_formats, emit, has_texts, log, seconds_in, tasks_of, texts_of
 from bitplan.planner.commands.goals import budgets_of, latency_of, limit_of, outputs_of, place_of
 from bitplan.planner.evaluate.trials import EFFORTS, Effort
 from bitplan.planner.memory.budget import CONTEXT, DeviceBudget, device_budget, requested_workload
@@ -29,7 +29,7 @@ from bitplan.sensitivity.audit import audit, sizes
 from bitplan.sensitivity.graph import ON_REQUEST
 from bitplan.sensitivity.profile import Profile, read, write
 from bitplan.sensitivity.profile_cache import remember
-from bitplan.sensitivity.session import Session, open_session, recall_texts
+from bitplan.sensitivity.session import Session, open_session, read_texts, recall_texts
 from bitplan.sensitivity.source import Source
 from bitplan.sensitivity.store import refuse_overwrite, write_text
 from bitplan.sensitivity.texts.text import Texts
@@ -71,10 +71,14 @@ def run(arguments: Namespace) -> None:
         if effort.trials or limit:
             session = open_session(source, _profile_texts(arguments, profile, source), _kept(profile), arguments.device)
     else:
-        session = open_session(source, texts_of(arguments, source), device=arguments.device)
+        # A budget that is too small is refused before the model writes text.
+        shape = None if has_texts(arguments, source) else open_session(source, read_texts(source), whole=False)
+        session = shape or open_session(source, texts_of(arguments, source), device=arguments.device)
         audited = tuple(dict.fromkeys((*formats, *_named(overrides, session))))
-        workload = _readable(workload, source, session.provenance.model.dtype, session.model)
+        workload = _readable(workload, source, session.provenance.model.dtype, None if shape else session.model)
         goals = goals_of(bound(sizes(session, audited, arguments.rounding), formats))
+        if shape:
+            session = open_session(source, texts_of(arguments, source), device=arguments.device)
         profile = audit(session, audited, arguments.rounding)
     remember(profile)  # for `bitplan explain`
     problem = bound(profile, offered)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from bitplan.formats.errors import ModelUnreadable, UsageError
 from bitplan.planner.commands.arguments import build_parser
-from bitplan.planner.commands.common import emit, texts_of
+from bitplan.planner.commands.common import emit, has_texts, texts_of
 from bitplan.planner.evaluate.recommend import PURPOSES, recommend
 from bitplan.planner.memory.budget import CONTEXT, requested_workload
 from bitplan.planner.memory.device import find_device
@@ -31,7 +31,9 @@ def run(arguments: Namespace) -> None:
         if typed := _typed(arguments, DEVICE):
             raise UsageError(f"{typed.split()[0]} belongs to --for fit")
         source = sources.find(arguments.model, trust_remote_code=arguments.trust_remote_code)
-        advice = recommend(source, arguments.purpose, texts_of(arguments, source), arguments.device)
+        # Nothing was measured on text that the model has not written.
+        texts = texts_of(arguments, source) if arguments.purpose == "training" or has_texts(arguments, source) else None
+        advice = recommend(source, arguments.purpose, texts, arguments.device)
         to_measure = advice.to_measure(model, _typed(arguments, asks))
         emit(arguments, advice.as_dict(), advice_text(advice, to_measure, model))
         return
@@ -45,7 +47,7 @@ def run(arguments: Namespace) -> None:
     )
     fitted = fit(found, arguments.reserve, source, workload)
     texts = None
-    if source.files and any(cache_folder().glob("*/compared/*.json")):
+    if source.files and any(cache_folder().glob("*/compared/*.json")) and has_texts(arguments, source):
         with suppress(ModelUnreadable):  # without a tokenizer nothing was measured
             texts = texts_of(arguments, source)
     advice = recommend(source, "fit", texts, arguments.device)
