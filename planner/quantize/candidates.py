@@ -5,6 +5,7 @@ some block share all codes up to it, and the hidden states behind it.
 May import: formats, sensitivity, planner.plan, planner.quantize.segment.
 """
 
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -72,8 +73,7 @@ class Candidates:
         """Bytes of the cache."""
         self.segments = self.shared = 0
         self.saved = 0.0
-        self._seconds, self._rounded = [0.0] * len(self._chain), [0] * len(self._chain)
-        self._running, self._run = [0.0] * len(self._chain), [0] * len(self._chain)
+        self._seconds, self._running = [math.inf] * len(self._chain), [math.inf] * len(self._chain)
 
     def round(self, plan: Plan) -> list[Rounded]:
         """A plan's segments. Raises RoundingFailed."""
@@ -88,8 +88,7 @@ class Candidates:
                 states, first = (made[-1].states, made[0].weights) if made else (None, {})
                 self._cache[key] = self._round(plan, index, states, first)
                 self._keep(self._cache[key].nbytes)
-                self._seconds[index] += time.perf_counter() - began
-                self._rounded[index] += 1
+                self._seconds[index] = min(self._seconds[index], time.perf_counter() - began)
             self._cache.move_to_end(key)
             made.append(self._cache[key])
         for key in reversed(self.prefixes(plan)):  # more plans share the first segments than the last
@@ -127,8 +126,8 @@ class Candidates:
                 swapper.restore(unit)
 
     def seconds(self, index: int) -> float:
-        """What it took to round a segment so far, on average."""
-        return self._seconds[index] / max(1, self._rounded[index])
+        """The least that it took to round a segment so far: the first time also prepares what others use."""
+        return self._seconds[index]
 
     def prefixes(self, plan: Plan) -> list[tuple]:
         """For each segment what its codes follow from: the schemes of its units and of all before it."""
@@ -157,7 +156,7 @@ class Candidates:
         last = len(self._chain) - 1
         ids = self._session.texts.search.ids[first : first + AT_ONCE].to(self._session.device)
         begun = max((index for index in range(last) if first in segments[index].search), default=-1)
-        self.saved += sum(self._running[index] / max(1, self._run[index]) for index in range(begun + 1))
+        self.saved += sum(self._running[: begun + 1])
         x = ids if begun < 0 else segments[begun].search[first].to(self._session.device)
         for index in range(begun + 1, last):
             began = time.perf_counter()
@@ -166,8 +165,7 @@ class Candidates:
             if segments[index].kept:
                 segments[index].search[first] = x.cpu()
                 self._keep(4 * x.numel())
-            self._running[index] += time.perf_counter() - began
-            self._run[index] += 1
+            self._running[index] = min(self._running[index], time.perf_counter() - began)
         return x
 
     def _round(self, plan: Plan, index: int, states: States | None, first: dict[str, Tensor]) -> Rounded:
