@@ -121,7 +121,7 @@ def test_values_grow_as_their_scales_do(format):
     assert_close(grown, format.dequantize(tensors, 96, torch.float32) * (1 + step), rtol=1e-4, atol=1e-7)
 
 
-@given(st.integers(0, 1000), st.sampled_from([n for n in DEFAULT_FORMATS if n != "int8"]))
+@given(st.integers(0, 1000), st.sampled_from([n for n in DEFAULT_FORMATS if n != "int8" and not n.endswith("-s4")]))
 def test_error_is_at_most_half_a_step(seed, name):
     format = format_named(name)
     weight = weights(4, 96, seed)

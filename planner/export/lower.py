@@ -6,6 +6,7 @@ May import: formats, sensitivity, planner.plan, planner.export.gptq_layout, plan
 from collections import defaultdict
 from collections.abc import Iterable
 
+from bitplan.formats.double_quant import DoubleQuantFormat
 from bitplan.formats.errors import FormatUnavailable
 from bitplan.formats.rounding import ROUNDINGS, rounding_for
 from bitplan.formats.table import DEFAULT_FORMATS, DTYPES, FORMATS
@@ -13,8 +14,8 @@ from bitplan.planner.export.gptq_layout import FUSED
 from bitplan.planner.export.target import Target
 from bitplan.planner.plan import Plan, PlannedUnit
 
-CANDIDATES = (*DEFAULT_FORMATS, "fp8")
-"""The formats that `nearest` considers, in addition to each weight's own float dtype."""
+CANDIDATES = (*(name for name in DEFAULT_FORMATS if not isinstance(FORMATS[name], DoubleQuantFormat)), "fp8")
+"""The formats that `nearest` considers, in addition to each weight's own float dtype; not those that targets expand."""
 NAMED = 3
 
 
