@@ -3,7 +3,7 @@
 Each arm gets a model's budget and gives an allocation; every allocation is then finished by the plan's own rounding and
 evaluated on held-out text. The arms with trials are those of `bitplan plan`, races between finished plans included, and
 differ in what draws the corrections: their posterior (`search`), their prior (`random`, the control) or Optuna's TPE
-(`tpe`). Allocations that several arms evaluate are evaluated once, and their seconds counted for each.
+(`tpe`). Allocations that several arms finish are finished once, and their seconds counted for each.
 May import: everything.
 """
 
@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 import optuna
 
+from benchmarks.arms import remeasured, thresholds
 from benchmarks.machine import described
 from bitplan.formats.errors import BudgetInfeasible
 from bitplan.formats.scheme import QuantScheme
@@ -47,6 +47,8 @@ SIZES = ((43, 12), (200, 12), (1000, 30), (10_000, 30))
 """Groups and options each."""
 SHARES = (0.05, 0.2, 0.5)
 """Budgets, from the smallest allocation to the largest."""
+ARMS = "uniform,ends,mlx-lm,search:5,search:20,random:20"
+"""Beside the knapsack; `point`, too, is the knapsack with losses predicted at its plan's operating point."""
 
 
 def random_problem(groups: int, each: int) -> Options:
@@ -88,16 +90,6 @@ class PriorSampler(PosteriorSampler):
         return self.corrections.draw(self.corrections.fit([]), self.generator) if self.evaluated() else zero
 
 
-@dataclass
-class Work:
-    """Plans and blocks of text that an arm's trials consist of, and what of them has to be rounded and run."""
-
-    plans: int = 0
-    blocks: int = 0
-    run: int = 0
-    rounded: set[tuple] = field(default_factory=set)
-
-
 class Case:
     """A model with its texts, at a budget of bits per weight over all parameters."""
 
@@ -110,40 +102,16 @@ class Case:
         self.problem: Problem = problem_of(audit(self.session, DEFAULT_FORMATS))
         weights = int(self.session.model.num_parameters() * bits / 8)
         self.budget = Budget(requested=f"{bits:g} bits per weight", weights=weights)
+        self.available = weights - self.problem.profile.unquantized_bytes
         self.objective = Objective(self.session)
-        self.trials = Trials(self.problem, self.budget, self.session, self.objective, Finish(), Effort())
-        self._losses: dict[str, tuple[list[float], float]] = {}
+        self.exact = self.problem.solved(self.budget.weights)
         self._finished: dict[str, tuple[float, Measured, float]] = {}
         self.seconds = 0.0
-        self.work = Work()
-
-    def losses(self, allocation: Allocation) -> Iterator[float]:
-        """Blocks of text, all of them evaluated so that arms can share them; `seconds` grows by what it took."""
-        key = repr(sorted(allocation.items()))
-        if key not in self._losses:
-            began = time.perf_counter()
-            self._losses[key] = list(self.trials.losses(allocation)), time.perf_counter() - began
-        losses, seconds = self._losses[key]
-        self.seconds += seconds
-        prefixes = self.trials.candidates.prefixes(self.plan(allocation))
-        self.work.plans += 1
-        self.work.blocks += len(losses)
-        self.work.rounded |= set(prefixes)
-        for loss in losses:
-            self.work.run += 1
-            yield loss
+        self.skipped: float | None = None
+        """The share of an arm's trials that sharing and dropping saved, in seconds."""
 
     def plan(self, allocation: Allocation) -> Plan:
-        return allocated_plan(self.problem, allocation, self.budget, self.trials.exact, Finish())
-
-    def skipped(self) -> float:
-        """The share of an arm's trials that sharing and dropping saves in `bitplan plan`, in seconds."""
-        work, trials, candidates = self.work, self.trials, self.trials.candidates
-        block = trials.running / max(1, trials.blocks)
-        segments = {len(prefix) - 1 for prefix in work.rounded}
-        whole = work.plans * sum(candidates.seconds(index) for index in segments) + work.blocks * block
-        run = sum(candidates.seconds(len(prefix) - 1) for prefix in work.rounded) + work.run * block
-        return 1 - run / whole if whole else 0.0
+        return allocated_plan(self.problem, allocation, self.budget, self.exact, Finish())
 
     def finished(self, allocation: Allocation) -> tuple[float, Measured]:
         """KL on the search text, and the figures on held-out text."""
@@ -162,15 +130,21 @@ class Case:
     def searched(self, arm: str, trials: int, seed: int) -> Allocation:
         """What `bitplan plan` would choose, but for the comparison with uniform."""
         corrections = Corrections(self.problem.options)
-        available = self.budget.weights - self.problem.profile.unquantized_bytes
+        evaluated = Trials(self.problem, self.budget, self.session, self.objective, Finish(), Effort())
         samplers: dict[str, Callable[[int], Any] | None] = {
             "search": None,
             "random": lambda done: PriorSampler(corrections, lambda: [({}, 1.0)] * done, dict, (seed, done)),
             "tpe": lambda done: optuna.samplers.TPESampler(seed=seed + done, multivariate=True, constant_liar=False),
         }
+        began = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             options = {"trials": trials, "journal": Path(folder) / "study.log", "name": "bench", "seed": seed}
-            found, exact = search(self.problem.options, available, self.losses, sampler=samplers[arm], **options)  # type: ignore[arg-type]
+            asked = (self.problem.options, self.available, evaluated.losses)
+            found, exact = search(*asked, sampler=samplers[arm], **options)  # type: ignore[arg-type]
+        self.seconds += time.perf_counter() - began
+        blocks = evaluated.evaluated * self.objective.count
+        saved = evaluated.candidates.saved + (blocks / evaluated.blocks - 1) * evaluated.running
+        self.skipped = saved / (saved + evaluated.rounding + evaluated.running)
         finalists = [each.allocation for each in found.ranked[: Effort.of(trials).finalists]]
         if len(finalists) > 1:
             ends = self.problem.ends_high(self.budget.weights)
@@ -178,20 +152,27 @@ class Case:
         return min(finalists, key=lambda allocation: self.finished(allocation)[0])
 
 
-def jobs(case: Case, arms: list[tuple[str, int]], seeds: int) -> Iterator[tuple[str, Callable[[], Allocation]]]:
+def jobs(case: Case, arms: str, seeds: int) -> Iterator[tuple[str, Callable[[], Allocation]]]:
     """The arms by name, each a function that gives an allocation."""
-    fixed: dict[str, Allocation | None] = {
-        "best uniform": next((each for _, each in case.problem.uniform(case.budget.weights)), None),
-        "first and last high": case.problem.ends_high(case.budget.weights),
-        "knapsack": case.trials.exact.allocation,
-    }
-    for name, allocation in fixed.items():
-        if allocation:
+    yield "knapsack", lambda: case.exact.allocation
+    for arm, _, trials in (each.partition(":") for each in arms.split(",")):
+        fixed: dict[str, Allocation] = {}
+        if arm == "uniform":
+            uniform = case.problem.uniform(case.budget.weights)
+            fixed = {"best uniform": uniform[0][1]} if uniform else {}
+        elif arm == "ends":
+            ends = case.problem.ends_high(case.budget.weights)
+            fixed = {"first and last high": ends} if ends else {}
+        elif arm == "mlx-lm":
+            made = list(thresholds(case.problem, case.session, case.budget.weights))
+            fixed = {"mlx-lm's rule": min(made, key=lambda each: case.finished(each)[0])} if made else {}
+        elif arm == "point":
+            fixed = dict(remeasured(case.problem, case.session, case.plan(case.exact.allocation), case.available))
+        for name, allocation in fixed.items():
             yield name, partial(dict, allocation)
-    for arm, trials in arms:
-        for seed in range(seeds):
+        for seed in range(seeds if trials else 0):
             name = f"{arm}, {trials} trials" + (f", seed {seed}" if seeds > 1 else "")
-            yield name, partial(case.searched, arm, trials, 1000 * seed)
+            yield name, partial(case.searched, arm, int(trials), 1000 * seed)
 
 
 def cases_of(models: list[tuple[str, str, str]], budgets: list[float]) -> Iterator[Case]:
@@ -204,16 +185,16 @@ def cases_of(models: list[tuple[str, str, str]], budgets: list[float]) -> Iterat
                 print(f"{files[0]}, {bits:g} bits per weight: {error}", file=sys.stderr)
 
 
-def arms_table(cases: Iterable[Case], arms: list[tuple[str, int]], seeds: int) -> str:
+def arms_table(cases: Iterable[Case], arms: str, seeds: int) -> str:
     rows = []
     for case in cases:
-        base = case.finished(case.trials.exact.allocation)[1].kl
+        base = case.finished(case.exact.allocation)[1].kl
         for name, job in jobs(case, arms, seeds):
-            case.seconds, case.work = 0.0, Work()
+            case.seconds, case.skipped = 0.0, None
             allocation = job()
             kl, error = (found := case.finished(allocation)[1]).kl, found.kl_se
             figures = (f"{kl:.5f}", f"{error:.5f}", f"{kl / base:.3f}", f"{case.seconds:.0f}")
-            figures += (f"{case.skipped():.0%}" if case.work.plans else "",)
+            figures += ("" if case.skipped is None else f"{case.skipped:.0%}",)
             rows.append((case.name, case.budget.requested, name, f"{case.problem.nbytes(allocation):,}", *figures))
             print(*rows[-1], file=sys.stderr, flush=True)
     head = ("model", "budget", "arm", "bytes", "held-out KL", "± se", "of knapsack", "seconds", "work skipped")
@@ -226,7 +207,7 @@ def main() -> None:
     parser.add_argument("--also", nargs=3, action="append", default=[], metavar=("MODEL", "TEXT", "HELDOUT"))
     parser.add_argument("--only-also", action="store_true", help="without the embedded model")
     parser.add_argument("--bpw", type=float, nargs="+", default=[2.5, 3.2, 4.0], metavar="BITS")
-    parser.add_argument("--arms", default="search:5,search:20,random:20", metavar="ARM:TRIALS,…")
+    parser.add_argument("--arms", default=ARMS, metavar="ARM,ARM:TRIALS,…")
     parser.add_argument("--seeds", type=int, default=1)
     arguments = parser.parse_args()
     if arguments.knapsack:
@@ -234,8 +215,7 @@ def main() -> None:
     else:
         models = [] if arguments.only_also else [(str(MODEL), str(CALIBRATION), str(HELDOUT))]
         cases = cases_of([*models, *arguments.also], arguments.bpw)
-        arms = [(arm, int(trials)) for arm, _, trials in (each.partition(":") for each in arguments.arms.split(","))]
-        print(arms_table(cases, arms, arguments.seeds))
+        print(arms_table(cases, arguments.arms, arguments.seeds))
     print(described())
 
 
