@@ -22,9 +22,10 @@ import optuna
 
 from benchmarks.arms import remeasured, thresholds
 from benchmarks.machine import described
+from bitplan.formats.double_quant import DoubleQuantFormat
 from bitplan.formats.errors import BudgetInfeasible
 from bitplan.formats.scheme import QuantScheme
-from bitplan.formats.table import DEFAULT_FORMATS
+from bitplan.formats.table import DEFAULT_FORMATS, FORMATS
 from bitplan.planner.assemble import Finish, allocated_plan
 from bitplan.planner.demo import CALIBRATION, HELDOUT, MODEL
 from bitplan.planner.evaluate.objective import Objective
@@ -43,6 +44,8 @@ from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.audit import audit
 from bitplan.sensitivity.session import open_session, read_texts
 
+MENU = tuple(name for name in DEFAULT_FORMATS if not isinstance(FORMATS[name], DoubleQuantFormat))
+"""The formats that all arms choose among."""
 SIZES = ((43, 12), (200, 12), (1000, 30), (10_000, 30))
 """Groups and options each."""
 SHARES = (0.05, 0.2, 0.5)
@@ -99,7 +102,7 @@ class Case:
         self.session = open_session(
             source, read_texts(source, files=[Path(text)], heldout=[Path(heldout)]), device="cpu"
         )
-        self.problem: Problem = problem_of(audit(self.session, DEFAULT_FORMATS))
+        self.problem: Problem = problem_of(audit(self.session, MENU))
         weights = int(self.session.model.num_parameters() * bits / 8)
         self.budget = Budget(requested=f"{bits:g} bits per weight", weights=weights)
         self.available = weights - self.problem.profile.unquantized_bytes
