@@ -6,7 +6,7 @@ LOWEST := .venv-lowest
 
 .PHONY: setup test test-all test-faults gpu zoo fuzz lint demo wheel-smoke test-lowest plans bench-prediction bench-rounding bench-one-bit bench-layout \
 	bench-exports bench-audit bench-memory bench-speed bench-compare bench-interval bench-search bench-reduced bench-real \
-	bench-double-quant bench-rotation bench-calibration
+	bench-double-quant bench-rotation bench-calibration bench-planners
 
 setup: $(VENV)/.done
 
@@ -88,6 +88,11 @@ bench-real: setup
 	$(BIN)/pip install -q -c constraints.txt -e ".[gguf]"
 	$(BIN)/python -m benchmarks.rounding --only-also --also "$$($(BIN)/python -m benchmarks.real_model)" $(TEXT) $(HELDOUT) \
 	  --tokens 8192 --methods $(METHODS) --bits $(BITS) --picture docs/real.svg
+
+# Bitplan's plans beside other planners', at equal bytes of linear layers and at equal total bytes (two hours).
+# ALSO="--averages 3.5 --arms linears everything" makes some of the rows.
+bench-planners: setup
+	$(BIN)/python -m benchmarks.planners $(ALSO)
 
 # How much calibration text, and which, rounding gains from (10 minutes). ALSO="--also MODEL TEXT HELDOUT" adds models.
 bench-calibration: setup

@@ -20,6 +20,8 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,13 @@ from transformers import AutoModelForCausalLM
 from bitplan.formats.table import DEFAULT_FORMATS
 from bitplan.planner.assemble import Finish, quick_plan, uniform_plan
 from bitplan.planner.demo import CALIBRATION, HELDOUT, MODEL
+from bitplan.planner.evaluate.trials import Effort
 from bitplan.planner.load import load_planned
 from bitplan.planner.plan import Budget, Plan
 from bitplan.planner.quantize.distillation import round_missing
 from bitplan.planner.report.figures.scatter import Dot, frontier_plot
 from bitplan.planner.report.tables import table
+from bitplan.planner.select import Selection
 from bitplan.search.problem import problem_of
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.audit import audit
@@ -74,7 +78,7 @@ def ours(case: Case, method: str, bits: int, tokens: int, whole: bool) -> dict[s
     """Round by bitplan in this process. `whole`: embeddings and head too."""
     texts = case.texts(tokens)
     rounding, _, distilled = method.partition("+")
-    session = open_session(case.source, texts, device="cpu") if whole else _ends_kept(case, texts)
+    session = open_session(case.source, texts, device="cpu") if whole else ends_kept(case, texts)
     plan = uniform_plan(session, f"int{bits}-g{GROUP}", rounding, bool(distilled))
     began = time.perf_counter()
     round_missing(plan, session)
@@ -86,16 +90,23 @@ def planned(case: Case, method: str, bits: int, tokens: int) -> dict[str, Any]:
     rounding."""
     texts = case.texts(tokens)
     session = open_session(case.source, texts, device="cpu")
-    limited = session if method == "plan-whole" else _ends_kept(case, texts)
+    limited = session if method == "plan-whole" else ends_kept(case, texts)
     limit = uniform_plan(limited, f"int{bits}-g{GROUP}").bytes
     began = time.perf_counter()
-    problem = problem_of(audit(session, DEFAULT_FORMATS))
-    plan = quick_plan(problem, Budget(requested=f"{limit} bytes", weights=limit), Finish())
+    plan = at_bytes(session, limit)
     round_missing(plan, session)
     return judged(session, plan, case, time.perf_counter() - began)
 
 
-def _ends_kept(case: Case, texts: Texts) -> Session:
+def at_bytes(session: Session, limit: int, rounding: str | None = None, trials: int = 0) -> Plan:
+    """The plan within a number of bytes: the knapsack's, or with trials what a search selects."""
+    problem, budget = problem_of(audit(session, DEFAULT_FORMATS)), Budget(requested=f"{limit} bytes", weights=limit)
+    if not trials:
+        return quick_plan(problem, budget, Finish(rounding))
+    return Selection(problem, session, Finish(rounding), Effort.of(trials), device="cpu").within(budget)
+
+
+def ends_kept(case: Case, texts: Texts) -> Session:
     """A session in which embeddings and head are no units."""
     session = open_session(case.source, texts, device="cpu")
     ends = (session.model.get_input_embeddings(), session.model.get_output_embeddings())
@@ -125,17 +136,21 @@ def _owner(model: torch.nn.Module, name: str) -> torch.nn.Module:
 
 
 def peer(case: Case, method: str, bits: int, tokens: int) -> dict[str, Any]:
-    """Round by a peer in its own environment, evaluate here."""
-    tool = method.removesuffix("-best")
+    """Round by a peer."""
+    recipe = ["--recipe", "best"] if method.endswith("-best") else []
+    return by_tool(case, method.removesuffix("-best"), ["--bits", bits, *recipe], tokens)
+
+
+def by_tool(case: Case, tool: str, options: list[Any], tokens: int) -> dict[str, Any]:
+    """Quantize by a peer in its own environment, evaluate here."""
     texts = case.texts(tokens)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_file({"ids": texts.calibration.ids.contiguous()}, folder / "ids.safetensors")
         python = HERE / "peers" / f".venv-{tool}" / "bin" / "python"
         command: list[Any] = [python, HERE / "peers" / f"run_{tool.replace('-', '_')}.py"]
-        command += ["--model", case.source.folder, "--calibration", folder / "ids.safetensors", "--bits", bits]
-        command += ["--group", GROUP, "--out", folder / "out"]
-        command += ["--recipe", "best"] if method.endswith("-best") else []
+        command += ["--model", case.source.folder, "--calibration", folder / "ids.safetensors", "--group", GROUP]
+        command += ["--out", folder / "out", *options]
         done = subprocess.run(list(map(str, command)), capture_output=True, encoding="utf-8", check=False)
         if done.returncode:
             return {"failed": True, "note": done.stderr.strip().splitlines()[-1]}
@@ -146,31 +161,48 @@ def peer(case: Case, method: str, bits: int, tokens: int) -> dict[str, Any]:
         evaluation = reference.evaluate(
             AutoModelForCausalLM.from_pretrained(folder / "out", dtype=torch.float32).eval()
         )
-    return {**figures(evaluation), **{name: result[name] for name in ("seconds", "peak_bytes", "note")}}
+    return {
+        **figures(evaluation),
+        **{name: result.get(name) for name in ("seconds", "peak_bytes", "note", "allocation")},
+    }
 
 
 def cell(case: Case, method: str, bits: int, tokens: int, whole: bool, redo: bool) -> dict[str, Any]:
     """A result, from its file where there is one."""
-    path = RESULTS / f"{case.name}.{method}{'.whole' if whole else ''}.{bits}.json"
+    return kept(
+        f"{case.name}.{method}{'.whole' if whole else ''}.{bits}",
+        redo,
+        partial(made, case, method, bits, tokens, whole),
+    )
+
+
+def kept(name: str, redo: bool, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result under a name, from its file where there is one."""
+    path = RESULTS / f"{name}.json"
     if path.exists() and not redo:
         return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
-    print(f"{case.name}, {bits} bits, {method}{', everything planned' if whole else ''} …", file=sys.stderr, flush=True)
-    if method in PEERS:
-        result = peer(case, method, bits, tokens)
-    else:
-        rounding, _, distilled = method.partition("+")
-        cache = RESULTS / f"{case.name}.{rounding}{'.whole' if whole else ''}.{bits}.cache"
-        before = cell(case, rounding, bits, tokens, whole, False)["seconds"] if distilled else 0.0
-        if not distilled:
-            shutil.rmtree(cache, ignore_errors=True)
-        command = [sys.executable, "-m", "benchmarks.rounding", "--one", method, str(bits), "--tokens", str(tokens)]
-        command += ["--case", *case.files, *(["--whole"] if whole else [])]
-        environment = os.environ | {"BITPLAN_CACHE": str(cache)}
-        done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", env=environment, check=True)
-        result = json.loads(done.stdout)
-        result["seconds"] += before
+    print(f"{name} …", file=sys.stderr, flush=True)
+    result = make()
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(result), encoding="utf-8")
+    return result
+
+
+def made(case: Case, method: str, bits: int, tokens: int, whole: bool) -> dict[str, Any]:
+    """A result, of a process of its own."""
+    if method in PEERS:
+        return peer(case, method, bits, tokens)
+    rounding, _, distilled = method.partition("+")
+    cache = RESULTS / f"{case.name}.{rounding}{'.whole' if whole else ''}.{bits}.cache"
+    before = cell(case, rounding, bits, tokens, whole, False)["seconds"] if distilled else 0.0
+    if not distilled:
+        shutil.rmtree(cache, ignore_errors=True)
+    command = [sys.executable, "-m", "benchmarks.rounding", "--one", method, str(bits), "--tokens", str(tokens)]
+    command += ["--case", *case.files, *(["--whole"] if whole else [])]
+    environment = os.environ | {"BITPLAN_CACHE": str(cache)}
+    done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", env=environment, check=True)
+    result = json.loads(done.stdout)
+    result["seconds"] += before
     return result
 
 

@@ -30,6 +30,7 @@ class Quantized:
     seconds: float
     note: str
     group: int | None = None  # where it is not the one asked for
+    allocation: dict[str, int] | None = None  # bits by layer name, where the tool chose them
 
 
 def full_precision(folder: str) -> torch.nn.Module:
@@ -99,7 +100,9 @@ def run(tool: str, quantize: Callable[[argparse.Namespace], Quantized]) -> None:
     parser = argparse.ArgumentParser(description=f"Quantize a model with {tool}; write it dequantized.")
     parser.add_argument("--model", required=True, help="a folder")
     parser.add_argument("--calibration", required=True, help='safetensors file: token blocks "ids"')
-    parser.add_argument("--bits", type=int, required=True)
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--bits", type=int)
+    budget.add_argument("--average", type=float, help="mean bits per weight with scales; the tool chooses each layer's")
     parser.add_argument("--group", type=int, required=True, help="columns that share a scale; 0: the whole row")
     parser.add_argument("--out", required=True)
     parser.add_argument("--recipe", choices=["default", "best"], default="default")
@@ -111,7 +114,7 @@ def run(tool: str, quantize: Callable[[argparse.Namespace], Quantized]) -> None:
     # The tools print on stdout, from C too. What they print while imported comes before; the last line is the result.
     stdout = os.dup(1)
     os.dup2(2, 1)
-    result = {"tool": tool, "version": importlib.metadata.version(tool), "bits": arguments.bits}
+    result = {"tool": tool, "version": importlib.metadata.version(tool), "bits": arguments.bits or arguments.average}
     result |= {"group": arguments.group, "recipe": arguments.recipe}
     try:
         # gptqmodel and auto-round leave files where they are run.
@@ -123,6 +126,8 @@ def run(tool: str, quantize: Callable[[argparse.Namespace], Quantized]) -> None:
         result |= {"note": made.note}
         if made.group is not None:
             result["group"] = made.group
+        if made.allocation is not None:
+            result["allocation"] = made.allocation
     except (Exception, SystemExit) as error:  # auto-round exits where it cannot go on
         # A tool's refusal is a result of the benchmark; the trace tells it from a mistake made here.
         traceback.print_exc()

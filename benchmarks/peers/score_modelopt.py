@@ -27,7 +27,7 @@ def weights_only(bits: int, group: int) -> dict:
 
 
 def loss(output: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.cross_entropy(output.logits[0, :-1].float(), ids[0, 1:])
+    return torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
 def main() -> None:
