@@ -27,7 +27,7 @@ from bitplan.planner.plan import (
 from bitplan.search.corrections import Allocation
 from bitplan.search.knapsack import Solution
 from bitplan.search.overrides import matched
-from bitplan.search.problem import Problem, refuse_infeasible, refuse_too_slow
+from bitplan.search.problem import Problem, refuse_infeasible
 from bitplan.sensitivity.profile import Provenance, UnitEntry, UnquantizedEntry, unit_entry, unquantized_entry
 from bitplan.sensitivity.session import Session
 
@@ -119,7 +119,6 @@ def allocated_plan(
 def quick_plan(problem: Problem, budget: Budget, finish: Finish, workload: Workload = NATIVE_WORKLOAD) -> Plan:
     """The knapsack's solution, unmeasured: seconds, and no model. Raises BudgetInfeasible."""
     refuse_infeasible(problem, budget.weights, budget.requested)
-    refuse_too_slow(problem, budget.weights)
     solution = problem.solved(budget.weights)
     fitting = problem.uniform(budget.weights)
     uniform = uniform_facts(problem, *fitting[0], finish) if fitting else None

@@ -23,7 +23,7 @@ from bitplan.planner.quantize.candidates import Candidates
 from bitplan.search import knapsack
 from bitplan.search.corrections import Allocation, Corrections
 from bitplan.search.limit import Tried, narrow, smallest
-from bitplan.search.problem import Problem, refuse_infeasible, refuse_too_slow
+from bitplan.search.problem import Problem, refuse_infeasible
 from bitplan.search.study import Found
 from bitplan.sensitivity.loss import Evaluation, finite, standard_error
 from bitplan.sensitivity.session import Session
@@ -111,7 +111,6 @@ class Selection:
         Raises BudgetInfeasible and UsageError before anything runs.
         """
         refuse_infeasible(self.problem, budget.weights, budget.requested)
-        refuse_too_slow(self.problem, budget.weights)
         trials = self._trials(budget)
         found = trials.run()
         self.study = found.study

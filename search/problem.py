@@ -152,7 +152,7 @@ def limited(problem: Problem, seconds: Callable[[UnitEntry, str], float], limit:
     return replace(problem, options=options, latency=limit)
 
 
-def refuse_too_slow(problem: Problem, budget: int) -> None:
+def _refuse_too_slow(problem: Problem, budget: int) -> None:
     """Raises BudgetInfeasible where no allocation of at most `budget` bytes keeps to the latency: the sentence names
     the fewest milliseconds there are, at how many bytes, and what to change."""
     if problem.latency is None:
@@ -192,11 +192,12 @@ def rounded_up(number: float) -> float:
 
 
 def refuse_infeasible(problem: Problem, budget: int, requested: str) -> None:
-    """Raises BudgetInfeasible where no allocation has at most `budget` bytes: the sentence names the budget as it was
-    `requested`, the least bytes there are, and what to change."""
+    """Raises BudgetInfeasible where no allocation has at most `budget` bytes, or none of those keeps to the latency:
+    the sentence names the budget as it was `requested`, the least bytes there are, and what to change."""
     unquantized = problem.profile.unquantized_bytes
     least = knapsack.floor(problem.options) + unquantized
     if budget >= least:
+        _refuse_too_slow(problem, budget)
         return
     if knapsack.floor(problem.offered) + unquantized <= budget:
         raise BudgetInfeasible(_overrides_too_big(problem, least, budget, requested))

@@ -23,7 +23,7 @@ from bitplan.planner.report.page.render import refuse_without_report, render
 from bitplan.planner.report.show import plan_text
 from bitplan.planner.select import LossLimit, Selection
 from bitplan.search.overrides import Override, followers, parse_overrides
-from bitplan.search.problem import Problem, problem_of, refuse_infeasible, refuse_too_slow
+from bitplan.search.problem import Problem, problem_of, refuse_infeasible
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.audit import audit, sizes
 from bitplan.sensitivity.graph import ON_REQUEST
@@ -117,7 +117,6 @@ def _budgets(
         budgets = budgets_of(arguments, problem.profile.provenance.model.parameters)
     for budget in budgets:
         refuse_infeasible(problem, budget.weights, budget.requested)
-        refuse_too_slow(problem, budget.weights)
     return budgets
 
 
