@@ -104,14 +104,14 @@ def solve(problem: Options, budget: int, gap: float = GAP) -> Solution:
     groups = [undominated(options) for options in problem.values()]
     chosen, price = greedy(groups, budget)
     if price == 0:  # every group has its least loss
-        bound = _loss(chosen)
+        bound = loss_of(chosen)
     else:
         least = [min(option.loss + price * option.nbytes for option in options) for options in groups]
         bound = sum(least) - price * budget
         chosen = _exchanged(groups, chosen, bound, budget, gap)
-        if _loss(chosen) - bound > gap * _loss(chosen):
+        if loss_of(chosen) - bound > gap * loss_of(chosen):
             chosen, bound = branch_and_bound(groups, least, chosen, price, bound, budget, gap)
-    loss = _loss(chosen)
+    loss = loss_of(chosen)
     return Solution(
         allocation={group: option.scheme for group, option in zip(problem, chosen, strict=True)},
         nbytes=_nbytes(chosen),
@@ -120,7 +120,7 @@ def solve(problem: Options, budget: int, gap: float = GAP) -> Solution:
     )
 
 
-def _loss(options: Sequence[Option]) -> float:
+def loss_of(options: Sequence[Option]) -> float:
     return sum(option.loss for option in options)
 
 
@@ -158,7 +158,7 @@ def _exchanged(
     nbytes, losses = np.array([o.nbytes for _, o in flat], dtype=np.int64), np.array([o.loss for _, o in flat])
     chosen = list(chosen)
     for _ in range(EXCHANGES):
-        if _loss(chosen) - bound <= gap * _loss(chosen):
+        if loss_of(chosen) - bound <= gap * loss_of(chosen):
             break
         more = nbytes - np.array([o.nbytes for o in chosen], dtype=np.int64)[rows]
         gain = np.array([o.loss for o in chosen])[rows] - losses
@@ -215,11 +215,11 @@ def branch_and_bound(
     def cost(option: Option) -> float:
         return option.loss + price * option.nbytes + per_second * option.seconds
 
-    slack = (_loss(chosen) - bound) * (1 + 1e-9)
+    slack = (loss_of(chosen) - bound) * (1 + 1e-9)
     left = [[o for o in groups[row] if cost(o) - least[row] <= slack] for row in range(len(groups))]
     open_rows = [row for row, options in enumerate(left) if len(options) > 1]
     if not open_rows or any(not options for options in left):  # nothing better is possible, but for rounding
-        return chosen, _loss(chosen)
+        return chosen, loss_of(chosen)
     fixed = [options[0] for options in left if len(options) == 1]
     flat = [(i, option) for i, row in enumerate(open_rows) for option in left[row]]
     nbytes = np.array([option.nbytes for _, option in flat], dtype=np.int64)
@@ -229,7 +229,7 @@ def branch_and_bound(
     shape = (len(open_rows), len(flat))
     one_each = csr_array((np.ones(len(flat)), ([i for i, _ in flat], range(len(flat)))), shape=shape)
     room = budget - _nbytes(fixed)
-    gap *= _loss(chosen) / max(_loss(chosen) - _loss(fixed), gap * _loss(chosen))  # of what is open
+    gap *= loss_of(chosen) / max(loss_of(chosen) - loss_of(fixed), gap * loss_of(chosen))  # of what is open
     limit, limited = room, seconds < inf
     times = np.array([option.seconds for _, option in flat])
     second = float(times.max()) or 1.0
@@ -254,8 +254,8 @@ def branch_and_bound(
         over = seconds_of(found) - seconds
         if used <= room and over <= 0:
             whole = limit == room and most == seconds - seconds_of(fixed)
-            proven = _loss(fixed) + float(result.mip_dual_bound) * scale if whole else bound
-            return min(found, chosen, key=_loss), max(bound, proven)
+            proven = loss_of(fixed) + float(result.mip_dual_bound) * scale if whole else bound
+            return min(found, chosen, key=loss_of), max(bound, proven)
         limit -= max(0, used - room)
         most -= 2 * max(0.0, over)
     return chosen, bound

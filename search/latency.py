@@ -13,7 +13,7 @@ from math import inf
 
 from bitplan.formats.errors import BudgetInfeasible
 from bitplan.search import knapsack
-from bitplan.search.knapsack import GAP, Option, Options, Solution, branch_and_bound, greedy, seconds_of
+from bitplan.search.knapsack import GAP, Option, Options, Solution, branch_and_bound, greedy, loss_of, seconds_of
 
 HALVINGS = 40
 """Prices that are tried, at most."""
@@ -60,9 +60,9 @@ def solve(problem: Options, budget: int, gap: float = GAP, seconds: float = inf)
     groups = list(problem.values())
     prices, bound = (0.0, 0.0), free.bound
     low, high = 0.0, inf
-    per_second = max(_loss(chosen), 1e-12) / seconds_of(chosen) if seconds_of(chosen) else 1.0
+    per_second = max(loss_of(chosen), 1e-12) / seconds_of(chosen) if seconds_of(chosen) else 1.0
     for _ in range(HALVINGS):
-        if _loss(chosen) - bound <= gap * _loss(chosen) or high - low <= 1e-6 * low:
+        if loss_of(chosen) - bound <= gap * loss_of(chosen) or high - low <= 1e-6 * low:
             break
         made, per_byte = greedy([_priced(options, per_second) for options in groups], budget)
         made = [_same(options, option) for options, option in zip(groups, made, strict=True)]
@@ -70,26 +70,22 @@ def solve(problem: Options, budget: int, gap: float = GAP, seconds: float = inf)
         if proven > bound:
             bound, prices = proven, (per_byte, per_second)
         if seconds_of(made) <= seconds:
-            chosen, high = min(chosen, made, key=_loss), per_second
+            chosen, high = min(chosen, made, key=loss_of), per_second
         else:
             low = per_second
         per_second = (low + high) / 2 if high < inf else 2 * low
-    if _loss(chosen) - bound > gap * _loss(chosen):
+    if loss_of(chosen) - bound > gap * loss_of(chosen):
         least = _least(groups, *prices)
         lagrangian = sum(least) - prices[0] * budget - prices[1] * seconds
         chosen, proven = branch_and_bound(groups, least, chosen, prices[0], lagrangian, budget, gap, prices[1], seconds)
         bound = max(bound, proven)
-    loss = _loss(chosen)
+    loss = loss_of(chosen)
     return Solution(
         allocation={group: option.scheme for group, option in zip(problem, chosen, strict=True)},
         nbytes=sum(option.nbytes for option in chosen),
         loss=loss,
         bound=min(bound, loss),  # above it by rounding alone
     )
-
-
-def _loss(options: Sequence[Option]) -> float:
-    return sum(option.loss for option in options)
 
 
 def _taken(problem: Options, solution: Solution) -> list[Option]:
