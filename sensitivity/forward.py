@@ -40,7 +40,7 @@ def _through(
         hidden = chain.run(segment, module, hidden, row, {})
         check(hidden)
         if out is None:
-            out = States((len(ids), *hidden.shape[1:]), in_memory=4 * len(ids) * hidden.numel() <= memory)
+            out = States((len(ids), *hidden.shape[1:]), memory=memory)
         out[i] = hidden[0]
     assert out is not None
     return out

@@ -31,7 +31,7 @@ def output_gradients(chain: Chain, ids: Tensor, seed: int = 0, memory: int = IN_
     for segment in progress(range(last, 0, -1), desc="gradients", unit="block"):
         module, here = chain.module(segment, own=True), states[segment]
         assert here is not None
-        below = States(here.shape, in_memory=4 * ids.numel() * here.shape[-1] * last <= memory)
+        below = States(here.shape, memory=memory // last)
         above = found[segment]
         for i, row in enumerate(ids.to(chain.device).split(1)):
             x = here[i].unsqueeze(0).to(chain.device).requires_grad_()

@@ -7,7 +7,7 @@ are not independent. May import: formats.errors/kv, sensitivity.store/texts.
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import exp, isfinite, prod
+from math import exp, isfinite
 from typing import Any
 
 import torch
@@ -108,8 +108,8 @@ class Reference:
         run = of_block or (lambda i: log_probabilities(model, blocks.ids[i : i + 1]))
         first = run(0).cpu()
         shape = (count, length - 1, first.shape[-1])
-        small = of_block is None and 4 * prod(shape) <= IN_MEMORY
-        self.log_p: States | _Asked = States(shape, in_memory=small) if kept else _Asked(run)
+        memory = IN_MEMORY if of_block is None else 0
+        self.log_p: States | _Asked = States(shape, memory=memory) if kept else _Asked(run)
         nll = []
         for i in range(count):
             log_p = run(i).cpu() if i else first

@@ -53,8 +53,7 @@ def moments(
                 with trace:
                     out = chain.run(segment, module, x[:, at], row[:, at], {})
             if segment < highest:
-                shape = (len(ids), *out.shape[1:])
-                made = made or States(shape, in_memory=8 * len(ids) * out[0].numel() <= memory)
+                made = made or States((len(ids), *out.shape[1:]), memory=memory // 2)
                 made[i] = out[0]
         for total in sums.values():
             total /= ids.numel()  # in place: it can be the largest tensor there is

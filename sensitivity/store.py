@@ -228,21 +228,22 @@ def read_row(path: Path) -> Any | None:
 
 
 class States:
-    """Float32 hidden states or gradients of each text block, written and read a block at a time: in memory, or in a
-    file (a temporary one where no path is given) that takes none of the process's memory."""
+    """Float32 hidden states or gradients of each text block, written and read a block at a time: in memory where
+    they take at most `memory` bytes and no path is given, else in a file (there, or a temporary one), which takes none
+    of the process's memory."""
 
-    def __init__(self, shape: tuple[int, ...], path: Path | None = None, in_memory: bool = False):
+    def __init__(self, shape: tuple[int, ...], path: Path | None = None, memory: int = 0):
         self.shape = shape
         """[blocks, length, width]."""
         self.path = path
-        self._tensor = torch.empty(shape) if in_memory else None
-        self._file: IO[bytes] | None = None
         size = 4 * prod(shape)
+        self._tensor = torch.empty(shape) if path is None and size <= memory else None
+        self._file: IO[bytes] | None = None
         if path is not None:
             with writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 (as long as the states are)
-        elif not in_memory:
+        elif self._tensor is None:
             try:
                 refuse_full_disk(Path(tempfile.gettempdir()), size)
             except WriteFailed as error:

@@ -5,7 +5,6 @@ full-precision model's inputs would have made (Li et al. 2025, GPTAQ). May impor
 from collections import defaultdict
 from contextlib import suppress
 from functools import partial
-from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -98,8 +97,7 @@ class Segment:
         for at in self._batches():
             out = self.forward(states, at, weights)
             if made is None:
-                shape = (len(self.ids), *out.shape[1:])
-                made = States(shape, in_memory=4 * prod(shape) <= self.session.in_memory)
+                made = States((len(self.ids), *out.shape[1:]), memory=self.session.in_memory)
             for i, hidden in enumerate(out.cpu(), at.start):
                 made[i] = hidden
             if not out.isfinite().all():
