@@ -294,7 +294,7 @@ def main() -> None:
                     if method not in PLANS:
                         kept = cell(case, method, bits, arguments.tokens, False, False)
                         whole.append(("", "", "  ends kept", f"{kept['bytes']:,}", *shown(kept)[:3]))
-    if arguments.picture:
+    if arguments.picture and set(WHOLE) & set(methods):
         arguments.picture.write_text(picture(cases, methods, chosen, arguments.tokens), encoding="utf-8")
     head = ("bits", "model", "method", "nats above full precision", "± se", "KL", "seconds", "peak MiB")
     print(table(head, rows, left=3))

@@ -37,10 +37,7 @@ def log(text: str) -> None:
 
 def texts_of(arguments: Namespace, source: Source) -> Texts:
     """Of the options; by default what the model writes itself, where it is in memory whole and can write."""
-    if arguments.block < 8:
-        raise UsageError(f"--block {arguments.block}: it must be at least 8 tokens")
-    if sum(map(bool, (arguments.text, arguments.dataset, arguments.sample))) > 1:
-        raise UsageError("give one of --text, --dataset and --sample")
+    _refuse_unclear_text(arguments)
     read = default_texts if samples(arguments) else partial(read_texts, sampled=arguments.sample)
     texts = read(
         source,
@@ -62,6 +59,13 @@ def texts_of(arguments: Namespace, source: Source) -> Texts:
     return texts
 
 
+def _refuse_unclear_text(arguments: Namespace) -> None:
+    if arguments.block < 8:
+        raise UsageError(f"--block {arguments.block}: it must be at least 8 tokens")
+    if sum(map(bool, (arguments.text, arguments.dataset, arguments.sample))) > 1:
+        raise UsageError("give one of --text, --dataset and --sample")
+
+
 def samples(arguments: Namespace) -> bool:
     """Whether the model is to write the text: none was named, and the model is in memory whole."""
     return not (arguments.text or arguments.dataset or arguments.sample or getattr(arguments, "max_memory", None))
@@ -69,6 +73,7 @@ def samples(arguments: Namespace) -> bool:
 
 def has_texts(arguments: Namespace, source: Source) -> bool:
     """Whether `texts_of` need not let the model write first."""
+    _refuse_unclear_text(arguments)
     writes = arguments.sample or samples(arguments)
     return not writes or has_written(source, arguments.tokens, arguments.block, arguments.device)
 
