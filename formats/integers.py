@@ -250,7 +250,8 @@ class IntegerFormat(Format):
         fill = groups * step - columns
         values = torch.nn.functional.pad(codes, (0, fill)).unflatten(-1, (groups, step)).float()
         if zero is not None:
-            values = values - zero.float().unsqueeze(-1)
+            zero = zero.float().unsqueeze(-1)
+            values = values - zero if zero.requires_grad else values.sub_(zero)
         else:
             values -= self.top / 2 if self.zero_point == "mid_rise" else self.top // 2 + 1
         scale = scale.float().unsqueeze(-1)

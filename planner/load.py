@@ -61,16 +61,22 @@ def find_for(plan: Plan, model: str | Path | None, trust_remote_code: bool = Fal
     return check_plan_fits(plan, source), source
 
 
-def make_codes(plan: Plan, source: Source, files: list[Path] | None = None, device: str = "auto") -> None:
-    """Compute codes of the plan that are not in the cache, if its text is available. Raises PlanMismatch,
-    RoundingFailed."""
+def make_codes(
+    plan: Plan,
+    source: Source,
+    files: list[Path] | None = None,
+    device: str = "auto",
+    memory: int | None = None,
+) -> None:
+    """Compute codes of the plan that are not in the cache, if its text is available; `memory`: bytes that this process
+    may take. Raises PlanMismatch, RoundingFailed, UsageError."""
     plan = plan.for_model(sources.current_facts(plan.provenance.model, source))
     refuse_full(plan, source, pick_device(device))
     needed = ("calibration", "search") if plan.distilled else ("calibration",)
     if missing_codes(plan) and (
         found := recall_texts(plan.provenance.text, source, files, needed=needed, device=device)
     ):
-        round_missing(plan, open_session(source, found, device=device, whole=False))
+        round_missing(plan, open_session(source, found, device=device, whole=False, memory=memory))
 
 
 def load_planned(plan: Plan, source: Source, device: str = "auto") -> PreTrainedModel:

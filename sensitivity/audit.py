@@ -3,12 +3,14 @@
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from statistics import median
 from typing import Any
 
 from scipy.stats import spearmanr
+from torch import Tensor
 
 from bitplan.formats.base import Format
 from bitplan.formats.errors import FormatUnavailable
@@ -17,6 +19,7 @@ from bitplan.formats.kv.cache import KV_FORMATS
 from bitplan.formats.scheme import QuantScheme, schemes_for
 from bitplan.formats.table import format_named
 from bitplan.sensitivity import ranks
+from bitplan.sensitivity.chain import Chain
 from bitplan.sensitivity.curvature import evenly, sampled
 from bitplan.sensitivity.estimate import RUN_ROWS, estimate, gptq_ratio, relative_error, sample
 from bitplan.sensitivity.graph import Unit
@@ -128,8 +131,6 @@ def measure_units(
     ranks share the pairs out."""
     units = session.swapper.units
     others = [(units[name], scheme) for name, scheme in around.schemes.items()] if around else []
-    limited = session.memory is not None
-    reference = None if limited else session.search_reference  # before others are exchanged
     label = f"-{sha256(around.label, repr(sorted(around.schemes.items())))[:8]}" if around else ""
     name = f"measured-{session.texts.search.fingerprint[:16]}{label}"
     journal = session.weight_cache.folder / f"{name}{f'-{ranks.rank()}' if ranks.world() > 1 else ''}.jsonl"
@@ -137,17 +138,27 @@ def measure_units(
     with locked(journal):
         done = known(session.weight_cache.folder.glob(f"{name}*.jsonl"))
         session.weight_cache.prepare([*others, *(p for p in mine if (p[0].name, p[1]) not in done)])
-        for unit, scheme in others:
-            session.swapper.exchange(unit, session.weight_cache.dequantized(unit, scheme))
-        try:
-            prefixes = Prefixes(session.chain(), session.texts.search, reference, session.in_memory)
-            parts = ranks.gathered(measure(session.swapper, session.weight_cache, prefixes, mine, journal, done))
-            whole = {pair: evaluation for part in parts for pair, evaluation in part.items()}
-            found = {pair: whole[pair] for pair in ((unit.name, scheme) for unit, scheme in wanted)}
-            return found, prefixes.reference, prefixes.evaluate(None, None) if around else None
-        finally:
-            for unit, _ in others:
-                session.swapper.restore(unit)
+        reference, chain = session.search_reference, session.chain()
+        prefixes = Prefixes(chain, reference, session.in_memory, _weights(session, chain, around))
+        parts = ranks.gathered(measure(session.swapper, session.weight_cache, prefixes, mine, journal, done))
+        whole = {pair: evaluation for part in parts for pair, evaluation in part.items()}
+        found = {pair: whole[pair] for pair in ((unit.name, scheme) for unit, scheme in wanted)}
+        return found, reference, prefixes.evaluate(None, None) if around else None
+
+
+def _weights(session: Session, chain: Chain, around: Around | None) -> Callable[[int], dict[str, Tensor]]:
+    """A segment's weights in what all units are measured around, by its number; they stay in memory where no limit
+    forbids."""
+    schemes = around.schemes if around else {}
+
+    def weights(segment: int) -> dict[str, Tensor]:
+        return {
+            unit.parameter: session.swapper.shaped(unit, session.weight_cache.dequantized(unit, schemes[unit.name]))
+            for unit in chain.seen(segment)
+            if unit.name in schemes
+        }
+
+    return weights if session.memory else cache(weights)
 
 
 def checked(session: Session, profile: Profile, wanted: Sequence[tuple[Unit, QuantScheme]], units: int) -> Profile:

@@ -20,24 +20,32 @@ def inputs(
     segments: int,
     memory: int = IN_MEMORY,
     check: Callable[[Tensor], None] = lambda hidden: None,
+    weights: Callable[[int], dict[str, Tensor]] = lambda segment: {},
 ) -> list[States | None]:
     """The inputs of segments 0 (which has none) to `segments`, for text int64 [blocks, length]; if they take more than
-    `memory` bytes, they lie in files. `check` is called with each block's hidden states [1, length, width]."""
+    `memory` bytes, they lie in files. `check` is called with each block's hidden states [1, length, width]; `weights`
+    gives a segment's by its number, as `Chain.run` has them."""
     made: list[States | None] = [None]
     for segment in progress(range(segments), desc="forward", unit="block"):
-        made.append(_through(chain, segment, made[-1], ids, memory // segments, check))
+        made.append(_through(chain, segment, made[-1], ids, memory // segments, check, weights(segment)))
     return made
 
 
 def _through(
-    chain: Chain, segment: int, x: States | None, ids: Tensor, memory: int, check: Callable[[Tensor], None]
+    chain: Chain,
+    segment: int,
+    x: States | None,
+    ids: Tensor,
+    memory: int,
+    check: Callable[[Tensor], None] = lambda hidden: None,
+    weights: dict[str, Tensor] | None = None,
 ) -> States:
     """A segment's outputs for its inputs `x`; of more than `memory` bytes, they lie in a file."""
     module = chain.module(segment, own=True)
     out: States | None = None
     for i, row in enumerate(ids.to(chain.device).split(1)):
         hidden = row if x is None else x[i].unsqueeze(0).to(chain.device)
-        hidden = chain.run(segment, module, hidden, row, {})
+        hidden = chain.run(segment, module, hidden, row, weights or {})
         check(hidden)
         if out is None:
             out = States((len(ids), *hidden.shape[1:]), memory=memory)
@@ -53,7 +61,7 @@ def predictions(chain: Chain, ids: Tensor, memory: int = IN_MEMORY) -> Callable[
     x: States | None = None
     last = len(chain) - 1
     for segment in progress(range(last), desc="forward", unit="block"):
-        x = _through(chain, segment, x, ids, memory, lambda hidden: None)
+        x = _through(chain, segment, x, ids, memory)
     assert x is not None
     hidden = x
     return after_blocks(chain, lambda block: hidden[block].unsqueeze(0), ids, {})

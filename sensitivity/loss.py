@@ -18,6 +18,9 @@ from bitplan.formats.kv.cache import new_cache
 from bitplan.sensitivity.store import IN_MEMORY, States
 from bitplan.sensitivity.texts.text import Blocks
 
+AT_ONCE = 64
+"""Tokens whose KL is computed at once."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -125,8 +128,10 @@ class Reference:
 
     def kl(self, block: int, log_q: Tensor) -> Tensor:
         """KL(full precision || q) of a block by its number, nats per token: a scalar."""
-        log_p = self.log_p[block].unsqueeze(0).to(log_q.device)
-        return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        log_p = self.log_p[block].to(log_q.device)
+        # Some tokens at a time: each of the products below is as large as the log-probabilities.
+        parts = zip(log_p.split(AT_ONCE), log_q[0].split(AT_ONCE), strict=True)
+        return torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in parts]).mean()
 
     def compare(self, log_probabilities_of: Callable[[int], Tensor]) -> Evaluation:
         """What gives log-probabilities float32 [1, length - 1, vocabulary] for a block's number."""

@@ -20,51 +20,48 @@ from bitplan.sensitivity.loss import Evaluation, Reference
 from bitplan.sensitivity.progress import progress
 from bitplan.sensitivity.store import IN_MEMORY, append_row, unchecked_json
 from bitplan.sensitivity.swapper import WeightSwapper
-from bitplan.sensitivity.texts.text import Blocks
 from bitplan.sensitivity.weight_cache import WeightCache
 
 Measured = dict[tuple[str, QuantScheme], Evaluation]
 
 
 class Prefixes:
-    """The chain's hidden states at each segment's input on some text, int64 [blocks, length], and its `reference`;
-    where none is given, the chain makes it. States of more than `memory` bytes lie in files."""
+    """The chain's hidden states at each segment's input on the text of a `reference`, those of more than `memory` bytes
+    in files. `others` gives a segment's weights by its number, as `Chain.run` has them: what all units are while one is
+    measured."""
 
-    def __init__(self, chain: Chain, blocks: Blocks, reference: Reference | None = None, memory: int = IN_MEMORY):
-        self.chain = chain
-        self.ids = blocks.ids.to(chain.device)
+    def __init__(
+        self,
+        chain: Chain,
+        reference: Reference,
+        memory: int = IN_MEMORY,
+        others: Callable[[int], dict[str, Tensor]] = lambda segment: {},
+    ):
+        self.chain, self.reference, self.others = chain, reference, others
+        self.ids = reference.blocks.ids.to(chain.device)
         self.rows = self.ids.split(1)
-        self.states = inputs(chain, self.ids, len(chain) - 1, memory)
+        self.states = inputs(chain, self.ids, len(chain) - 1, memory, weights=others)
         self.at = {unit.parameter: i for i, units in enumerate(chain.units) for unit in units}
-        self.reference = reference or Reference(chain.model, blocks, self._as_it_is())
 
     @torch.no_grad()
-    def _run(self, segment: int, module: torch.nn.Module, x: Tensor, row: Tensor, weights: dict[str, Tensor]) -> Tensor:
-        return self.chain.run(segment, module, x.to(self.chain.device), row, weights)
-
-    def _hidden(self, segment: int) -> list[Tensor]:
-        below = self.states[segment]
-        return list(self.rows) if below is None else [below[i].unsqueeze(0) for i in range(len(self.rows))]
-
-    def _as_it_is(self) -> Callable[[int], Tensor]:
-        """Log-probabilities float32 [1, length - 1, vocabulary] by a block's number."""
-        return self._after(self._hidden(len(self.chain) - 1), {})
-
-    def _after(self, hidden: list[Tensor], weights: dict[str, Tensor]) -> Callable[[int], Tensor]:
-        return after_blocks(self.chain, hidden.__getitem__, self.ids, weights)
-
     def evaluate(self, parameter: str | None, weight: Tensor | None) -> Evaluation:
         """The model with one parameter exchanged for `weight`, of the parameter's own shape; with none, as it is."""
         chain, last = self.chain, len(self.chain) - 1
         first = last if parameter is None else self.at[parameter] if chain.paths else last
-        hidden = self._hidden(first)
         exchanged = {} if parameter is None or weight is None else {parameter: weight.to(chain.device, torch.float32)}
+        below = self.states[first]
+        hidden = list(self.rows) if below is None else [below[i].unsqueeze(0) for i in range(len(self.rows))]
         for segment in range(first, last):
-            module = chain.module(segment, own=True)
-            own = exchanged if segment == first else {}
-            hidden = [self._run(segment, module, x, row, own) for x, row in zip(hidden, self.rows, strict=True)]
+            module, weights = chain.module(segment, own=True), self.others(segment)
+            if segment == first:
+                weights = weights | exchanged
+            hidden = [
+                chain.run(segment, module, x.to(chain.device), row, weights)
+                for x, row in zip(hidden, self.rows, strict=True)
+            ]
         # A tied embedding is the head too.
-        return self.reference.compare(self._after(hidden, exchanged if first in (0, last) else {}))
+        weights = self.others(last) | (exchanged if first in (0, last) else {})
+        return self.reference.compare(after_blocks(chain, hidden.__getitem__, self.ids, weights))
 
 
 def known(journals: Iterable[Path]) -> Measured:
@@ -86,7 +83,7 @@ def measure(
     done: Measured,
 ) -> Measured:
     """Evaluate the model with one unit in one scheme, for each wanted pair that is not among those `done`, and append
-    it to `journal`. Codes must have been prepared, since the model's weights may be exchanged here."""
+    it to `journal`."""
     results = dict(done)
     for unit, scheme in progress(wanted, desc="measuring", unit="format"):
         if (unit.name, scheme) in results:

@@ -22,6 +22,7 @@ from bitplan.formats.sizes import format_bytes
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.chain import Chain, find_blocks
 from bitplan.sensitivity.curvature import gather
+from bitplan.sensitivity.forward import predictions
 from bitplan.sensitivity.graph import ON_REQUEST, Graph, Unit, build_graph
 from bitplan.sensitivity.loss import Reference
 from bitplan.sensitivity.moments import moments
@@ -88,7 +89,13 @@ class Session:
     @cached_property
     def search_reference(self) -> Reference:
         """Full precision on the search text."""
-        return Reference(self.model, self.texts.search)
+        return self.reference(self.texts.search)
+
+    def reference(self, blocks: Blocks) -> Reference:
+        """Full precision on some text."""
+        if self.memory is None:
+            return Reference(self.model, blocks)
+        return Reference(None, blocks, predictions(self.chain(), blocks.ids, self.in_memory))
 
     @property
     def compared(self) -> Path:
@@ -131,7 +138,7 @@ def open_session(
     whole = whole and memory is None
     model = sources.load_model(source, device if whole else "cpu")
     if memory is not None:
-        _refuse_memory(model, memory, session_texts.search.ids.shape[1])
+        refuse_memory(model, memory, session_texts.search.ids.shape[1])
         page_out_after(model.get_submodule(path) for path in find_blocks(model))
         give_back_freed()
     dtype = str(model.dtype).removeprefix("torch.")
@@ -170,20 +177,23 @@ def open_session(
     )
 
 
-def _refuse_memory(model: PreTrainedModel, memory: int, length: int) -> None:
+def refuse_memory(model: PreTrainedModel, memory: int, length: int, plan: int = 0) -> None:
     """Raises UsageError where what lies outside of the blocks, the larger one of the largest block with its largest
-    second moment and factors and of `length` tokens' logits, and this program itself take more than `memory` bytes."""
+    second moment and factors and of `length` tokens' logits, and this program itself take more than `memory` bytes.
+    `plan`: bytes of a plan that is made too; what lies outside of the blocks is then there three times, once rounded
+    and once for the plan that is finished."""
     blocks = [model.get_submodule(path) for path in find_blocks(model)]
     sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
     outside = sum(p.numel() for p in model.parameters()) - sum(sizes)
     widest = max((p.shape[-1] for block in blocks for p in block.parameters() if p.ndim > 1), default=0)
     block = 6 * max(sizes, default=0) + 4 * 4 * widest**2
     logits = 4 * 4 * length * vocabulary_size(model)
-    need = PROGRAM + 4 * outside + max(block, logits)
+    need = PROGRAM + (3 if plan else 1) * 4 * outside + plan + max(block, logits)
     if need > memory:
+        what = f", the plan's {format_bytes(plan)}" if plan else ""
         raise UsageError(
             f"--max-memory {format_bytes(memory)}: this model needs about {format_bytes(need)} (its largest block, what"
-            f" lies outside of its blocks, second moments and logits): give that, or leave the limit out"
+            f" lies outside of its blocks, second moments and logits{what}): give that, or leave the limit out"
         )
 
 

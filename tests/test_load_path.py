@@ -21,12 +21,12 @@ from transformers import (
 from transformers.integrations.accelerate import compute_module_sizes
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from bitplan.formats import base
 from bitplan.formats.errors import CodesMissing, UsageError
 from bitplan.formats.integers import IntegerFormat
 from bitplan.formats.table import FORMATS
 from bitplan.planner.assemble import uniform_plan
 from bitplan.planner.hf import quantizer as pretrained
-from bitplan.planner.hf import streaming
 from bitplan.planner.hf.quantizer import PlanConfig
 from bitplan.planner.load import load
 from bitplan.planner.plan import Plan
@@ -117,7 +117,7 @@ def planned(session_of):
 
 @pytest.fixture
 def short_runs(monkeypatch):
-    monkeypatch.setitem(streaming.RUN, "cpu", 1 << 13)
+    monkeypatch.setitem(base.RUN, "cpu", 1 << 13)
     return 16 << 13
 
 
@@ -158,7 +158,7 @@ def test_a_planned_checkpoint_never_holds_a_weight_in_full_precision(larger, mon
 
 @pytest.mark.gpu
 def test_a_device_holds_the_plan_and_one_weight(larger, monkeypatch):
-    monkeypatch.setattr(streaming, "LONG_RUN", 1 << 13)
+    monkeypatch.setattr(base, "LONG_RUN", 1 << 13)
     folder, plan = larger
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -172,10 +172,10 @@ def test_rounding_in_runs_gives_the_same_codes(name, monkeypatch):
     format = FORMATS[name]
     if reason := format.unavailable():
         pytest.skip(reason)
-    monkeypatch.setitem(streaming.RUN, "cpu", 1)
+    monkeypatch.setitem(base.RUN, "cpu", 1)
     torch.manual_seed(0)
     for weight in (torch.randn(107, 130), torch.randn(130, 107).T, torch.randn(70, 40).bfloat16()):
-        expected, found = format.quantize(weight.float()), streaming.rounded(format, weight, "cpu")
+        expected, found = format.quantize(weight.float()), format.quantize_by_rows(weight, "cpu")
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[suffix], expected[suffix]) for suffix in expected)
 

@@ -1,20 +1,14 @@
-"""An audit in parts: two processes on gloo, and a model that is read a block at a time, give one process's figures."""
+"""An audit by two processes on gloo gives one process's figures."""
 
 import os
 import subprocess
 import sys
 
 import pytest
-import torch
 from torch.testing import assert_close
 
-from bitplan.formats.errors import UsageError
-from bitplan.formats.scheme import QuantScheme
 from bitplan.planner.cli import main
-from bitplan.sensitivity import source as sources
-from bitplan.sensitivity.audit import measure_units
 from bitplan.sensitivity.profile import Profile, read
-from bitplan.sensitivity.session import open_session, read_texts
 
 
 def losses(path) -> dict[tuple[str, str], float]:
@@ -43,36 +37,3 @@ def test_two_ranks_give_what_one_gives(checkpoint, tmp_path, monkeypatch):
     assert [row.unit for row in ours.rows] == [row.unit for row in theirs.rows]
     assert_close([r.measured_kl for r in theirs.rows], [r.measured_kl for r in ours.rows], rtol=1e-2, atol=1e-7)
     assert not list((tmp_path / "both").glob("*/statistics/back-*"))
-
-
-@pytest.mark.parametrize("name", ["llama-tied", "qwen3-moe"])
-def test_a_model_read_a_block_at_a_time_gives_the_same(checkpoint, tmp_path, monkeypatch, name):
-    source = sources.find(checkpoint(name, torch.bfloat16))
-    texts = read_texts(source, tokens=1024, length=64)
-    found = []
-    for memory in (None, 2 << 30):
-        monkeypatch.setenv("BITPLAN_CACHE", str(tmp_path / str(memory)))
-        session = open_session(source, texts, device="cpu", memory=memory)
-        session.gather()
-        found.append((session, [session.store[unit] for unit in session.graph.units]))
-    (whole, expected), (paged, streamed) = found
-    assert next(whole.model.parameters()).dtype == torch.float32
-    assert next(paged.model.parameters()).dtype == torch.bfloat16
-    for ours, theirs in zip(streamed, expected, strict=True):
-        for field in vars(theirs):
-            if getattr(theirs, field) is not None:
-                assert_close(getattr(ours, field), getattr(theirs, field), rtol=1e-4, atol=1e-7)
-    for unit in whole.graph.units:
-        assert torch.equal(whole.swapper.weight(unit), paged.swapper.weight(unit))
-    schemes = [QuantScheme("int2-g64", rounding) for rounding in ("nearest", "gptq")]
-    pairs = [(unit, schemes[i % 2]) for i, unit in enumerate(whole.graph.units) if unit.kind != "embedding"]
-    (expected, *_), (measured, *_) = measure_units(whole, pairs), measure_units(paged, pairs)
-    for pair, evaluation in expected.items():
-        assert_close(measured[pair].kl, evaluation.kl, rtol=1e-3, atol=1e-7)
-
-
-def test_too_little_memory_is_refused_with_what_is_needed(checkpoint):
-    source = sources.find(checkpoint("llama"))
-    texts = read_texts(source, tokens=1024, length=64)
-    with pytest.raises(UsageError, match=r"--max-memory 100\.00 MiB: this model needs about 600\.\d+ MiB"):
-        open_session(source, texts, device="cpu", memory=100 << 20)

@@ -21,7 +21,7 @@ INT3, INT8 = QuantScheme("int3-g64", "nearest"), QuantScheme("int8", "nearest")
 def test_a_cached_prefix_gives_what_the_whole_model_gives(session_of, name):
     session = session_of(name)
     reference = Reference(session.model, session.texts.search)
-    prefixes = Prefixes(Chain(session.model, session.graph, "cpu"), session.texts.search, reference)
+    prefixes = Prefixes(Chain(session.model, session.graph, "cpu"), reference)
     units = session.graph.units
     for unit in {units[0], units[1], units[len(units) // 2], units[-1]}:
         weight = session.weight_cache.dequantized(unit, INT3)

@@ -39,7 +39,12 @@ def _integer(format: Format) -> bool:
 ROUNDINGS = {
     row.name: row
     for row in (
-        Rounding("nearest", False, lambda format: True, lambda weight, format, _: format.quantize(weight)),
+        Rounding(
+            "nearest",
+            False,
+            lambda format: True,
+            lambda weight, format, _: format.quantize_by_rows(weight, weight.device),
+        ),
         Rounding("gptq", True, _integer, gptq),
         Rounding("awq", True, _integer),
         Rounding("yaqa", True, _integer),

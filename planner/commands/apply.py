@@ -9,16 +9,16 @@ from bitplan.formats.errors import UsageError
 from bitplan.formats.sizes import format_bytes
 from bitplan.planner.assemble import refinished
 from bitplan.planner.codes import refuse_missing
-from bitplan.planner.commands.common import emit, texts_of
+from bitplan.planner.commands.common import emit, memory_of, texts_of
 from bitplan.planner.export.gptq_layout import added_scales, refuse_unsupported, save_gptq
 from bitplan.planner.load import find_for, load_planned, make_codes, resident_bytes
 from bitplan.planner.plan import Plan
 from bitplan.planner.report.model_card import refuse_folder, save
 from bitplan.planner.report.tables import with_error
 from bitplan.sensitivity import source as sources
-from bitplan.sensitivity.loss import Reference, finite, refuse_foreign_tokens, refuse_not_finite
+from bitplan.sensitivity.loss import finite, refuse_foreign_tokens, refuse_not_finite
 from bitplan.sensitivity.profile import read
-from bitplan.sensitivity.session import load_reference
+from bitplan.sensitivity.session import open_session
 
 
 def run(arguments: Namespace) -> None:
@@ -31,12 +31,14 @@ def run(arguments: Namespace) -> None:
             raise UsageError("--layout gptq is the layout of a saved checkpoint: give --save DIR")
         refuse_unsupported(plan)
     plan, source = find_for(plan, arguments.model, arguments.trust_remote_code)
-    make_codes(plan, source, arguments.text, arguments.device)
+    memory = memory_of(arguments)
+    make_codes(plan, source, arguments.text, arguments.device, memory)
     refuse_missing(plan)
     reference = None
     if arguments.text or arguments.dataset or arguments.sample or arguments.heldout:
         texts = texts_of(arguments, source)
-        reference = Reference(load_reference(source, arguments.device), texts.heldout)
+        session = open_session(source, texts, device=arguments.device, memory=memory)
+        reference = session.reference(texts.heldout)
     model = load_planned(plan, source, arguments.device)
     size = resident_bytes(model)
     data: dict[str, Any] = {

@@ -35,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     plan = command("plan", "Make a plan for a memory budget.", _model, _text, _candidates, _device)
     _planned(plan)
+    _limited(plan)
 
     apply = command("apply", "Quantize a model by a plan; save it, evaluate it, generate text.", _device)
     apply.add_argument("plan", type=Path, help="plan file")
@@ -48,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="bitplan",
         help="layout of the saved checkpoint: bitplan's own, or GPTQ's if it supports all formats of the plan",
     )
+    _limited(apply)
     apply.add_argument("--prompt", metavar="TEXT", help="generate a continuation of this text")
     apply.add_argument("--force", action="store_true", help="overwrite existing files")
     apply.add_argument("--trust-remote-code", action="store_true", help="run code from the model's repository")
@@ -171,11 +173,7 @@ def _audited(audit: argparse.ArgumentParser) -> None:
         help="curvature: losses predicted from one pass over the text (default); measured: also the loss with each unit"
         " alone quantized (slow); weights: the weights' relative errors, without a pass (rough)",
     )
-    audit.add_argument(
-        "--max-memory",
-        metavar="SIZE",
-        help="memory of this process, such as 2GiB: weights are read a block at a time",
-    )
+    _limited(audit)
     audit.add_argument(
         "--per-expert",
         action="store_true",
@@ -190,6 +188,14 @@ def _audited(audit: argparse.ArgumentParser) -> None:
         default=24,
         metavar="N",
         help="with --tier curvature: units to measure, to check and rescale what is predicted (default: 24; 0: none)",
+    )
+
+
+def _limited(group: Any) -> None:
+    group.add_argument(
+        "--max-memory",
+        metavar="SIZE",
+        help="memory of this process, such as 2GiB: weights are read a block at a time",
     )
 
 

@@ -6,9 +6,8 @@ from pathlib import Path
 from bitplan.formats.errors import UsageError
 from bitplan.formats.rounding import rounding_alone
 from bitplan.formats.scheme import QuantScheme, schemes_for
-from bitplan.formats.sizes import parse_size
 from bitplan.formats.table import format_named
-from bitplan.planner.commands.common import candidate_formats, emit, log, texts_of
+from bitplan.planner.commands.common import candidate_formats, emit, log, memory_of, texts_of
 from bitplan.planner.plan import Plan
 from bitplan.planner.report.audit_text import audit_text
 from bitplan.planner.report.losses import losses_of, profile_csv
@@ -51,11 +50,7 @@ def run(arguments: Namespace) -> None:
         raise UsageError("--around says what all other units are while one is measured: give --tier measured too")
     formats = candidate_formats(arguments)
     source = sources.find(arguments.model, trust_remote_code=arguments.trust_remote_code)
-    memory = parse_size(arguments.max_memory) if arguments.max_memory else None
-    if memory and arguments.around:
-        raise UsageError("--around holds all other units' weights in memory: leave it or --max-memory out")
-    if memory and arguments.sample:
-        raise UsageError("--sample runs the whole model in memory: give --text, or leave --max-memory out")
+    memory = memory_of(arguments)
     device = ranks.start(pick_device(arguments.device))
     texts, keep = texts_of(arguments, source), tuple(arguments.keep)
     session = open_session(source, texts, keep, device, memory=memory, per_expert=arguments.per_expert)

@@ -9,6 +9,7 @@ from typing import Any
 
 from bitplan.formats.errors import FormatUnavailable, UsageError, printable
 from bitplan.formats.rounding import refuse_misfit
+from bitplan.formats.sizes import parse_size
 from bitplan.formats.table import DEFAULT_FORMATS, FORMATS
 from bitplan.planner.assemble import parse_formats
 from bitplan.sensitivity import source as sources
@@ -64,6 +65,15 @@ def _refuse_unclear_text(arguments: Namespace) -> None:
         raise UsageError(f"--block {arguments.block}: it must be at least 8 tokens")
     if sum(map(bool, (arguments.text, arguments.dataset, arguments.sample))) > 1:
         raise UsageError("give one of --text, --dataset and --sample")
+
+
+def memory_of(arguments: Namespace) -> int | None:
+    """Bytes of --max-memory. Raises UsageError beside --sample."""
+    if arguments.max_memory is None:
+        return None
+    if arguments.sample:
+        raise UsageError("--sample runs the whole model in memory: give --text, or leave --max-memory out")
+    return parse_size(arguments.max_memory)
 
 
 def samples(arguments: Namespace) -> bool:

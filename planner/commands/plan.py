@@ -11,7 +11,16 @@ from transformers import PreTrainedModel
 from bitplan.formats.errors import FormatUnavailable, UsageError
 from bitplan.formats.table import FORMATS
 from bitplan.planner.assemble import Finish, quick_plan
-from bitplan.planner.commands.common import candidate_formats, emit, has_texts, log, seconds_in, tasks_of, texts_of
+from bitplan.planner.commands.common import (
+    candidate_formats,
+    emit,
+    has_texts,
+    log,
+    memory_of,
+    seconds_in,
+    tasks_of,
+    texts_of,
+)
 from bitplan.planner.commands.goals import budgets_of, latency_of, limit_of, outputs_of, place_of
 from bitplan.planner.evaluate.trials import EFFORTS, Effort
 from bitplan.planner.memory.budget import CONTEXT, DeviceBudget, device_budget, requested_workload
@@ -29,9 +38,10 @@ from bitplan.sensitivity.audit import audit, sizes
 from bitplan.sensitivity.graph import ON_REQUEST
 from bitplan.sensitivity.profile import Profile, read, write
 from bitplan.sensitivity.profile_cache import remember
-from bitplan.sensitivity.session import Session, open_session, read_texts, recall_texts
+from bitplan.sensitivity.session import Session, open_session, read_texts, recall_texts, refuse_memory
 from bitplan.sensitivity.source import Source
 from bitplan.sensitivity.store import refuse_overwrite, write_text
+from bitplan.sensitivity.tasks.task import Task
 from bitplan.sensitivity.texts.text import Texts
 
 
@@ -44,9 +54,8 @@ def run(arguments: Namespace) -> None:
     formats = candidate_formats(arguments)
     source = sources.find(arguments.model, trust_remote_code=arguments.trust_remote_code)
     latency = latency_of(arguments, source)
-    task = next(iter(tasks_of(arguments, source)), None)
-    if task:
-        task.halves()  # raises for too few items, before any work
+    memory = _memory(arguments)
+    task = _task(arguments, source)
     workload = requested_workload(
         source,
         arguments.kv_dtype,
@@ -69,14 +78,18 @@ def run(arguments: Namespace) -> None:
         workload = _readable(workload, source, profile.provenance.model.dtype, None)
         goals = goals_of(bound(profile, offered))
         if effort.trials or limit:
-            session = open_session(source, _profile_texts(arguments, profile, source), _kept(profile), arguments.device)
+            texts = _profile_texts(arguments, profile, source)
+            session = open_session(source, texts, _kept(profile), arguments.device, memory=memory)
+            _refuse_memory(session, goals)
     else:
         # A budget that is too small is refused before the model writes text.
         shape = None if has_texts(arguments, source) else open_session(source, read_texts(source), whole=False)
-        session = shape or open_session(source, texts_of(arguments, source), device=arguments.device)
+        session = shape or open_session(source, texts_of(arguments, source), device=arguments.device, memory=memory)
         audited = tuple(dict.fromkeys((*formats, *_named(overrides, session))))
         workload = _readable(workload, source, session.provenance.model.dtype, None if shape else session.model)
         goals = goals_of(bound(sizes(session, audited, arguments.rounding), formats))
+        if effort.trials or limit:
+            _refuse_memory(session, goals)
         if shape:
             session = open_session(source, texts_of(arguments, source), device=arguments.device)
         profile = audit(session, audited, arguments.rounding)
@@ -92,12 +105,8 @@ def run(arguments: Namespace) -> None:
         log("--trials 0 runs no model: the plan's latency is predicted, not measured")
     plans: list[Plan] = []
     for goal, (output, page) in zip(goals, files, strict=True):
-        plans.append(made := selection.made(goal) if selection else _quick(problem, finish, workload, goal))
-        if output:
-            write(output, made)
-            log(f"plan written to {output}")
-        if page and selection:
-            _write_page(page, selection, made)
+        plans.append(selection.made(goal) if selection else _quick(problem, finish, workload, goal))
+        _write(plans[-1], output, page, selection)
     data = [made.model_dump(mode="json") for made in plans]
     emit(arguments, data if len(data) > 1 else data[0], "\n\n".join(plan_text(made) for made in plans))
 
@@ -120,6 +129,29 @@ def _budgets(
     return budgets
 
 
+def _task(arguments: Namespace, source: Source) -> Task | None:
+    """Raises UsageError, for too few items too."""
+    task = next(iter(tasks_of(arguments, source)), None)
+    if task:
+        task.halves()
+    return task
+
+
+def _memory(arguments: Namespace) -> int | None:
+    """Bytes of --max-memory. Raises UsageError beside what holds a whole model in full precision."""
+    whole = {"--task": arguments.task, "--heal": arguments.heal, "--kv-dtype": arguments.kv_dtype != "native"}
+    if arguments.max_memory and (named := [option for option, given in whole.items() if given]):
+        raise UsageError(f"{named[0]} runs the whole model in memory: leave it or --max-memory out")
+    return memory_of(arguments)
+
+
+def _refuse_memory(session: Session, goals: Sequence[Budget | LossLimit]) -> None:
+    """Raises UsageError where the memory limit does not hold the largest plan, which is loaded to be measured."""
+    if session.memory is not None:
+        largest = max((goal.weights for goal in goals if isinstance(goal, Budget)), default=0)
+        refuse_memory(session.model, session.memory, session.texts.search.ids.shape[1], largest)
+
+
 def _report_followers(profile: Profile, overrides: Sequence[Override]) -> None:
     for override in overrides:
         if follow := followers(profile, override):
@@ -139,12 +171,16 @@ def _files(arguments: Namespace, effort: Effort) -> list[tuple[Path | None, Path
     return files
 
 
-def _write_page(page: Path, selection: Selection, plan: Plan) -> None:
-    from bitplan.planner.report.page.study import study_page  # matplotlib is an extra
+def _write(plan: Plan, output: Path | None, page: Path | None, selection: Selection | None) -> None:
+    if output:
+        write(output, plan)
+        log(f"plan written to {output}")
+    if page and selection:
+        from bitplan.planner.report.page.study import study_page  # matplotlib is an extra
 
-    assert selection.study is not None
-    write_text(page, render(study_page(selection.study, plan)))
-    log(f"page written to {page}")
+        assert selection.study is not None
+        write_text(page, render(study_page(selection.study, plan)))
+        log(f"page written to {page}")
 
 
 def _quick(problem: Problem, finish: Finish, workload: Workload, goal: Budget | LossLimit) -> Plan:

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from bitplan.planner.plan import Measured, TaskFacts, TaskMeasured
 from bitplan.sensitivity.loss import (
     Evaluation,
-    Reference,
     finite,
     log_probabilities,
     refuse_not_finite,
@@ -34,7 +33,7 @@ class Objective:
         self._task = task
         self._halves = task.halves() if task else None
         self._search = session.search_reference
-        self._heldout = Reference(session.model, session.texts.heldout)
+        self._heldout = session.reference(session.texts.heldout)
         self._bases = tuple(score(session.model, half) for half in self._halves) if self._halves else None
 
     @property

@@ -21,7 +21,7 @@ from bitplan.formats.table import format_named
 from bitplan.planner.codes import codes_folder, refuse_missing, unit_path, unquantized_path
 from bitplan.planner.hf.checks import check_checkpoint, check_loaded, check_names
 from bitplan.planner.hf.register import METHOD
-from bitplan.planner.hf.streaming import RoundOnLoad, refuse_disk, rounded
+from bitplan.planner.hf.streaming import RoundOnLoad, refuse_disk
 from bitplan.planner.plan import Plan
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.profile import read, validated
@@ -211,7 +211,7 @@ class PlanQuantizer(HfQuantizer):
             tensors = from_file(self._cached(unit_path, unit.name))
         else:
             weight = canonical(value, is_transposed(model.get_submodule(name.rpartition(".")[0])))
-            tensors = rounded(format_named(unit.format), weight, device)
+            tensors = format_named(unit.format).quantize_by_rows(weight, device)
         return {name + suffix: tensor.to(device) for suffix, tensor in tensors.items()}
 
     def _cached(self, path: Callable[[Path, str], Path], name: str) -> dict[str, torch.Tensor]:

@@ -7,32 +7,11 @@ is what rounding makes of it, and what lies on another device. May import: forma
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps
 
-from bitplan.formats.base import Format, Tensors
+from bitplan.formats.base import Tensors
 from bitplan.formats.errors import UsageError
-
-RUN = {"cpu": 1 << 20}
-"""Weights rounded at once. Rounding holds some 16 bytes a weight: in a CPU's cache that is also the fastest."""
-LONG_RUN = 1 << 24
-"""The same elsewhere, where each operation costs its launch."""
-
-
-def rounded(format: Format, weight: Tensor, device: torch.device | str) -> Tensors:
-    """`format.quantize(weight)` on `device`, of a weight [rows, columns] on any, taking little memory beside both."""
-    rows, columns = weight.shape
-    tensors = format.zeros(rows, columns, device)
-    filled = dict.fromkeys(tensors, 0)
-    run = RUN.get(torch.device(device).type, LONG_RUN)
-    # Of 32 rows, whatever their bits, the zero points fill whole words.
-    for part in weight.split(max(32, run // columns // 32 * 32)):
-        for suffix, made in format.quantize(part.to(device).float()).items():
-            start = filled[suffix]
-            filled[suffix] += len(made)
-            tensors[suffix][start : filled[suffix]] = made
-    return tensors
 
 
 class RoundOnLoad(ConversionOps):

@@ -93,11 +93,12 @@ class Segment:
 
     @torch.no_grad()
     def outputs(self, states: States | None, weights: dict[str, Tensor]) -> States:
+        """The segment's, in memory where those of all segments may be."""
         made: States | None = None
         for at in self._batches():
             out = self.forward(states, at, weights)
             if made is None:
-                made = States((len(self.ids), *out.shape[1:]), memory=self.session.in_memory)
+                made = States((len(self.ids), *out.shape[1:]), memory=self.session.in_memory // len(self.chain))
             for i, hidden in enumerate(out.cpu(), at.start):
                 made[i] = hidden
             if not out.isfinite().all():
@@ -251,7 +252,7 @@ class Segment:
     ) -> Tensors:
         weight, rounding = self.weight(unit), self.rounding(unit)
         if rounding == "nearest":
-            return format_named(self.planned[unit.name].format).quantize(weight)
+            return format_named(self.planned[unit.name].format).quantize_by_rows(weight, self.device)
         format = self.format(unit)
         if rounding == "awq":
             parts = zip(weight.chunk(len(hessians)), hessians, strict=True)
