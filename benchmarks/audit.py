@@ -2,9 +2,11 @@
 
 Each row is a process of its own: seconds without loading the model, and peak resident memory. "forward + backward" is
 one pass over the same text as training makes it, with transformers alone, in float32 as the audit computes: the ratio
-is to it, of processor time. Each process has one thread. `--sizes` takes millions of parameters (60, 250, 1500) or a
-shape of `benchmarks.shapes` (8b), `--tiers` the rows; with `--device cuda` the peak is the device's. With `--peers`,
-other tools score their layers on the same text, in three formats. May import: everything.
+is to it, of processor time. "24 units" measures each alone in one format on the search text, a quarter of the tokens:
+by running the whole model for each, or as the audit does, from the unit's block on. Each process has one thread.
+`--sizes` takes millions of parameters (60, 250, 1500) or a shape of `benchmarks.shapes` (8b), `--tiers` the rows; with
+`--device cuda` the peak is the device's. With `--peers`, other tools score their layers on the same text, in three
+formats. May import: everything.
 """
 
 import argparse
@@ -29,6 +31,8 @@ TIERS = (
     "curvature, one rank",
     "curvature, two ranks",
     "weights",
+    "24 units, whole model",
+    "24 units, from the block",
     "measured",
 )
 PEERS = {"AutoScheme": "auto-round", "ModelOpt gradient": "modelopt"}
@@ -66,9 +70,12 @@ def work(model: Path, tier: str, tokens: int, device: str) -> None:
     """One row, in this process: prints seconds on stdout, and on a GPU its peak in MiB."""
     import torch
 
+    from bitplan.formats.scheme import QuantScheme
     from bitplan.sensitivity import ranks
     from bitplan.sensitivity import source as sources
     from bitplan.sensitivity.audit import audit
+    from bitplan.sensitivity.curvature import evenly
+    from bitplan.sensitivity.measured import Prefixes
     from bitplan.sensitivity.session import open_session, read_texts
 
     source = sources.find(model)
@@ -81,6 +88,19 @@ def work(model: Path, tier: str, tokens: int, device: str) -> None:
             ids = ids.to(device)
             logits = whole(input_ids=ids, use_cache=False).logits[0, :-1].float()
             torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
+    elif tier.startswith("24"):
+        session = open_session(source, texts, device=device)
+        units, reference = evenly(session.graph.units, 24), session.search_reference
+        began, busy = time.perf_counter(), time.process_time()
+        prefixes = Prefixes(session.chain(), reference) if "block" in tier else None
+        for unit in units:
+            weight = session.weight_cache.dequantized(unit, QuantScheme("int4-g64", "nearest"))
+            if prefixes is None:
+                session.swapper.exchange(unit, weight)
+                reference.evaluate(session.model)
+                session.swapper.restore(unit)
+            else:
+                prefixes.evaluate(unit.parameter, session.swapper.shaped(unit, weight))
     else:
         session = open_session(source, texts, device=device, memory=2 << 30 if "GiB" in tier else None)
         began, busy = time.perf_counter(), time.process_time()
@@ -149,7 +169,7 @@ def main() -> None:
         return
     formats = FORMATS.count(",") + 1
     print(f"{described(arguments.device)}; {arguments.tokens} calibration tokens, {formats} formats (peers: 3)")
-    print(f"{'size':>6}  {'tier':22} {'seconds':>9} {'of CPU':>7} {'ratio':>6} {'peak MiB':>9}")
+    print(f"{'size':>6}  {'tier':24} {'seconds':>9} {'of CPU':>7} {'ratio':>6} {'peak MiB':>9}")
     for size in arguments.sizes:
         with tempfile.TemporaryDirectory() as folder:
             # In a process of its own: what this one takes counts in its children's peaks.
@@ -164,7 +184,7 @@ def main() -> None:
                 seconds, busy, peak = row(Path(folder), tier, arguments.tokens, arguments.device)
                 plain = plain or (busy if tier == "forward + backward" else None)
                 ratio = f"{busy / plain:.2f}" if plain else "–"
-                print(f"{size:>6}  {tier:22} {seconds:>9.1f} {busy:>7.1f} {ratio:>6} {peak:>9.0f}", flush=True)
+                print(f"{size:>6}  {tier:24} {seconds:>9.1f} {busy:>7.1f} {ratio:>6} {peak:>9.0f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from bitplan.sensitivity.vocabulary import vocabulary_size
 from bitplan.sensitivity.weight_cache import MOMENT_BYTES, WeightCache, computed_on, mark_workspace, workspace
 
 SEED = 0
-PROGRAM = 600 << 20
+PROGRAM = 700 << 20
 """Bytes that Python, torch and transformers take by themselves, about."""
 PART = 16
 """Hidden states in memory, and the second moments gathered at once, take this part of a memory limit each."""

@@ -21,7 +21,7 @@ AIM_DAMPING = 0.05
 BLOCK = 128
 PANEL = 512
 """Rows of U that are solved for at once."""
-SLICE = 1 << 26
+SLICE = 1 << 25
 """Bytes of float32 weights that are rounded at a time, at about five times that in memory: rows are independent."""
 
 

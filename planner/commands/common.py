@@ -68,11 +68,13 @@ def _refuse_unclear_text(arguments: Namespace) -> None:
 
 
 def memory_of(arguments: Namespace) -> int | None:
-    """Bytes of --max-memory. Raises UsageError beside --sample."""
+    """Bytes of --max-memory. Raises UsageError beside what holds a whole model in full precision."""
     if arguments.max_memory is None:
         return None
-    if arguments.sample:
-        raise UsageError("--sample runs the whole model in memory: give --text, or leave --max-memory out")
+    whole = [f"--{name}" for name in ("sample", "task", "heal") if getattr(arguments, name, None)]
+    whole += ["--kv-dtype"] if getattr(arguments, "kv_dtype", "native") != "native" else []
+    if whole:
+        raise UsageError(f"{whole[0]} runs the whole model in memory: leave it or --max-memory out")
     return parse_size(arguments.max_memory)
 
 

@@ -54,7 +54,7 @@ def run(arguments: Namespace) -> None:
     formats = candidate_formats(arguments)
     source = sources.find(arguments.model, trust_remote_code=arguments.trust_remote_code)
     latency = latency_of(arguments, source)
-    memory = _memory(arguments)
+    memory = memory_of(arguments)
     task = _task(arguments, source)
     workload = requested_workload(
         source,
@@ -135,14 +135,6 @@ def _task(arguments: Namespace, source: Source) -> Task | None:
     if task:
         task.halves()
     return task
-
-
-def _memory(arguments: Namespace) -> int | None:
-    """Bytes of --max-memory. Raises UsageError beside what holds a whole model in full precision."""
-    whole = {"--task": arguments.task, "--heal": arguments.heal, "--kv-dtype": arguments.kv_dtype != "native"}
-    if arguments.max_memory and (named := [option for option, given in whole.items() if given]):
-        raise UsageError(f"{named[0]} runs the whole model in memory: leave it or --max-memory out")
-    return memory_of(arguments)
 
 
 def _refuse_memory(session: Session, goals: Sequence[Budget | LossLimit]) -> None:
