@@ -6,7 +6,7 @@ LOWEST := .venv-lowest
 
 .PHONY: setup test test-all test-faults gpu zoo fuzz lint demo wheel-smoke test-lowest plans bench-prediction bench-rounding bench-one-bit bench-layout \
 	bench-exports bench-audit bench-memory bench-speed bench-compare bench-interval bench-search bench-reduced bench-real \
-	bench-double-quant bench-rotation bench-calibration bench-planners
+	bench-double-quant bench-rotation bench-calibration bench-planners bench-k-quants
 
 setup: $(VENV)/.done
 
@@ -93,6 +93,11 @@ bench-real: setup
 # ALSO="--averages 3.5 --arms linears everything" makes some of the rows.
 bench-planners: setup
 	$(BIN)/python -m benchmarks.planners $(ALSO)
+
+# Plans beside llama.cpp's K-quants at equal file bytes, on the same model (20 minutes).
+bench-k-quants: setup
+	$(BIN)/pip install -q -c constraints.txt -e ".[gguf]"
+	$(BIN)/python -m benchmarks.k_quants "$$($(BIN)/python -m benchmarks.real_model)" $(TEXT) $(HELDOUT)
 
 # How much calibration text, and which, rounding gains from (10 minutes). ALSO="--also MODEL TEXT HELDOUT" adds models.
 bench-calibration: setup
