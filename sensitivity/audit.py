@@ -4,7 +4,7 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from statistics import median
 from typing import Any
@@ -29,10 +29,7 @@ from bitplan.sensitivity.profile import CacheRow, Check, CheckRow, Profile, Prof
 from bitplan.sensitivity.progress import progress
 from bitplan.sensitivity.session import Session
 from bitplan.sensitivity.store import locked, sha256
-from bitplan.sensitivity.texts.text import Blocks
 
-CHECK_TOKENS = 4096
-"""Of the search text, on which a sample is measured: on all of it, it takes as long as the pass."""
 Rows = dict[tuple[str, QuantScheme], dict[str, Any]]
 
 
@@ -167,9 +164,7 @@ def checked(session: Session, profile: Profile, wanted: Sequence[tuple[Unit, Qua
     pairs = sampled_pairs([pair for pair in wanted if predicted[pair[0].name, pair[1]] > 0], units)
     if len(pairs) < 3:
         return profile
-    ids = session.texts.search.ids
-    few = Blocks(ids[: max(1, CHECK_TOKENS // ids.shape[1])])
-    found, *_ = measure_units(replace(session, texts=replace(session.texts, search=few)), pairs)
+    found, *_ = measure_units(session.brief, pairs)
     rows = tuple(
         CheckRow(
             unit=name,

@@ -32,6 +32,7 @@ from bitplan.sensitivity.chain import Chain
 from bitplan.sensitivity.forward import inputs
 from bitplan.sensitivity.gradients import backward
 from bitplan.sensitivity.graph import Graph, Unit
+from bitplan.sensitivity.products import add_products, mirror
 from bitplan.sensitivity.progress import progress
 from bitplan.sensitivity.resume import Back, Finished, Sums
 from bitplan.sensitivity.statistics import Statistics, StatisticsStore, pivots
@@ -259,7 +260,7 @@ class _Pass:
         else:
             x = use.input.detach().float().flatten(0, -2)
             if "leads" in own:
-                own["moment"][use.expert].addmm_(x.T, x)
+                add_products(own["moment"][use.expert], x)
             squares = own["gradients"][use.expert]
             if not use.output.requires_grad:
                 return  # a pass without gradients (early cycles of some models): those of the others stand for it
@@ -280,7 +281,9 @@ class _Pass:
             together.setdefault(id(own.get("moment", own)), []).append(unit)
         for first, *_ in together.values():
             if "moment" in sums[first.name]:
-                sums[first.name]["moment"] /= self.tokens  # in place: it can be the largest tensor there is
+                moment = sums[first.name]["moment"]
+                moment /= self.tokens  # in place: it can be the largest tensor there is
+                mirror(moment)
         for readers in ranks.share(list(together.values())):
             costs: Tensor | None = None
             for unit in readers:

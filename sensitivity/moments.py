@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bitplan.sensitivity.chain import Chain
 from bitplan.sensitivity.graph import Graph, Unit
+from bitplan.sensitivity.products import add_products, mirror
 from bitplan.sensitivity.progress import progress
 from bitplan.sensitivity.store import IN_MEMORY, States
 from bitplan.sensitivity.trace import Trace, Use
@@ -43,7 +44,7 @@ def moments(
         def add(use: Use) -> None:
             if not use.lookup:
                 x = use.input.float().flatten(0, -2)
-                sums[by_parameter[use.parameter].name][use.expert].addmm_(x.T, x)
+                add_products(sums[by_parameter[use.parameter].name][use.expert], x)
 
         trace = Trace({p: parameters[chain.local(segment, p)] for p in by_parameter}, add)
         made: States | None = None
@@ -57,6 +58,7 @@ def moments(
                 made[i] = out[0]
         for total in sums.values():
             total /= ids.numel()  # in place: it can be the largest tensor there is
+            mirror(total)
         return made, {unit: sums[leads[graph.readers.get(unit.name, unit.name)]] for unit in seen_in[segment]}
 
     for segment in progress(range(highest + 1), desc="second moments", unit="block"):

@@ -6,7 +6,7 @@ May import: formats, sensitivity, bitplan for its version.
 import platform
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -43,6 +43,8 @@ PROGRAM = 700 << 20
 """Bytes that Python, torch and transformers take by themselves, about."""
 PART = 16
 """Hidden states in memory, and the second moments gathered at once, take this part of a memory limit each."""
+BRIEF = 4096
+"""Tokens of the search text on which an audit measures: on all of it, a sample takes as long as the pass."""
 PARTS = ("calibration", "search", "heldout")
 
 
@@ -90,6 +92,12 @@ class Session:
     def search_reference(self) -> Reference:
         """Full precision on the search text."""
         return self.reference(self.texts.search)
+
+    @cached_property
+    def brief(self) -> "Session":
+        """The session with BRIEF tokens of the search text."""
+        ids = self.texts.search.ids
+        return replace(self, texts=replace(self.texts, search=Blocks(ids[: max(1, BRIEF // ids.shape[1])])))
 
     def reference(self, blocks: Blocks) -> Reference:
         """Full precision on some text."""

@@ -69,7 +69,7 @@ def run(arguments: Namespace) -> None:
     if memory:
         log("--max-memory: the KV cache's formats are not measured, for that the model runs whole")
     elif arguments.tier != "weights":
-        profile = profile.model_copy(update={"kv_cache": audit_cache(session)})
+        profile = profile.model_copy(update={"kv_cache": audit_cache(session.brief)})
     if arguments.output:
         write(arguments.output, profile)
         log(f"profile written to {arguments.output}")

@@ -22,6 +22,7 @@ from bitplan.formats.table import format_named
 from bitplan.planner.plan import Plan
 from bitplan.sensitivity.chain import BATCH, Chain
 from bitplan.sensitivity.graph import Unit
+from bitplan.sensitivity.products import add_products, mirror
 from bitplan.sensitivity.session import SEED, Session
 from bitplan.sensitivity.store import States
 from bitplan.sensitivity.trace import Trace, Use
@@ -125,7 +126,7 @@ class Segment:
                 return
             x = use.input.detach().flatten(0, -2)
             if first.experts > 1:
-                moments[use.expert].addmm_(x.T, x)
+                add_products(moments[use.expert], x)
                 counts[use.expert] += len(x)
                 return
             seen.append(x)
@@ -151,11 +152,12 @@ class Segment:
                     self.true_inputs[key] = inputs(self.true, at, self.originals)
                 true = self.true_inputs[key]
             for x, x0 in zip(now, true, strict=True):
-                moments[0].addmm_(x.T, x)
+                add_products(moments[0], x)
                 counts += len(x)
                 if crossed is not None:
                     crossed.addmm_(x0.T, x)
         moments /= counts.clamp(min=1).view(-1, 1, 1)
+        mirror(moments)
         if crossed is not None:
             crossed /= counts.clamp(min=1)
         return [Hessian(moment, crossed) for moment in moments]
@@ -174,7 +176,7 @@ class Segment:
 
         def add(parameter: str, gradient: Tensor) -> None:
             g = gradient.detach().float().flatten(0, -2)
-            sums[parameter].addmm_(g.T, g)
+            add_products(sums[parameter], g)
             counts[parameter] += len(g)
 
         for i in range(self.gradients.shape[0]):
@@ -182,6 +184,8 @@ class Segment:
             with torch.enable_grad(), Trace({name: self.originals[name] for name in sums}, seen):
                 out = self.chain.run(self.index, self.module, x, self.ids[i : i + 1].to(self.device), {})
             out.backward(self.gradients[i].unsqueeze(0).to(out))  # type: ignore[no-untyped-call]
+        for total in sums.values():
+            mirror(total)
         return {unit.name: Hessian(sums[unit.parameter] / max(1, counts[unit.parameter])) for unit in units}
 
     # Rounding -------------------------------------------------------------------------------------------------------
