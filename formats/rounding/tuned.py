@@ -1,14 +1,21 @@
-"""Learned rounding of a whole block: offsets and clip ranges optimised by gradients, starting from GPTQ's codes.
+"""Learned rounding of a whole block: offsets and clip ranges optimised by gradients.
 
-A unit's value is (clamp(round(W/s + z + V), 0, top) - z) * s, where W are the weights that GPTQ rounded to nearest, V
-the learned offsets, and s, z the grid of the clip range times two learned factors per group. Gradients pass rounding by
-the straight-through estimator (SignRound: Cheng et al. 2023). Two things differ from SignRound, because GPTQ's codes
-are a good start that early steps easily lose: W starts half way to the centre of its codes' cells, so that a code flips
-only if gradients agree over many steps; and the optimiser is Adam, whose steps shrink where the gradient's sign varies.
+A unit's value is (clamp(round(W/s + z + V), 0, top) - z) * s, where V are the learned offsets, and s, z the grid of the
+clip range times two learned factors per group. Gradients pass rounding by the straight-through estimator (SignRound:
+Cheng et al. 2023). There are two starts:
+
+- From GPTQ's codes, W being the weights that GPTQ rounded to nearest. They are a good start that early steps easily
+  lose: W starts half way to the centre of its codes' cells, so that a code flips only if gradients agree over many
+  steps; and the optimiser is Adam, whose steps shrink where the gradient's sign varies.
+- From the weights, where the text has too few tokens for the block's weights: what fits them closest is then no longer
+  what loses least on other text. V stays within half a step, so that each code is one of the two next to its weight,
+  and steps are the gradient's sign, as SignRound has it.
+
 May import: formats.base, formats.integers.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,10 +25,24 @@ from bitplan.formats.base import Tensors
 from bitplan.formats.integers import Grid, IntegerFormat
 
 STEPS = 200
-OFFSET_RATE, CLIP_RATE = 1e-2, 2e-3
-BETAS = (0.9, 0.99)
-OFFSET = 1.0
-"""The largest offset, in steps of the grid."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How offsets and clip factors move: their step sizes, Adam's betas (with zeros, steps are the gradient's sign),
+    and the largest offset in steps of the grid."""
+
+    offset_rate: float
+    clip_rate: float
+    betas: tuple[float, float]
+    offset: float
+
+
+FROM_CODES = Way(1e-2, 2e-3, (0.9, 0.99), 1.0)
+FROM_WEIGHTS = Way(1 / STEPS, 1 / STEPS, (0.0, 0.0), 0.5)
+FEW = 8.0
+"""Outputs of the block on the text, tokens times width, for each of its weights: with fewer, learning starts from the
+weights (measured: docs/method.md)."""
 CLIP = (0.3, 1.5)
 """The smallest and largest factor of a clip range."""
 CHECKED = 50
@@ -54,13 +75,15 @@ def _half(x: Tensor) -> Tensor:
 
 class Learned:
     """One unit's offsets [rows, columns] and clip factors [rows, groups], float32. `aimed` [rows, columns] and `grid`
-    [rows, groups] are those of `gptq_codes`."""
+    [rows, groups] are those of `gptq_codes`, or the weight and a grid of its own for the other `way`."""
 
-    def __init__(self, format: IntegerFormat, aimed: Tensor, grid: Grid):
-        self.format, self.start = format, grid
-        wide = self._wide(grid, aimed.shape[1])
-        center = format.decode(format.encode(aimed, wide), wide)
-        self.aimed = (center + (aimed - center).clamp(-wide.scale / 2, wide.scale / 2) / 2).contiguous()
+    def __init__(self, format: IntegerFormat, aimed: Tensor, grid: Grid, way: Way = FROM_CODES):
+        self.format, self.start, self.way = format, grid, way
+        self.aimed = aimed
+        if way is FROM_CODES:
+            wide = self._wide(grid, aimed.shape[1])
+            center = format.decode(format.encode(aimed, wide), wide)
+            self.aimed = (center + (aimed - center).clamp(-wide.scale / 2, wide.scale / 2) / 2).contiguous()
         self.offset = torch.zeros_like(aimed, requires_grad=True)
         self.low = torch.ones_like(grid.scale, requires_grad=True)
         self.high = torch.ones_like(grid.scale, requires_grad=True)
@@ -102,17 +125,18 @@ class Learned:
     @torch.no_grad()
     def limit(self) -> None:
         """Clamp all parameters to their ranges, in place."""
-        self.offset.clamp_(-OFFSET, OFFSET)
+        self.offset.clamp_(-self.way.offset, self.way.offset)
         self.low.clamp_(*CLIP)
         self.high.clamp_(*CLIP)
 
 
 def tune(learned: list[Learned], loss: Callable[[int], Tensor], whole: Callable[[], float], steps: int) -> None:
-    """Minimise `loss(step)`, of one minibatch, over `steps` steps with linear decay to 0. `learned` ends in the state,
-    the initial one included, where `whole()`, the loss on all of the text, was least."""
-    offsets = {"params": [one.offset for one in learned], "rate": OFFSET_RATE}
-    clips = {"params": [parameter for one in learned for parameter in (one.low, one.high)], "rate": CLIP_RATE}
-    optimizer = torch.optim.Adam([offsets, clips], lr=0.0, betas=BETAS, eps=1e-12)
+    """Minimise `loss(step)`, of one minibatch, over `steps` steps with linear decay to 0; all of `learned` go the same
+    way. They end in the state, the initial one included, where `whole()`, the loss on all of the text, was least."""
+    way = learned[0].way
+    offsets = {"params": [one.offset for one in learned], "rate": way.offset_rate}
+    clips = {"params": [parameter for one in learned for parameter in (one.low, one.high)], "rate": way.clip_rate}
+    optimizer = torch.optim.Adam([offsets, clips], lr=0.0, betas=way.betas, eps=1e-12)
     best, least = [[p.detach().clone() for p in one.parameters] for one in learned], whole()
     for step in range(steps):
         loss(step).backward()  # type: ignore[no-untyped-call]

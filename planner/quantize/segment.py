@@ -15,7 +15,7 @@ from bitplan.formats.integers import IntegerFormat
 from bitplan.formats.modules import canonical, is_transposed
 from bitplan.formats.rounding.awq import clipped_codes
 from bitplan.formats.rounding.gptq import Hessian, gptq_codes
-from bitplan.formats.rounding.tuned import STEPS, Learned, tune
+from bitplan.formats.rounding.tuned import FEW, FROM_WEIGHTS, STEPS, Learned, tune
 from bitplan.formats.rounding.yaqa import yaqa_codes
 from bitplan.formats.scheme import QuantScheme
 from bitplan.formats.table import format_named
@@ -218,14 +218,20 @@ class Segment:
             return self._lookups(units)
         made: dict[str, Tensors] = {}
         learned: dict[str, Learned] = {}
+        near = self._near(units)
         outputs = self.output_moments([unit for unit in units if self.rounding(unit) == "yaqa"])
         steps: dict[str, list[Unit]] = defaultdict(list)
         for unit in units:
             steps[self.session.graph.readers.get(unit.name, unit.name)].append(unit)
         for together in steps.values():
-            to_round = [unit for unit in together if self.rounding(unit) != "nearest"]
+            to_round = [unit for unit in together if self.rounding(unit) != "nearest" and unit not in near]
             hessians = self.hessians(to_round, cross=self.rounding(to_round[0]) != "awq") if to_round else []
             for unit in together:
+                if unit in near:
+                    learned[unit.name] = near[unit]
+                    made[unit.name] = near[unit].tensors()
+                    self.put(unit, made[unit.name])
+                    continue
                 try:
                     made[unit.name] = self._round_one(unit, hessians, outputs.get(unit.name), learned)
                 except RoundingFailed as error:
@@ -269,6 +275,21 @@ class Segment:
         if rounding == "tuned":
             learned[unit.name] = Learned(format, aimed, grid)
         return format.store(codes_, grid)
+
+    def _near(self, units: list[Unit]) -> dict[Unit, Learned]:
+        """The units whose codes are learned from their weights: all of a block's that are `tuned`, where the text has
+        few outputs for each of their weights."""
+        tuned = [unit for unit in units if self.rounding(unit) == "tuned"]
+        weights = sum(self.originals[unit.parameter].numel() for unit in tuned)
+        width = self.true.shape[-1] if self.true is not None else 0
+        if self.index == len(self.chain) - 1 or self.ids.numel() * width >= FEW * weights:
+            return {}
+        found = {}
+        for unit in tuned:
+            weight = self.weight(unit).float()
+            grid = self.format(unit).fitted_grids(weight, weight.new_ones(unit.columns))
+            found[unit] = Learned(self.format(unit), weight, grid, FROM_WEIGHTS)
+        return found
 
     # Learning -------------------------------------------------------------------------------------------------------
 
