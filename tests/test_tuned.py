@@ -5,7 +5,7 @@ from bitplan.formats.double_quant import DoubleQuantFormat
 from bitplan.formats.integers import Grid, IntegerFormat
 from bitplan.formats.rounding import Hessian, tuned
 from bitplan.formats.rounding.gptq import gptq_codes
-from bitplan.formats.rounding.tuned import CLIP, OFFSET, Learned, tune
+from bitplan.formats.rounding.tuned import CLIP, FROM_CODES, FROM_WEIGHTS, Learned, tune
 
 FORMATS = [
     IntegerFormat("asymmetric", 3, group=32),
@@ -63,6 +63,17 @@ def test_it_starts_at_gptqs_codes_and_grid(format, begun):
     assert all(torch.equal(tensor, stored[suffix]) for suffix, tensor in learned.tensors().items())
 
 
+def test_from_weights_it_starts_at_the_nearest_codes_and_stays_beside_the_weights(format, weight):
+    grid = format.fitted_grids(weight, torch.ones(COLUMNS))
+    learned = Learned(format, weight, grid, FROM_WEIGHTS)
+    wide = Grid(format.over_columns(grid.scale, COLUMNS), format.over_columns(grid.zero, COLUMNS))
+    assert torch.equal(learned.codes()[0], format.encode(weight, wide))
+    wandered(learned, 25)
+    codes, wide = learned.codes()
+    place = (weight / wide.scale.clamp(min=1e-9) + wide.zero).clamp(0, format.top)
+    assert ((codes - place).abs() <= 1 + 1e-4).all()
+
+
 @pytest.mark.parametrize("steps", [0, 25])
 def test_what_is_stored_is_what_was_learned_to_the_bit(format, begun, steps):
     codes, grid, aimed = begun
@@ -91,7 +102,7 @@ def test_gradients_reach_everything_and_limits_hold(format, begun, weight, x):
         low -= 10
         high += 10
     learned.limit()
-    assert (offset == OFFSET).all() and (low == CLIP[0]).all() and (high == CLIP[1]).all()
+    assert (offset == FROM_CODES.offset).all() and (low == CLIP[0]).all() and (high == CLIP[1]).all()
 
 
 class TestTune:
