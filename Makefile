@@ -6,7 +6,7 @@ LOWEST := .venv-lowest
 
 .PHONY: setup test test-all test-faults gpu zoo fuzz lint demo wheel-smoke test-lowest plans bench-prediction bench-rounding bench-one-bit bench-layout \
 	bench-exports bench-audit bench-memory bench-speed bench-compare bench-interval bench-search bench-reduced bench-real \
-	bench-double-quant bench-rotation bench-calibration bench-planners bench-k-quants
+	bench-double-quant bench-rotation bench-calibration bench-planners bench-k-quants bench-tuned-starts
 
 setup: $(VENV)/.done
 
@@ -102,6 +102,10 @@ bench-k-quants: setup
 # How much calibration text, and which, rounding gains from (10 minutes). ALSO="--also MODEL TEXT HELDOUT" adds models.
 bench-calibration: setup
 	$(BIN)/python -m benchmarks.calibration $(ALSO)
+
+# Where tuned should start, by the number of calibration tokens (20 minutes). ALSO="--also MODEL TEXT HELDOUT"
+bench-tuned-starts: setup
+	$(BIN)/python -m benchmarks.tuned_starts $(ALSO)
 
 # Whether offline rotation and rows lose less than groups at equal bytes, on the same model (half an hour).
 bench-rotation: setup

@@ -1,0 +1,79 @@
+"""Where should `tuned` start: GPTQ's codes, or the weights? `make bench-tuned-starts`; `--also MODEL TEXT HELDOUT`.
+
+Uniform plans by `gptq` and by `tuned` from either start, on some numbers of calibration tokens; embedding and head stay
+in full precision, with --blocks all other blocks too. *Outputs* are those of a block on the text for each of its
+weights, by which `tuned` chooses. May import: everything.
+"""
+
+import argparse
+import math
+import os
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.machine import described
+from bitplan.planner.assemble import uniform_plan
+from bitplan.planner.demo import CALIBRATION, HELDOUT, MODEL
+from bitplan.planner.load import load_planned
+from bitplan.planner.quantize import segment
+from bitplan.planner.quantize.distillation import round_missing
+from bitplan.planner.report.tables import table
+from bitplan.sensitivity import source as sources
+from bitplan.sensitivity.chain import find_blocks
+from bitplan.sensitivity.loss import Reference
+from bitplan.sensitivity.session import load_reference, open_session, read_texts
+from bitplan.sensitivity.texts.text import Blocks
+
+STARTS = {"gptq": ("gptq", 0.0), "tuned, from codes": ("tuned", 0.0), "tuned, from weights": ("tuned", math.inf)}
+
+
+def rows(files: tuple[str, str, str], arguments: argparse.Namespace) -> list[tuple[str, ...]]:
+    model, text, heldout = files
+    source, made = sources.find(model), []
+    largest = max(arguments.tokens)
+    texts = read_texts(source, files=[Path(text)], heldout=[Path(heldout)], tokens=largest, length=256)
+    whole = load_reference(source, "cpu")
+    reference, paths = Reference(whole, texts.heldout), find_blocks(whole)
+    chosen = [paths[i] for i in arguments.blocks or range(len(paths))]
+    session = open_session(source, texts, device="cpu")
+    kept = [unit.name for unit in session.graph.units if not unit.name.startswith(tuple(f"{p}." for p in chosen))]
+    weights = sum(p.numel() for p in whole.get_submodule(chosen[0]).parameters() if p.ndim > 1)
+    for tokens in arguments.tokens:
+        few = replace(texts, calibration=Blocks(texts.calibration.ids[: max(1, tokens // 256)]))
+        for name, (rounding, segment.FEW) in STARTS.items():
+            with tempfile.TemporaryDirectory() as cache:
+                os.environ["BITPLAN_CACHE"] = cache
+                session = open_session(source, few, tuple(kept), device="cpu")
+                plan = uniform_plan(session, arguments.format, rounding)
+                began = time.process_time()
+                round_missing(plan, session)
+                seconds = time.process_time() - began
+                found = reference.evaluate(load_planned(plan, source, "cpu"))
+            outputs = few.calibration.ids.numel() * whole.config.hidden_size / weights
+            losses = (f"{found.kl:.4f}", f"{found.kl_se:.4f}", f"{found.delta_nll:+.4f}", f"{found.delta_nll_se:.4f}")
+            label = "embedded" if model == str(MODEL) else Path(model).name
+            made.append((label, f"{tokens:,}", name, f"{outputs:.1f}", *losses, f"{seconds:.0f}"))
+            print(*made[-1], file=sys.stderr, flush=True)
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--also", nargs=3, action="append", default=[], metavar=("MODEL", "TEXT", "HELDOUT"))
+    parser.add_argument("--only-also", action="store_true", help="without the embedded model")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 32768])
+    parser.add_argument("--blocks", type=int, nargs="+", help="numbers of the blocks that are quantized (default: all)")
+    parser.add_argument("--format", default="int3-g64")
+    arguments = parser.parse_args()
+    cases = [] if arguments.only_also else [(str(MODEL), str(CALIBRATION), str(HELDOUT))]
+    found = [row for files in (*cases, *arguments.also) for row in rows(files, arguments)]
+    head = ("model", "tokens", "rounding", "outputs per weight", "KL", "± se", "nats", "± se", "seconds of CPU")
+    print(table(head, found, left=3))
+    print(described())
+
+
+if __name__ == "__main__":
+    main()
