@@ -149,11 +149,9 @@ def _weights(session: Session, chain: Chain, around: Around | None) -> Callable[
     schemes = around.schemes if around else {}
 
     def weights(segment: int) -> dict[str, Tensor]:
-        return {
-            unit.parameter: session.swapper.shaped(unit, session.weight_cache.dequantized(unit, schemes[unit.name]))
-            for unit in chain.seen(segment)
-            if unit.name in schemes
-        }
+        units = [unit for unit in chain.seen(segment) if unit.name in schemes]
+        made = {unit: session.weight_cache.dequantized(unit, schemes[unit.name]) for unit in units}
+        return {unit.parameter: session.swapper.shaped(unit, weight).to(chain.device) for unit, weight in made.items()}
 
     return weights if session.memory else cache(weights)
 

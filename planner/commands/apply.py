@@ -37,8 +37,7 @@ def run(arguments: Namespace) -> None:
     reference = None
     if arguments.text or arguments.dataset or arguments.sample or arguments.heldout:
         texts = texts_of(arguments, source)
-        session = open_session(source, texts, device=arguments.device, memory=memory)
-        reference = session.reference(texts.heldout)
+        reference = open_session(source, texts, device=arguments.device, memory=memory).reference(texts.heldout)
     model = load_planned(plan, source, arguments.device)
     size = resident_bytes(model)
     data: dict[str, Any] = {
