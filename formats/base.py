@@ -79,6 +79,14 @@ class Format(ABC):
     def dequantize(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> Tensor:
         """The weight [rows, columns] in `dtype`, from its stored tensors."""
 
+    def dequantize_by_rows(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> Tensor:
+        """`dequantize`, some rows at a time: it takes little memory beside the weight."""
+        rows = tensors[""].shape[0]
+        weight = torch.empty(rows, columns, dtype=dtype, device=tensors[""].device)
+        for at in _tiles(rows, columns, weight.device.type):
+            weight[at] = self.dequantize(self.rows_of(tensors, at.start, at.stop, columns), columns, dtype)
+        return weight
+
     @abstractmethod
     def take_rows(self, tensors: Tensors, ids: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
         """Rows `ids` (int64, any shape) of the weight in `dtype`: [*ids.shape, columns]. Other rows are not read."""
@@ -102,12 +110,11 @@ class Format(ABC):
         """`linear` with weights from `dequantize` (stored tensors of some rows → [rows, columns] in x's dtype). The
         weight is dequantized whole if gradients are required, since autograd would hold every tile anyway."""
         rows, bias = tensors[""].shape[0], None if bias is None else bias.to(x.dtype)
-        step = max(TILE.get(x.device.type, LARGE_TILE) // columns // 32, 1) * 32
-        if rows <= step or needs_grad(x, tensors):
+        tiles = _tiles(rows, columns, x.device.type)
+        if len(tiles) == 1 or needs_grad(x, tensors):
             return torch.nn.functional.linear(x, dequantize(tensors), bias)
         out = x.new_empty(*x.shape[:-1], rows)
-        for start in range(0, rows, step):
-            at = slice(start, min(start + step, rows))
+        for at in tiles:
             weight = dequantize(self.rows_of(tensors, at.start, at.stop, columns))
             out[..., at] = torch.nn.functional.linear(x, weight, None if bias is None else bias[at])
         return out
@@ -130,6 +137,12 @@ class Format(ABC):
             suffix: torch.zeros(shape, dtype=dtype, device=device)
             for suffix, (shape, dtype) in self.specs(rows, columns).items()
         }
+
+
+def _tiles(rows: int, columns: int, device: str) -> list[slice]:
+    """Runs of rows that a device dequantizes at once, multiples of 32."""
+    step = max(TILE.get(device, LARGE_TILE) // columns // 32, 1) * 32
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def needs_grad(x: Tensor, tensors: Tensors) -> bool:

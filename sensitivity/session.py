@@ -188,15 +188,15 @@ def open_session(
 def refuse_memory(model: PreTrainedModel, memory: int, length: int, plan: int = 0) -> None:
     """Raises UsageError where what lies outside of the blocks, the larger one of the largest block with its largest
     second moment and factors and of `length` tokens' logits, and this program itself take more than `memory` bytes.
-    `plan`: bytes of a plan that is made too; what lies outside of the blocks is then there three times, once rounded
-    and once for the plan that is finished."""
+    `plan`: bytes of a plan that is made too; what lies outside of the blocks is then there four times: for the trials
+    and for the plan that is finished, in full precision and rounded."""
     blocks = [model.get_submodule(path) for path in find_blocks(model)]
     sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
     outside = sum(p.numel() for p in model.parameters()) - sum(sizes)
     widest = max((p.shape[-1] for block in blocks for p in block.parameters() if p.ndim > 1), default=0)
     block = 6 * max(sizes, default=0) + 4 * 4 * widest**2
     logits = 4 * 4 * length * vocabulary_size(model)
-    need = PROGRAM + (3 if plan else 1) * 4 * outside + plan + max(block, logits)
+    need = PROGRAM + (4 if plan else 1) * 4 * outside + plan + max(block, logits)
     if need > memory:
         what = f", the plan's {format_bytes(plan)}" if plan else ""
         raise UsageError(

@@ -156,7 +156,7 @@ class WeightCache:
         """A unit's weight in a scheme, float32 [experts * rows, columns]."""
         if scheme.format == unit.native:
             return self.weight(unit)
-        return format_named(scheme.format).dequantize(self.tensors(unit, scheme), unit.columns, torch.float32)
+        return format_named(scheme.format).dequantize_by_rows(self.tensors(unit, scheme), unit.columns, torch.float32)
 
 
 def for_file(tensors: Tensors) -> Tensors:

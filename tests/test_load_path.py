@@ -173,11 +173,14 @@ def test_rounding_in_runs_gives_the_same_codes(name, monkeypatch):
     if reason := format.unavailable():
         pytest.skip(reason)
     monkeypatch.setitem(base.RUN, "cpu", 1)
+    monkeypatch.setitem(base.TILE, "cpu", 1)
     torch.manual_seed(0)
     for weight in (torch.randn(107, 130), torch.randn(130, 107).T, torch.randn(70, 40).bfloat16()):
         expected, found = format.quantize(weight.float()), format.quantize_by_rows(weight, "cpu")
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[suffix], expected[suffix]) for suffix in expected)
+        whole = format.dequantize(expected, weight.shape[1], torch.float32)
+        assert torch.equal(format.dequantize_by_rows(expected, weight.shape[1], torch.float32), whole)
 
 
 def test_shards_of_an_original_are_rounded_as_the_whole(planned, checkpoint, tmp_path):

@@ -141,7 +141,7 @@ class Candidates:
         for unit in self._chain.units[index]:
             if unit.name in rounded.tensors:
                 format = format_named(formats[unit.name])
-                weight = format.dequantize(rounded.tensors[unit.name], unit.columns, torch.float32)
+                weight = format.dequantize_by_rows(rounded.tensors[unit.name], unit.columns, torch.float32)
                 yield unit, weight.to(self._session.device)
 
     def _weights(self, plan: Plan, index: int, rounded: Rounded) -> dict[str, Tensor]:

@@ -193,7 +193,7 @@ class Segment:
     def put(self, unit: Unit, tensors: Tensors) -> None:
         """Let a unit's stored tensors be what the segment runs on from here."""
         format = format_named(self.planned[unit.name].format)
-        self._set(unit, format.dequantize(tensors, unit.columns, torch.float32))
+        self._set(unit, format.dequantize_by_rows(tensors, unit.columns, torch.float32))
 
     def _set(self, unit: Unit, weight: Tensor) -> None:
         self.now[unit.parameter] = self.shaped(unit, weight).to(self.device).contiguous()
