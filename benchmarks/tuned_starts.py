@@ -33,8 +33,8 @@ STARTS = {"gptq": ("gptq", 0.0), "tuned, from codes": ("tuned", 0.0), "tuned, fr
 def rows(files: tuple[str, str, str], arguments: argparse.Namespace) -> list[tuple[str, ...]]:
     model, text, heldout = files
     source, made = sources.find(model), []
-    largest = max(arguments.tokens)
-    texts = read_texts(source, files=[Path(text)], heldout=[Path(heldout)], tokens=largest, length=256)
+    most = max(32768, *arguments.tokens)  # held-out text is half of it, however little text there is for rounding
+    texts = read_texts(source, files=[Path(text)], heldout=[Path(heldout)], tokens=most, length=256)
     whole = load_reference(source, "cpu")
     reference, paths = Reference(whole, texts.heldout), find_blocks(whole)
     chosen = [paths[i] for i in arguments.blocks or range(len(paths))]
