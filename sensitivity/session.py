@@ -41,6 +41,9 @@ from bitplan.sensitivity.weight_cache import MOMENT_BYTES, WeightCache, computed
 SEED = 0
 PROGRAM = 700 << 20
 """Bytes that Python, torch and transformers take by themselves, about."""
+COPIES = 7
+"""Of what lies outside of the blocks, in float32, while a plan is made: for trials and for the finished plan, in full
+precision and rounded, and what rounding takes beside them (by the peak of a plan of SmolLM2-135M)."""
 PART = 16
 """Hidden states in memory, and the second moments gathered at once, take this part of a memory limit each."""
 BRIEF = 4096
@@ -188,15 +191,14 @@ def open_session(
 def refuse_memory(model: PreTrainedModel, memory: int, length: int, plan: int = 0) -> None:
     """Raises UsageError where what lies outside of the blocks, the larger one of the largest block with its largest
     second moment and factors and of `length` tokens' logits, and this program itself take more than `memory` bytes.
-    `plan`: bytes of a plan that is made too; what lies outside of the blocks is then there four times: for the trials
-    and for the plan that is finished, in full precision and rounded."""
+    `plan`: bytes of a plan that is made too; what lies outside of the blocks then takes COPIES times its size."""
     blocks = [model.get_submodule(path) for path in find_blocks(model)]
     sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
     outside = sum(p.numel() for p in model.parameters()) - sum(sizes)
     widest = max((p.shape[-1] for block in blocks for p in block.parameters() if p.ndim > 1), default=0)
     block = 6 * max(sizes, default=0) + 4 * 4 * widest**2
     logits = 4 * 4 * length * vocabulary_size(model)
-    need = PROGRAM + (4 if plan else 1) * 4 * outside + plan + max(block, logits)
+    need = PROGRAM + (COPIES if plan else 1) * 4 * outside + plan + max(block, logits)
     if need > memory:
         what = f", the plan's {format_bytes(plan)}" if plan else ""
         raise UsageError(
