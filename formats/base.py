@@ -14,14 +14,9 @@ import torch
 from torch import Tensor
 
 TILE = {"cpu": 1 << 20}
-"""Weights dequantized at a time in a matrix product, by device type: on a CPU, as many as its cache holds."""
+"""Weights rounded or dequantized at a time, by device type: on a CPU, as many as its cache holds."""
 LARGE_TILE = 1 << 24
 """The same for other devices, where a launch per operation makes small tiles expensive."""
-
-RUN = {"cpu": 1 << 20}
-"""Weights rounded at once. Rounding holds some 16 bytes a weight: in a CPU's cache that is also the fastest."""
-LONG_RUN = 1 << 24
-"""The same elsewhere, where each operation costs its launch."""
 
 Specs = dict[str, tuple[tuple[int, ...], torch.dtype]]
 Tensors = dict[str, Tensor]
@@ -66,10 +61,8 @@ class Format(ABC):
         rows, columns = weight.shape
         tensors = self.zeros(rows, columns, device)
         filled = dict.fromkeys(tensors, 0)
-        run = RUN.get(torch.device(device).type, LONG_RUN)
-        # Of 32 rows, whatever their bits, the zero points fill whole words.
-        for part in weight.split(max(32, run // columns // 32 * 32)):
-            for suffix, made in self.quantize(part.to(device).float()).items():
+        for at in _tiles(rows, columns, torch.device(device).type):
+            for suffix, made in self.quantize(weight[at].to(device).float()).items():
                 start = filled[suffix]
                 filled[suffix] += len(made)
                 tensors[suffix][start : filled[suffix]] = made
@@ -140,7 +133,8 @@ class Format(ABC):
 
 
 def _tiles(rows: int, columns: int, device: str) -> list[slice]:
-    """Runs of rows that a device dequantizes at once, multiples of 32."""
+    """Runs of rows that a device rounds or dequantizes at once: multiples of 32, whose zero points fill whole words
+    whatever their bits."""
     step = max(TILE.get(device, LARGE_TILE) // columns // 32, 1) * 32
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 

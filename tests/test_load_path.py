@@ -117,7 +117,7 @@ def planned(session_of):
 
 @pytest.fixture
 def short_runs(monkeypatch):
-    monkeypatch.setitem(base.RUN, "cpu", 1 << 13)
+    monkeypatch.setitem(base.TILE, "cpu", 1 << 13)
     return 16 << 13
 
 
@@ -158,7 +158,7 @@ def test_a_planned_checkpoint_never_holds_a_weight_in_full_precision(larger, mon
 
 @pytest.mark.gpu
 def test_a_device_holds_the_plan_and_one_weight(larger, monkeypatch):
-    monkeypatch.setattr(base, "LONG_RUN", 1 << 13)
+    monkeypatch.setattr(base, "LARGE_TILE", 1 << 13)
     folder, plan = larger
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -172,7 +172,6 @@ def test_rounding_in_runs_gives_the_same_codes(name, monkeypatch):
     format = FORMATS[name]
     if reason := format.unavailable():
         pytest.skip(reason)
-    monkeypatch.setitem(base.RUN, "cpu", 1)
     monkeypatch.setitem(base.TILE, "cpu", 1)
     torch.manual_seed(0)
     for weight in (torch.randn(107, 130), torch.randn(130, 107).T, torch.randn(70, 40).bfloat16()):
