@@ -10,10 +10,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks import models
 from benchmarks.machine import described
 from bitplan.formats.errors import TextTooShort
 from bitplan.planner.assemble import uniform_plan
-from bitplan.planner.demo import CALIBRATION, HELDOUT, MODEL
 from bitplan.planner.evaluate.objective import Objective
 from bitplan.planner.load import load_planned
 from bitplan.planner.quantize.distillation import round_missing
@@ -34,9 +34,7 @@ def loss(source: sources.Source, texts: Texts, format: str) -> str:
     return f"{found.kl:.4f} ± {found.kl_se or 0:.4f}"
 
 
-def rows(
-    model: str | Path, text: str | Path, heldout: str | Path, counts: list[int], formats: list[str]
-) -> list[tuple[str, ...]]:
+def rows(model: str, text: str, heldout: str, counts: list[int], formats: list[str]) -> list[tuple[str, ...]]:
     source, made = sources.find(model), []
     held = read_texts(source, files=[Path(text)], heldout=[Path(heldout)], tokens=min(TOKENS[2], max(counts)))
     kinds = {"own text": {"files": [Path(text)]}, "default text": {}, "model's samples": {"sampled": True}}
@@ -50,20 +48,18 @@ def rows(
             if count >= tokens // 2:
                 texts = replace(texts, search=held.search, heldout=held.heldout)
                 row = (kind, f"{count:,}", *(loss(source, texts, format) for format in formats))
-                made.append(("embedded" if model == MODEL else Path(model).name, *row))
+                made.append((models.label(model), *row))
                 print(*made[-1], file=sys.stderr, flush=True)
     return made
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--also", nargs=3, action="append", default=[], metavar=("MODEL", "TEXT", "HELDOUT"))
-    parser.add_argument("--only-also", action="store_true", help="without the embedded model")
+    models.add_options(parser)
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--formats", nargs="+", default=list(FORMATS))
     arguments = parser.parse_args()
-    models = [*([] if arguments.only_also else [(MODEL, CALIBRATION, HELDOUT)]), *arguments.also]
-    found = [row for model in models for row in rows(*model, arguments.tokens, arguments.formats)]
+    found = [row for files in models.chosen(arguments) for row in rows(*files, arguments.tokens, arguments.formats)]
     head = ("model", "calibration", "tokens", *(f"{name}: held-out KL" for name in arguments.formats))
     print(table(head, found, left=2))
     print(described("cpu"))

@@ -11,10 +11,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import models
 from benchmarks.machine import described
 from bitplan.formats.table import DEFAULT_FORMATS
 from bitplan.planner.assemble import Finish, quick_plan, uniform_plan
-from bitplan.planner.demo import CALIBRATION, HELDOUT, MODEL
 from bitplan.planner.evaluate.objective import Objective
 from bitplan.planner.load import load_planned
 from bitplan.planner.plan import Budget, Measured, Plan
@@ -34,7 +34,7 @@ class Case:
     """A model with its texts, opened for work."""
 
     def __init__(self, model: str | Path, text: str | Path, heldout: str | Path):
-        self.name = "embedded" if model == MODEL else Path(model).name
+        self.name = models.label(model)
         texts = read_texts(sources.find(model), files=[Path(text)], heldout=[Path(heldout)])
         self.session: Session = open_session(sources.find(model), texts, device="cpu")
         self.objective = Objective(self.session)
@@ -80,10 +80,10 @@ class Case:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--also", nargs=3, action="append", default=[], metavar=("MODEL", "TEXT", "HELDOUT"))
+    models.add_options(parser)
     uniform, planned = [], []
-    for model in ((MODEL, CALIBRATION, HELDOUT), *parser.parse_args().also):
-        case = Case(*model)
+    for files in models.chosen(parser.parse_args()):
+        case = Case(*files)
         uniform += case.uniform()
         planned += case.planned()
     head = ("model", "", "bytes", "bits per weight", "held-out KL, nats per token", "ratio")

@@ -22,10 +22,8 @@ import torch
 from benchmarks.machine import described
 from benchmarks.peers import gguf_model
 from benchmarks.rounding import HERE, Case, at_bytes, figures, judged, kept
-from bitplan.planner.quantize.distillation import round_missing
 from bitplan.planner.report.tables import table
-from bitplan.sensitivity.loss import Reference
-from bitplan.sensitivity.session import Session, load_reference, open_session
+from bitplan.sensitivity.session import Session, open_session
 
 QUANTIZE = HERE / "peers" / ".venv-llama-cpp" / "bin" / "llama-quantize"
 TYPES = ("Q4_K_M", "Q3_K_M")
@@ -48,7 +46,7 @@ def peer(case: Case, kind: str, tokens: int) -> dict[str, Any]:
     """A K-quant's figures, the bytes of its tensors, and how many have which type."""
     texts = case.texts(tokens)
     session = open_session(case.source, texts, device="cpu")
-    squares = importance(session)
+    squares, reference = importance(session), session.reference(texts.heldout)
     with tempfile.TemporaryDirectory() as name:
         before, matrix, after = (Path(name) / part for part in ("before.gguf", "matrix.dat", "after.gguf"))
         gguf_model.write(Path(case.source.folder), before)
@@ -60,7 +58,7 @@ def peer(case: Case, kind: str, tokens: int) -> dict[str, Any]:
         if done.returncode:
             raise SystemExit(done.stdout + done.stderr)
         tensors = gguf.GGUFReader(after).tensors
-        model = load_reference(case.source, "cpu")
+        model = session.model  # from here on with the K-quant's weights
         named = gguf_model.names(model.config.num_hidden_layers)
         parameters = {named.get_name(key, try_suffixes=(".weight",)): p for key, p in model.named_parameters()}
         for tensor in tensors:
@@ -68,27 +66,25 @@ def peer(case: Case, kind: str, tokens: int) -> dict[str, Any]:
             parameters[tensor.name].data = weight.view(parameters[tensor.name].shape)
         kinds = Counter(tensor.tensor_type.name for tensor in tensors)
         nbytes = sum(int(tensor.n_bytes) for tensor in tensors)
-    evaluation = Reference(session.model, texts.heldout).evaluate(model)
-    return {**figures(evaluation), "bytes": nbytes, "seconds": seconds, "types": dict(kinds)}
+    return {**figures(reference.evaluate(model)), "bytes": nbytes, "seconds": seconds, "types": dict(kinds)}
 
 
 def ours(case: Case, limit: int, tokens: int) -> dict[str, Any]:
     session = open_session(case.source, case.texts(tokens), device="cpu")
     began = time.perf_counter()
-    plan = at_bytes(session, limit)
-    round_missing(plan, session)
-    return judged(session, plan, case, time.perf_counter() - began)
+    return judged(session, at_bytes(session, limit), case, began)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("model", nargs=3, metavar=("MODEL", "TEXT", "HELDOUT"))
+    for name in ("model", "text", "heldout"):
+        parser.add_argument(name, metavar=name.upper())
     parser.add_argument("--types", nargs="+", default=TYPES, choices=TYPES)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--redo", action="store_true")
     arguments = parser.parse_args()
     subprocess.run([HERE / "peers" / "make-llama-cpp.sh"], check=True, stdout=sys.stderr)
-    case, rows = Case(*arguments.model), []
+    case, rows = Case(arguments.model, arguments.text, arguments.heldout), []
     for kind in arguments.types:
         theirs = kept(f"{case.name}.{kind}", arguments.redo, partial(peer, case, kind, arguments.tokens))
         made = partial(ours, case, theirs["bytes"], arguments.tokens)

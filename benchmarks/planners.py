@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from benchmarks import models
 from benchmarks.machine import described
 from benchmarks.rounding import GROUP, HERE, Case, at_bytes, by_tool, ends_kept, judged, kept
 from bitplan.planner.assemble import Finish, assemble
-from bitplan.planner.demo import CALIBRATION, HELDOUT, MODEL
 from bitplan.planner.plan import Plan
-from bitplan.planner.quantize.distillation import round_missing
 from bitplan.planner.report.tables import table
 from bitplan.sensitivity.profile import unit_entry, unquantized_entry
 from bitplan.sensitivity.session import Session, open_session
@@ -71,9 +70,7 @@ def plan_of(session: Session, bits: dict[str, int]) -> Plan:
 
 def finished(session: Session, plan: Plan, case: Case, bits: dict[str, int], began: float) -> dict[str, Any]:
     """A plan's figures, with the bytes of its linears."""
-    round_missing(plan, session)
-    seconds = time.perf_counter() - began
-    return {**judged(session, plan, case, seconds), "linears": sum(u.bytes for u in plan.units if u.name in bits)}
+    return {**judged(session, plan, case, began), "linears": sum(u.bytes for u in plan.units if u.name in bits)}
 
 
 def rerounded(case: Case, bits: dict[str, int], tokens: int) -> dict[str, Any]:
@@ -120,17 +117,15 @@ def lines(case: Case, peer: str, average: float, found: dict[str, Any]) -> list[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--also", nargs=3, action="append", default=[], metavar=("MODEL", "TEXT", "HELDOUT"))
-    parser.add_argument("--only-also", action="store_true", help="without the embedded model")
+    models.add_options(parser)
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
     parser.add_argument("--averages", type=float, nargs="+", default=[3.5, 4.5], metavar="BITS")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--redo", nargs="+", default=[], choices=[*PEERS, REROUNDED, *ARMS])
     arguments = parser.parse_args()
-    cases = [] if arguments.only_also else [Case(str(MODEL), str(CALIBRATION), str(HELDOUT))]
     rows, notes = [], []
-    for case in [*cases, *(Case(*files) for files in arguments.also)]:
+    for case in [Case(*files) for files in models.chosen(arguments)]:
         for peer in arguments.peers:
             subprocess.run([HERE / "peers" / "make.sh", PEERS[peer]], check=True, stdout=sys.stderr)
             for average in arguments.averages:

@@ -29,9 +29,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from benchmarks import models
 from bitplan.formats.table import DEFAULT_FORMATS
 from bitplan.planner.assemble import Finish, quick_plan, uniform_plan
-from bitplan.planner.demo import CALIBRATION, HELDOUT, MODEL
+from bitplan.planner.demo import MODEL
 from bitplan.planner.evaluate.trials import Effort
 from bitplan.planner.load import load_planned
 from bitplan.planner.plan import Budget, Plan
@@ -80,9 +81,7 @@ def ours(case: Case, method: str, bits: int, tokens: int, whole: bool) -> dict[s
     rounding, _, distilled = method.partition("+")
     session = open_session(case.source, texts, device="cpu") if whole else ends_kept(case, texts)
     plan = uniform_plan(session, f"int{bits}-g{GROUP}", rounding, bool(distilled))
-    began = time.perf_counter()
-    round_missing(plan, session)
-    return judged(session, plan, case, time.perf_counter() - began)
+    return judged(session, plan, case, time.perf_counter())
 
 
 def planned(case: Case, method: str, bits: int, tokens: int) -> dict[str, Any]:
@@ -93,9 +92,7 @@ def planned(case: Case, method: str, bits: int, tokens: int) -> dict[str, Any]:
     limited = session if method == "plan-whole" else ends_kept(case, texts)
     limit = uniform_plan(limited, f"int{bits}-g{GROUP}").bytes
     began = time.perf_counter()
-    plan = at_bytes(session, limit)
-    round_missing(plan, session)
-    return judged(session, plan, case, time.perf_counter() - began)
+    return judged(session, at_bytes(session, limit), case, began)
 
 
 def at_bytes(session: Session, limit: int, rounding: str | None = None, trials: int = 0) -> Plan:
@@ -114,8 +111,10 @@ def ends_kept(case: Case, texts: Texts) -> Session:
     return open_session(case.source, texts, tuple(kept), device="cpu")
 
 
-def judged(session: Session, plan: Plan, case: Case, seconds: float) -> dict[str, Any]:
-    """Figures of a plan whose codes are in the cache, on the held-out text."""
+def judged(session: Session, plan: Plan, case: Case, began: float) -> dict[str, Any]:
+    """Round a plan; its figures on the held-out text, and the seconds since `began`."""
+    round_missing(plan, session)
+    seconds = time.perf_counter() - began
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     evaluation = Reference(session.model, session.texts.heldout).evaluate(load_planned(plan, case.source, "cpu"))
     return {**figures(evaluation), "seconds": seconds, "peak_bytes": peak, "bytes": plan.bytes, "note": ""}
@@ -254,8 +253,7 @@ def one(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--also", nargs=3, action="append", default=[], metavar=("MODEL", "TEXT", "HELDOUT"))
-    parser.add_argument("--only-also", action="store_true", help="without the embedded model")
+    models.add_options(parser)
     parser.add_argument("--methods", default=",".join((*OURS, *PEERS)), metavar="A,B,…")
     parser.add_argument("--bits", default=",".join(map(str, BITS)), metavar="4,3,2")
     parser.add_argument("--tokens", type=int, default=32768)
@@ -271,8 +269,7 @@ def main() -> None:
     methods = arguments.methods.split(",")
     for tool in sorted({method.removesuffix("-best") for method in methods if method in PEERS}):
         subprocess.run([HERE / "peers" / "make.sh", tool], check=True, stdout=sys.stderr)
-    cases = [] if arguments.only_also else [Case(str(MODEL), str(CALIBRATION), str(HELDOUT))]
-    cases += [Case(*files) for files in arguments.also]
+    cases = [Case(*files) for files in models.chosen(arguments)]
     redo = arguments.redo.split(",")
     rows, whole, notes = [], [], {}
     found: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)

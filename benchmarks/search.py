@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import optuna
 
+from benchmarks import models
 from benchmarks.arms import remeasured, thresholds
 from benchmarks.machine import described
 from bitplan.formats.double_quant import DoubleQuantFormat
@@ -27,7 +28,6 @@ from bitplan.formats.errors import BudgetInfeasible
 from bitplan.formats.scheme import QuantScheme
 from bitplan.formats.table import DEFAULT_FORMATS, FORMATS
 from bitplan.planner.assemble import Finish, allocated_plan
-from bitplan.planner.demo import CALIBRATION, HELDOUT, MODEL
 from bitplan.planner.evaluate.objective import Objective
 from bitplan.planner.evaluate.trials import Effort, Trials
 from bitplan.planner.load import load_planned
@@ -98,7 +98,7 @@ class Case:
 
     def __init__(self, model: str, text: str, heldout: str, bits: float):
         source = sources.find(model)
-        self.name = "embedded" if Path(model) == MODEL else Path(model).name
+        self.name = models.label(model)
         self.session = open_session(
             source, read_texts(source, files=[Path(text)], heldout=[Path(heldout)]), device="cpu"
         )
@@ -207,8 +207,7 @@ def arms_table(cases: Iterable[Case], arms: str, seeds: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--knapsack", action="store_true", help="only the solver, on random problems")
-    parser.add_argument("--also", nargs=3, action="append", default=[], metavar=("MODEL", "TEXT", "HELDOUT"))
-    parser.add_argument("--only-also", action="store_true", help="without the embedded model")
+    models.add_options(parser)
     parser.add_argument("--bpw", type=float, nargs="+", default=[2.5, 3.2, 4.0], metavar="BITS")
     parser.add_argument("--arms", default=ARMS, metavar="ARM,ARM:TRIALS,…")
     parser.add_argument("--seeds", type=int, default=1)
@@ -216,8 +215,7 @@ def main() -> None:
     if arguments.knapsack:
         print(knapsack_table())
     else:
-        models = [] if arguments.only_also else [(str(MODEL), str(CALIBRATION), str(HELDOUT))]
-        cases = cases_of([*models, *arguments.also], arguments.bpw)
+        cases = cases_of(models.chosen(arguments), arguments.bpw)
         print(arms_table(cases, arguments.arms, arguments.seeds))
     print(described())
 

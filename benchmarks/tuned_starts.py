@@ -14,17 +14,16 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks import models
 from benchmarks.machine import described
 from bitplan.planner.assemble import uniform_plan
-from bitplan.planner.demo import CALIBRATION, HELDOUT, MODEL
 from bitplan.planner.load import load_planned
 from bitplan.planner.quantize import segment
 from bitplan.planner.quantize.distillation import round_missing
 from bitplan.planner.report.tables import table
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.chain import find_blocks
-from bitplan.sensitivity.loss import Reference
-from bitplan.sensitivity.session import load_reference, open_session, read_texts
+from bitplan.sensitivity.session import open_session, read_texts
 from bitplan.sensitivity.texts.text import Blocks
 
 STARTS = {"gptq": ("gptq", 0.0), "tuned, from codes": ("tuned", 0.0), "tuned, from weights": ("tuned", math.inf)}
@@ -35,11 +34,11 @@ def rows(files: tuple[str, str, str], arguments: argparse.Namespace) -> list[tup
     source, made = sources.find(model), []
     most = max(32768, *arguments.tokens)  # held-out text is half of it, however little text there is for rounding
     texts = read_texts(source, files=[Path(text)], heldout=[Path(heldout)], tokens=most, length=256)
-    whole = load_reference(source, "cpu")
-    reference, paths = Reference(whole, texts.heldout), find_blocks(whole)
-    chosen = [paths[i] for i in arguments.blocks or range(len(paths))]
     session = open_session(source, texts, device="cpu")
-    kept = [unit.name for unit in session.graph.units if not unit.name.startswith(tuple(f"{p}." for p in chosen))]
+    whole, units = session.model, session.graph.units
+    reference, paths = session.reference(texts.heldout), find_blocks(whole)
+    chosen = [paths[i] for i in arguments.blocks or range(len(paths))]
+    kept = [unit.name for unit in units if not unit.name.startswith(tuple(f"{path}." for path in chosen))]
     weights = sum(p.numel() for p in whole.get_submodule(chosen[0]).parameters() if p.ndim > 1)
     for tokens in arguments.tokens:
         few = replace(texts, calibration=Blocks(texts.calibration.ids[: max(1, tokens // 256)]))
@@ -54,22 +53,19 @@ def rows(files: tuple[str, str, str], arguments: argparse.Namespace) -> list[tup
                 found = reference.evaluate(load_planned(plan, source, "cpu"))
             outputs = few.calibration.ids.numel() * whole.config.hidden_size / weights
             losses = (f"{found.kl:.4f}", f"{found.kl_se:.4f}", f"{found.delta_nll:+.4f}", f"{found.delta_nll_se:.4f}")
-            label = "embedded" if model == str(MODEL) else Path(model).name
-            made.append((label, f"{tokens:,}", name, f"{outputs:.1f}", *losses, f"{seconds:.0f}"))
+            made.append((models.label(model), f"{tokens:,}", name, f"{outputs:.1f}", *losses, f"{seconds:.0f}"))
             print(*made[-1], file=sys.stderr, flush=True)
     return made
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--also", nargs=3, action="append", default=[], metavar=("MODEL", "TEXT", "HELDOUT"))
-    parser.add_argument("--only-also", action="store_true", help="without the embedded model")
+    models.add_options(parser)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 32768])
     parser.add_argument("--blocks", type=int, nargs="+", help="numbers of the blocks that are quantized (default: all)")
     parser.add_argument("--format", default="int3-g64")
     arguments = parser.parse_args()
-    cases = [] if arguments.only_also else [(str(MODEL), str(CALIBRATION), str(HELDOUT))]
-    found = [row for files in (*cases, *arguments.also) for row in rows(files, arguments)]
+    found = [row for files in models.chosen(arguments) for row in rows(files, arguments)]
     head = ("model", "tokens", "rounding", "outputs per weight", "KL", "± se", "nats", "± se", "seconds of CPU")
     print(table(head, found, left=3))
     print(described())
