@@ -59,6 +59,10 @@ def undistilled(plan: Plan) -> Plan:
     return plan.model_copy(update={"distilled": False})
 
 
+def mixed(enabled: bool) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+
+
 def references(session: Session) -> tuple[Reference, Reference]:
     return Reference(session.model, session.texts.calibration), Reference(session.model, session.texts.search)
 
@@ -205,6 +209,36 @@ def test_checkpointing_changes_nothing(name, session_of, monkeypatch):
         found.append({key: value.detach().clone() for key, (value, _) in healing.trained.items()})
         healing._state.unlink()
     assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
+
+
+def test_its_loss_has_the_gradients_of_the_kl(session_of, monkeypatch):
+    monkeypatch.setattr(heal, "mixed_precision", lambda device: mixed(False))
+    session = session_of("llama-tied")
+    plan = uniform_plan(session, "int2-g32", "nearest", distilled=True)
+    calibration, _ = references(session)
+    student = sources.load_model(session.source, "cpu", quantization_config=PlanConfig(undistilled(plan)))
+    healing = Distillation(student, plan)
+    ids, aim = calibration.blocks.ids[:2], calibration.log_p[:2]
+    log_q = student(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    kl = torch.nn.functional.kl_div(log_q, aim, reduction="sum", log_target=True) / aim[..., 0].numel()
+    parameters = [value for value, _ in healing.trained.values()]
+    expected = torch.autograd.grad(kl, parameters)
+    assert_close(torch.autograd.grad(healing._loss(ids, aim.clone()), parameters), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("module", [segment, heal])
+def test_products_of_bfloat16_learn_as_well(module, session_of, monkeypatch):
+    session = session_of("llama-tied")
+    plan = uniform_plan(session, "int2-g32", "nearest" if module is heal else "tuned", distilled=module is heal)
+    _, search = references(session)
+    found = []
+    for enabled in (False, True):
+        monkeypatch.setattr(module, "mixed_precision", lambda device, enabled=enabled: mixed(enabled))
+        round_missing(plan, session)
+        found.append(search.evaluate(load_planned(plan, session.source, "cpu")).kl)
+        shutil.rmtree(codes_folder(plan))
+    assert found[0] != found[1]
+    assert found[1] == pytest.approx(found[0], rel=0.05)
 
 
 class TestResuming:

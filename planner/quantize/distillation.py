@@ -21,6 +21,7 @@ from bitplan.formats.table import format_named
 from bitplan.planner.codes import codes_folder, missing_codes, unit_path, unquantized_path
 from bitplan.planner.hf.quantizer import PlanConfig
 from bitplan.planner.plan import Plan, PlannedUnit
+from bitplan.planner.quantize.mixed import mixed_precision
 from bitplan.planner.quantize.sequential import Sequence
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.forward import predictions
@@ -136,7 +137,7 @@ class Distillation:
             self.optimizer.zero_grad()
             # In parts whose logits fit in memory: gradients add up.
             for part in drawn.split(per_part):
-                loss = self._kl(ids[part].to(device), torch.stack([calibration.log_p[i] for i in part.tolist()]))
+                loss = self._loss(ids[part].to(device), torch.stack([calibration.log_p[i] for i in part.tolist()]))
                 if not loss.isfinite():
                     raise RoundingFailed(f"healing: the loss is {loss.item()} at step {done}; plan without --heal")
                 (loss * (len(part) / len(drawn))).backward()  # type: ignore[no-untyped-call]
@@ -156,12 +157,13 @@ class Distillation:
         bar.close()
         self._put(best)
 
-    def _kl(self, ids: Tensor, aim: Tensor) -> Tensor:
-        """KL to log-probabilities `aim` [blocks, length - 1, vocabulary], nats per token: a scalar."""
-        log_q = self.model(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-        aim = aim.to(log_q.device)
-        loss = torch.nn.functional.kl_div(log_q.flatten(0, 1), aim.flatten(0, 1), reduction="none", log_target=True)
-        return loss.sum(-1).mean()
+    def _loss(self, ids: Tensor, aim: Tensor) -> Tensor:
+        """Cross-entropy to probabilities whose logarithms are `aim` [blocks, length - 1, vocabulary], nats per token: a
+        scalar with the KL's gradients."""
+        with mixed_precision(ids.device):
+            logits = self.model(input_ids=ids, use_cache=False).logits
+        log_q = logits[:, :-1].float().log_softmax(-1)
+        return -(aim.to(log_q.device).exp_() * log_q).sum(-1).mean()
 
     def write(self) -> None:
         """The best state as stored tensors: changed kept tensors first, then every unit's."""

@@ -20,6 +20,7 @@ from bitplan.formats.rounding.yaqa import yaqa_codes
 from bitplan.formats.scheme import QuantScheme
 from bitplan.formats.table import format_named
 from bitplan.planner.plan import Plan
+from bitplan.planner.quantize.mixed import mixed_precision
 from bitplan.sensitivity.chain import BATCH, Chain
 from bitplan.sensitivity.graph import Unit
 from bitplan.sensitivity.products import add_products, mirror
@@ -300,11 +301,11 @@ class Segment:
         generator = torch.Generator().manual_seed(SEED + self.index)
 
         def loss_at(at: slice | Tensor, weights: dict[str, Tensor]) -> Tensor:
-            out = self.forward(self.got, at, weights)
+            out = self.forward(self.got, at, weights).float()
             if targets is not None:
                 return (out - targets[at].to(self.device)).square().mean()
             with torch.no_grad():
-                aim = self.forward(self.true, at, {}).log_softmax(-1)
+                aim = self.forward(self.true, at, {}).float().log_softmax(-1)
             return (aim.exp() * (aim - out.log_softmax(-1))).sum(-1).mean()
 
         def weights() -> dict[str, Tensor]:
@@ -313,7 +314,9 @@ class Segment:
             }
 
         def minibatch(_step: int) -> Tensor:
-            return loss_at(torch.randperm(len(self.ids), generator=generator)[:BATCH], weights())
+            at = torch.randperm(len(self.ids), generator=generator)[:BATCH]
+            with mixed_precision(self.device):
+                return loss_at(at, weights())
 
         @torch.no_grad()
         def whole() -> float:
