@@ -63,16 +63,21 @@ LABEL = "KL to full precision, nats per token"
 
 
 class Case:
-    """A model and its texts."""
+    """A model and its texts, in blocks of `block` tokens; formats have groups of `group` weights, or if 0, rows."""
 
-    def __init__(self, model: str, text: str, heldout: str):
+    def __init__(self, model: str, text: str, heldout: str, block: int = BLOCK, group: int = GROUP):
         self.source = sources.find(model)
-        self.name = "demo" if Path(model) == MODEL else Path(model).name
+        own = "" if (block, group) == (BLOCK, GROUP) else f".{block}.g{group}"
+        self.name = ("demo" if Path(model) == MODEL else Path(model).name) + own
         self.files = (model, text, heldout)
+        self.block, self.group = block, group
+
+    def format(self, bits: int) -> str:
+        return f"int{bits}-g{self.group}" if self.group else f"int{bits}-row"
 
     def texts(self, tokens: int) -> Texts:
         _, text, heldout = self.files
-        return read_texts(self.source, files=[Path(text)], heldout=[Path(heldout)], tokens=tokens, length=BLOCK)
+        return read_texts(self.source, files=[Path(text)], heldout=[Path(heldout)], tokens=tokens, length=self.block)
 
 
 def ours(case: Case, method: str, bits: int, tokens: int, whole: bool) -> dict[str, Any]:
@@ -80,7 +85,7 @@ def ours(case: Case, method: str, bits: int, tokens: int, whole: bool) -> dict[s
     texts = case.texts(tokens)
     rounding, _, distilled = method.partition("+")
     session = open_session(case.source, texts, device="cpu") if whole else ends_kept(case, texts)
-    plan = uniform_plan(session, f"int{bits}-g{GROUP}", rounding, bool(distilled))
+    plan = uniform_plan(session, case.format(bits), rounding, bool(distilled))
     return judged(session, plan, case, time.perf_counter())
 
 
@@ -90,7 +95,7 @@ def planned(case: Case, method: str, bits: int, tokens: int) -> dict[str, Any]:
     texts = case.texts(tokens)
     session = open_session(case.source, texts, device="cpu")
     limited = session if method == "plan-whole" else ends_kept(case, texts)
-    limit = uniform_plan(limited, f"int{bits}-g{GROUP}").bytes
+    limit = uniform_plan(limited, case.format(bits)).bytes
     began = time.perf_counter()
     return judged(session, at_bytes(session, limit), case, began)
 
@@ -148,7 +153,7 @@ def by_tool(case: Case, tool: str, options: list[Any], tokens: int) -> dict[str,
         save_file({"ids": texts.calibration.ids.contiguous()}, folder / "ids.safetensors")
         python = HERE / "peers" / f".venv-{tool}" / "bin" / "python"
         command: list[Any] = [python, HERE / "peers" / f"run_{tool.replace('-', '_')}.py"]
-        command += ["--model", case.source.folder, "--calibration", folder / "ids.safetensors", "--group", GROUP]
+        command += ["--model", case.source.folder, "--calibration", folder / "ids.safetensors", "--group", case.group]
         command += ["--out", folder / "out", *options]
         done = subprocess.run(list(map(str, command)), capture_output=True, encoding="utf-8", check=False)
         if done.returncode:
@@ -197,6 +202,7 @@ def made(case: Case, method: str, bits: int, tokens: int, whole: bool) -> dict[s
     if not distilled:
         shutil.rmtree(cache, ignore_errors=True)
     command = [sys.executable, "-m", "benchmarks.rounding", "--one", method, str(bits), "--tokens", str(tokens)]
+    command += ["--block", str(case.block), "--group", str(case.group)]
     command += ["--case", *case.files, *(["--whole"] if whole else [])]
     environment = os.environ | {"BITPLAN_CACHE": str(cache)}
     done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", env=environment, check=True)
@@ -214,7 +220,7 @@ def picture(cases: list[Case], methods: list[str], chosen: list[int], tokens: in
             own = method in PLANS
             if whole or not own:
                 result = cell(case, method, bits, tokens, whole, False)
-                name = "plan" if own else f"int{bits}-g{GROUP} {method}{'' if whole else ', ends bf16'}"
+                name = "plan" if own else f"{case.format(bits)} {method}{'' if whole else ', ends bf16'}"
                 size = result["bytes"] * 8 / sum(map(math.prod, shapes))  # a tied weight lies in the file once
                 dots.append(Dot(name, size, result["kl"], name, own))
     return frontier_plot(dots, ylabel=LABEL, alone=True)
@@ -245,7 +251,7 @@ def means(found: dict[tuple[str, int], list[dict[str, Any]]], chosen: list[int])
 def one(arguments: argparse.Namespace) -> dict[str, Any]:
     """A cell of ours, in this process."""
     method, bits = arguments.one
-    case = Case(*arguments.case)
+    case = Case(*arguments.case, arguments.block, arguments.group)
     if method in PLANS:
         return planned(case, method, int(bits), arguments.tokens)
     return ours(case, method, int(bits), arguments.tokens, arguments.whole)
@@ -257,6 +263,8 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join((*OURS, *PEERS)), metavar="A,B,…")
     parser.add_argument("--bits", default=",".join(map(str, BITS)), metavar="4,3,2")
     parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--block", type=int, default=BLOCK, help="tokens of a block")
+    parser.add_argument("--group", type=int, default=GROUP, help="weights that share a scale; 0: a row's")
     parser.add_argument("--redo", default="", metavar="A,B,…", help="methods to run again")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the second table's KL over its sizes as SVG")
     parser.add_argument("--one", nargs=2, metavar=("METHOD", "BITS"), help=argparse.SUPPRESS)
@@ -269,7 +277,7 @@ def main() -> None:
     methods = arguments.methods.split(",")
     for tool in sorted({method.removesuffix("-best") for method in methods if method in PEERS}):
         subprocess.run([HERE / "peers" / "make.sh", tool], check=True, stdout=sys.stderr)
-    cases = [Case(*files) for files in models.chosen(arguments)]
+    cases = [Case(*files, arguments.block, arguments.group) for files in models.chosen(arguments)]
     redo = arguments.redo.split(",")
     rows, whole, notes = [], [], {}
     found: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)

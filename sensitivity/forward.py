@@ -27,11 +27,11 @@ def inputs(
     gives a segment's by its number, as `Chain.run` has them."""
     made: list[States | None] = [None]
     for segment in progress(range(segments), desc="forward", unit="block"):
-        made.append(_through(chain, segment, made[-1], ids, memory // segments, check, weights(segment)))
+        made.append(through(chain, segment, made[-1], ids, memory // segments, check, weights(segment)))
     return made
 
 
-def _through(
+def through(
     chain: Chain,
     segment: int,
     x: States | None,
@@ -61,7 +61,7 @@ def predictions(chain: Chain, ids: Tensor, memory: int = IN_MEMORY) -> Callable[
     x: States | None = None
     last = len(chain) - 1
     for segment in progress(range(last), desc="forward", unit="block"):
-        x = _through(chain, segment, x, ids, memory)
+        x = through(chain, segment, x, ids, memory)
     assert x is not None
     hidden = x
     return after_blocks(chain, lambda block: hidden[block].unsqueeze(0), ids, {})

@@ -199,37 +199,6 @@ class TestQuality:
         assert gptq < 0.6 * nearest
         assert awq < nearest
 
-    @pytest.mark.parametrize("name", ["llama", "gpt2"])
-    def test_tuned_leaves_a_block_no_farther_than_gptq(self, name, session_of, monkeypatch):
-        """The first block's output on the same inputs, beside the full-precision block's."""
-        monkeypatch.setattr(segment, "STEPS", 20)
-        monkeypatch.setattr(segment, "FEW", 0.0)
-        session, errors = session_of(name), {}
-        choices = {unit.name: "int8/nearest" for unit in session.graph.units if unit.kind in ("embedding", "tied")}
-        for rounding in ("nearest", "gptq", "tuned"):
-            steps = Sequence(planned(session, choices | {"*": f"int2-g32/{rounding}"}), session)
-            true, got = steps._segment(0, None, None)
-            expected, found = steps._segment(1, true, got)
-            errors[rounding] = float((expected[:] - found[:]).square().mean())
-        assert errors["tuned"] <= errors["gptq"] < 0.5 * errors["nearest"]
-
-    def test_with_few_tokens_codes_stay_beside_the_weights_and_a_block_comes_closer(self, session_of, monkeypatch):
-        session, errors = session_of("llama"), {}
-        monkeypatch.setattr(segment, "STEPS", 60)
-        for rounding in ("nearest", "tuned"):
-            choices = {unit.name: "int8/nearest" for unit in session.graph.units if unit.kind == "embedding"}
-            steps = Sequence(planned(session, choices | {"*": f"int3-g32/{rounding}"}), session)
-            true, got = steps._segment(0, None, None)
-            work = steps.segment(1, true, got)
-            units = steps.chain.units[1]
-            work.round(units)
-            errors[rounding] = float((work.outputs(true, {})[:] - work.outputs(got, work.now)[:]).square().mean())
-            for unit in units:
-                weight, found = work.originals[unit.parameter], work.now[unit.parameter]
-                step = (weight.amax() - weight.amin()) / 7  # at least that of any group
-                assert (found - weight).abs().max() < 1.5 * step
-        assert errors["tuned"] < 0.8 * errors["nearest"]
-
     def test_a_tied_pair_is_rounded_once_for_both(self, session_of):
         session = session_of("llama-tied")
         nearest, tuned = self.losses(session, "int2-g32", "nearest", "tuned")

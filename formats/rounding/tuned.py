@@ -7,9 +7,9 @@ Cheng et al. 2023). There are two starts:
 - From GPTQ's codes, W being the weights that GPTQ rounded to nearest. They are a good start that early steps easily
   lose: W starts half way to the centre of its codes' cells, so that a code flips only if gradients agree over many
   steps; and the optimiser is Adam, whose steps shrink where the gradient's sign varies.
-- From the weights, where the text has too few tokens for the block's weights: what fits them closest is then no longer
-  what loses least on other text. V stays within half a step, so that each code is one of the two next to its weight,
-  and steps are the gradient's sign, as SignRound has it.
+- From the weights. V stays within half a step, so that each code is one of the two next to its weight, and steps are
+  the gradient's sign, as SignRound has it. With few tokens for a block's weights, what fits them closest is not what
+  loses least on other text, and this start is tried too.
 
 May import: formats.base, formats.integers.
 """
@@ -42,7 +42,7 @@ FROM_CODES = Way(1e-2, 2e-3, (0.9, 0.99), 1.0)
 FROM_WEIGHTS = Way(1 / STEPS, 1 / STEPS, (0.0, 0.0), 0.5)
 FEW = 8.0
 """Outputs of the block on the text, tokens times width, for each of its weights: with fewer, learning starts from the
-weights (measured: docs/method.md)."""
+weights too (measured: docs/method.md)."""
 CLIP = (0.3, 1.5)
 """The smallest and largest factor of a clip range."""
 CHECKED = 50

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from bitplan.formats.base import Tensors
 from bitplan.formats.table import format_named
 from bitplan.planner.plan import Plan
+from bitplan.planner.quantize.judge import Judge
 from bitplan.planner.quantize.segment import Segment
 from bitplan.sensitivity.forward import after_blocks
 from bitplan.sensitivity.graph import Unit
@@ -64,6 +65,7 @@ class Candidates:
         few = Blocks(ids[: max(1, tokens // ids.shape[1])])
         self._session = replace(session, texts=replace(session.texts, calibration=few))
         self._chain = session.chain()
+        self._judge = Judge(session, self._chain)
         self._true: list[States | None] = [None]
         """Hidden states of the full-precision model in front of the segments so far."""
         kept = 4 * few.ids.numel() * sum(unit.columns for unit in session.graph.units)
@@ -169,7 +171,9 @@ class Candidates:
         return x
 
     def _round(self, plan: Plan, index: int, states: States | None, first: dict[str, Tensor]) -> Rounded:
-        work = Segment(plan, self._session, self._chain, index, self._true[index], states, first, self._inputs)
+        work = Segment(
+            plan, self._session, self._chain, index, self._true[index], states, first, self._judge, self._inputs
+        )
         native = {unit.name for unit in plan.units if unit.is_native}
         units = [unit for unit in self._chain.units[index] if unit.name not in native]
         work.refuse_not_finite(units)

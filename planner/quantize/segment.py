@@ -20,6 +20,7 @@ from bitplan.formats.rounding.yaqa import yaqa_codes
 from bitplan.formats.scheme import QuantScheme
 from bitplan.formats.table import format_named
 from bitplan.planner.plan import Plan
+from bitplan.planner.quantize.judge import Judge
 from bitplan.planner.quantize.mixed import mixed_precision
 from bitplan.sensitivity.chain import BATCH, Chain
 from bitplan.sensitivity.graph import Unit
@@ -36,9 +37,9 @@ class Enough(Exception):
 class Segment:
     """A segment on the device: `true` and `got` are the hidden states that the full-precision model and the rounded one
     give it; `now` holds what its units' parameters have become. `rounded` are the weights of the first segment, which
-    the last may read again (tied heads). `true_inputs`, a dict that several segments share, keeps the full-precision
-    inputs of their units, so that they are computed once. `gradients` are the loss's at the full-precision segment's
-    output, of some of the text's blocks."""
+    the last may read again (tied heads). `judge` chooses between a block's learned codes. `true_inputs`, a dict that
+    several segments share, keeps the full-precision inputs of their units, so that they are computed once. `gradients`
+    are the loss's at the full-precision segment's output, of some of the text's blocks."""
 
     def __init__(
         self,
@@ -49,12 +50,17 @@ class Segment:
         true: States | None,
         got: States | None,
         rounded: dict[str, Tensor],
+        judge: Judge,
         true_inputs: dict[tuple[str, int], list[Tensor]] | None = None,
         gradients: States | None = None,
     ):
         self.true_inputs, self.gradients = true_inputs, gradients
         self.index, self.true, self.got = index, true, got
-        self.session, self.chain, self.ids = session, chain, session.texts.calibration.ids
+        self.session, self.chain, self.judge = session, chain, judge
+        self.ids = session.texts.calibration.ids
+        self.blocks = len(self.ids)
+        if any(unit.rounding == "tuned" for unit in plan.units):
+            self.ids = torch.cat([self.ids, judge.ids])  # hidden states are of both
         self.planned, self.device = {unit.name: unit for unit in plan.units}, session.device
         self.module = self.chain.module(index)
         parameters = dict(self.module.named_parameters())
@@ -86,7 +92,8 @@ class Segment:
     # Running --------------------------------------------------------------------------------------------------------
 
     def _batches(self) -> list[slice]:
-        return [slice(i, i + BATCH) for i in range(0, len(self.ids), BATCH)]
+        """Of the calibration text."""
+        return _slices(0, self.blocks)
 
     def forward(self, states: States | None, at: slice | Tensor, weights: dict[str, Tensor]) -> Tensor:
         ids = self.ids[at].to(self.device)
@@ -94,14 +101,14 @@ class Segment:
         return self.chain.run(self.index, self.module, x, ids, weights)
 
     @torch.no_grad()
-    def outputs(self, states: States | None, weights: dict[str, Tensor]) -> States:
-        """The segment's, in memory where those of all segments may be."""
+    def outputs(self, states: States | None, weights: dict[str, Tensor], first: int = 0) -> States:
+        """The segment's for the text's blocks from the first on, in memory where those of all segments may be."""
         made: States | None = None
-        for at in self._batches():
+        for at in _slices(first, len(self.ids)):
             out = self.forward(states, at, weights)
             if made is None:
-                made = States((len(self.ids), *out.shape[1:]), memory=self.session.in_memory // len(self.chain))
-            for i, hidden in enumerate(out.cpu(), at.start):
+                made = States((len(self.ids) - first, *out.shape[1:]), memory=self.session.in_memory // len(self.chain))
+            for i, hidden in enumerate(out.cpu(), at.start - first):
                 made[i] = hidden
             if not out.isfinite().all():
                 raise RoundingFailed(
@@ -225,24 +232,18 @@ class Segment:
         for unit in units:
             steps[self.session.graph.readers.get(unit.name, unit.name)].append(unit)
         for together in steps.values():
-            to_round = [unit for unit in together if self.rounding(unit) != "nearest" and unit not in near]
+            to_round = [unit for unit in together if self.rounding(unit) != "nearest"]
             hessians = self.hessians(to_round, cross=self.rounding(to_round[0]) != "awq") if to_round else []
             for unit in together:
-                if unit in near:
-                    learned[unit.name] = near[unit]
-                    made[unit.name] = near[unit].tensors()
-                    self.put(unit, made[unit.name])
-                    continue
                 try:
                     made[unit.name] = self._round_one(unit, hessians, outputs.get(unit.name), learned)
                 except RoundingFailed as error:
                     raise RoundingFailed(f"{self.chain.name(self.index)}: {unit.name}: {error}") from error
                 self.put(unit, made[unit.name])
         if learned:
-            self._tune(learned)
-            for name, one in learned.items():
-                made[name] = one.tensors()
-                self.put(next(unit for unit in units if unit.name == name), made[name])
+            made |= self._learn(made, [learned, *near])
+            for unit in units:
+                self.put(unit, made[unit.name])
         return {name: {s: t.cpu() for s, t in tensors.items()} for name, tensors in made.items()}
 
     def _lookups(self, units: list[Unit]) -> dict[str, Tensors]:
@@ -277,26 +278,44 @@ class Segment:
             learned[unit.name] = Learned(format, aimed, grid)
         return format.store(codes_, grid)
 
-    def _near(self, units: list[Unit]) -> dict[Unit, Learned]:
-        """The units whose codes are learned from their weights: all of a block's that are `tuned`, where the text has
-        few outputs for each of their weights."""
+    def _near(self, units: list[Unit]) -> list[dict[str, Learned]]:
+        """The block's `tuned` units once more, to be learned from their weights: where the text has few outputs for
+        each of them."""
         tuned = [unit for unit in units if self.rounding(unit) == "tuned"]
         weights = sum(self.originals[unit.parameter].numel() for unit in tuned)
         width = self.true.shape[-1] if self.true is not None else 0
-        if self.index == len(self.chain) - 1 or self.ids.numel() * width >= FEW * weights:
-            return {}
+        text = self.blocks * self.ids.shape[1]
+        if not tuned or self.index == len(self.chain) - 1 or text * width >= FEW * weights:
+            return []
         found = {}
         for unit in tuned:
             weight = self.weight(unit).float()
             grid = self.format(unit).fitted_grids(weight, weight.new_ones(unit.columns))
-            found[unit] = Learned(self.format(unit), weight, grid, FROM_WEIGHTS)
-        return found
+            found[unit.name] = Learned(self.format(unit), weight, grid, FROM_WEIGHTS)
+        return [found]
 
     # Learning -------------------------------------------------------------------------------------------------------
 
-    def _tune(self, learned: dict[str, Learned]) -> None:
+    def _learn(self, made: dict[str, Tensors], starts: list[dict[str, Learned]]) -> dict[str, Tensors]:
+        """Of GPTQ's codes and what is learned from each start, that with which the model loses least on the search
+        text; after the blocks, what is learned."""
         last = self.index == len(self.chain) - 1
         targets = None if last else self.outputs(self.true, {})
+        found = [{name: made[name] for name in starts[0]}]
+        for start in starts:
+            self._tune(start, targets)
+            found.append({name: one.tensors() for name, one in start.items()})
+        return found[1] if last else min(found, key=self._loss)
+
+    def _loss(self, tensors: dict[str, Tensors]) -> float:
+        """KL of the model, rounded as far as this, with a block's units as they would be stored."""
+        for unit in self.units:
+            if unit.name in tensors:
+                self.put(unit, tensors[unit.name])
+        return self.judge.kl(self.index, self.outputs(self.got, self.now, self.blocks))
+
+    def _tune(self, learned: dict[str, Learned], targets: States | None) -> None:
+        """Learn, aimed at `targets` or at the full-precision model's logits."""
         units = {unit.name: unit for unit in self.units}
         generator = torch.Generator().manual_seed(SEED + self.index)
 
@@ -314,7 +333,7 @@ class Segment:
             }
 
         def minibatch(_step: int) -> Tensor:
-            at = torch.randperm(len(self.ids), generator=generator)[:BATCH]
+            at = torch.randperm(self.blocks, generator=generator)[:BATCH]
             with mixed_precision(self.device):
                 return loss_at(at, weights())
 
@@ -324,3 +343,8 @@ class Segment:
             return sum(float(loss_at(at, fixed)) for at in self._batches()) / len(self._batches())
 
         tune(list(learned.values()), minibatch, whole, STEPS)
+
+
+def _slices(first: int, stop: int) -> list[slice]:
+    """Of text blocks that run at once."""
+    return [slice(i, min(i + BATCH, stop)) for i in range(first, stop, BATCH)]

@@ -14,6 +14,7 @@ from torch import Tensor
 from bitplan.planner.codes import codes_folder, missing_codes, unit_path, unquantized_path
 from bitplan.planner.plan import Plan
 from bitplan.planner.quantize.folding import fold_scales
+from bitplan.planner.quantize.judge import Judge
 from bitplan.planner.quantize.segment import Segment
 from bitplan.sensitivity.gradients import TOKENS, output_gradients
 from bitplan.sensitivity.progress import progress
@@ -33,6 +34,7 @@ class Sequence:
         self.device = session.device
         graph = replace(session.graph, units=tuple(u for u in session.graph.units if u.name in self.planned))
         self.chain = replace(session, graph=graph).chain()
+        self.judge = Judge(session, self.chain)
         self.unfolded: list[str] = []
         """Units before which awq found nothing to fold a scale into."""
         self.gradients: list[States | None] = [None] * len(self.chain)
@@ -57,7 +59,15 @@ class Sequence:
 
     def segment(self, index: int, true: States | None, got: States | None) -> Segment:
         return Segment(
-            self.plan, self.session, self.chain, index, true, got, self.rounded, gradients=self.gradients[index]
+            self.plan,
+            self.session,
+            self.chain,
+            index,
+            true,
+            got,
+            self.rounded,
+            self.judge,
+            gradients=self.gradients[index],
         )
 
     def _gradients(self) -> list[States | None]:
