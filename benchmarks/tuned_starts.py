@@ -2,8 +2,8 @@
 
 Uniform plans by `gptq`, by `tuned` from either start in every block, and by `tuned` as it is, which keeps in each
 block what loses least; on some numbers of calibration tokens. Embedding and head stay in full precision, with --blocks
-all other blocks too. *Outputs* are those of a block on the text for each of its weights, by which `tuned` tries the weights.
-May import: everything.
+all other blocks too. *Outputs* are those of a block on the text for each of its weights, by which `tuned` tries the
+weights or not. May import: everything.
 """
 
 import argparse
