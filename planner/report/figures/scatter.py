@@ -85,13 +85,16 @@ def _points(axes: Axes, dot: Dot) -> tuple[float, float]:
 
 
 def _label(axes: Axes, dot: Dot, placed: list[tuple[float, float, float]]) -> None:
-    """A name where it is clear of the others: beside its point, else above or below, else not at all."""
+    """A name where it is in the figure and clear of the others: beside its point, else above or below, else not at
+    all."""
     x, y = _points(axes, dot)
-    wide = 5.0 * len(dot.name)
+    wide, most = 5.0 * len(dot.name), 72 * axes.figure.bbox.width / axes.figure.dpi
     right = [(7, -3), (5, 7), (5, 17), (5, 27)]
-    ways = [*((-dx, dy) for dx, dy in right), *right] if dot.own else [*right, (-7, -10), (-7, -20)]
+    ways = [*((-dx, dy) for dx, dy in right), *right] if dot.own else [*right, (-7, -3), (-7, -10), (-7, -20), (-5, 7)]
     for dx, dy in ways:
         left, level = (x + dx if dx > 0 else x + dx - wide), y + dy
+        if left < 0 or left + wide > most:
+            continue
         if all(abs(level - other) >= 10 or left > end or left + wide < start for start, end, other in placed):
             placed.append((left, left + wide, level))
             side: Literal["left", "right"] = "left" if dx > 0 else "right"
