@@ -37,13 +37,15 @@ LOSS, FEW = Segment._loss, segment.FEW
 
 def keep(which: int | None) -> None:
     """Let `tuned` keep one candidate in all blocks."""
-    seen = itertools.count()
+    if which is None:
+        segment.FEW, Segment._loss = FEW, LOSS  # type: ignore[method-assign]
+        return
+    wanted, seen = which, itertools.count()
 
     def loss(_self: Segment, _tensors: dict[str, Tensors]) -> float:
-        return abs(next(seen) % 3 - which) if which is not None else 0.0
+        return abs(next(seen) % 3 - wanted)
 
-    segment.FEW = FEW if which is None else math.inf
-    Segment._loss = LOSS if which is None else loss  # type: ignore[method-assign]
+    segment.FEW, Segment._loss = math.inf, loss  # type: ignore[method-assign]
 
 
 def rows(files: tuple[str, str, str], arguments: argparse.Namespace) -> list[tuple[str, ...]]:

@@ -1,7 +1,6 @@
 """Healing: what it trains, what it leaves, and that it never harms."""
 
 import shutil
-from itertools import count
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,7 @@ from bitplan.sensitivity.loss import Reference
 from bitplan.sensitivity.session import Session
 from bitplan.sensitivity.store import load_tensors
 from bitplan.sensitivity.weight_cache import from_file
+from tests.test_learning import keep_the_last
 
 IDS = torch.arange(3, 43).unsqueeze(0)
 
@@ -229,8 +229,8 @@ def test_its_loss_has_the_gradients_of_the_kl(session_of, monkeypatch):
 
 @pytest.mark.parametrize("module", [segment, heal])
 def test_products_of_bfloat16_learn_as_well(module, session_of, monkeypatch):
-    session, later = session_of("llama-tied"), count()
-    monkeypatch.setattr(segment.Segment, "_loss", lambda self, tensors: -next(later))  # what is learned last is kept
+    session = session_of("llama-tied")
+    keep_the_last(monkeypatch)
     plan = uniform_plan(session, "int2-g32", "nearest" if module is heal else "tuned", distilled=module is heal)
     _, search = references(session)
     found = []

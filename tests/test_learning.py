@@ -10,6 +10,7 @@ from bitplan.planner.assemble import uniform_plan
 from bitplan.planner.load import load_planned
 from bitplan.planner.quantize import judge, segment
 from bitplan.planner.quantize.distillation import round_missing
+from bitplan.planner.quantize.judge import Judge
 from bitplan.planner.quantize.segment import Segment
 from bitplan.planner.quantize.sequential import Sequence
 from bitplan.sensitivity.loss import Reference
@@ -48,12 +49,13 @@ def test_a_judged_model_loses_what_the_loaded_one_does(name, session_of, monkeyp
     steps = Sequence(plan, session)
     true, got = steps._segment(0, None, None)
     _, behind = steps._segment(FIRST, true, got)
-    assert steps.judge.ids.shape == (2, 64)
+    judged = Judge(session, steps.chain)
+    assert judged.ids.shape == (2, 64)
     of_all = Reference(session.model, session.texts.calibration)
-    steps.judge.ids = session.texts.calibration.ids  # what this plan's hidden states are of
+    judged.ids = session.texts.calibration.ids  # what this plan's hidden states are of
     expected = of_all.evaluate(load_planned(plan, session.source, "cpu")).kl
     assert expected > 0.01
-    assert steps.judge.kl(FIRST, behind) == pytest.approx(expected, rel=1e-3)
+    assert judged.kl(FIRST, behind) == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
@@ -90,7 +92,7 @@ def test_of_gptqs_codes_and_both_starts_the_least_loss_is_kept(which, session_of
 def test_the_search_text_loses_no_more_than_by_gptq(few, session_of, monkeypatch):
     monkeypatch.setattr(segment, "FEW", few)
     session = session_of("llama")
-    search = Blocks(Sequence(uniform_plan(session, "int8", "nearest"), session).judge.ids)
+    search = Blocks(Judge(session, session.chain()).ids)
     reference, losses = Reference(session.model, search), {}
     for rounding in ("gptq", "tuned"):
         plan = planned(session, in_first_block(session, f"int2-g32/{rounding}"))
@@ -109,7 +111,7 @@ def test_tuned_leaves_a_block_no_farther_than_gptq(name, session_of, monkeypatch
     for rounding in ("nearest", "gptq", "tuned"):
         steps = Sequence(planned(session, choices | {"*": f"int2-g32/{rounding}"}), session)
         true, got = steps._segment(0, None, None)
-        expected, found = steps._segment(1, true, got)
+        expected, found = steps._segment(FIRST, true, got)
         text = slice(len(session.texts.calibration.ids))
         errors[rounding] = float((expected[text] - found[text]).square().mean())
     assert errors["tuned"] <= errors["gptq"] < 0.5 * errors["nearest"]
@@ -123,8 +125,8 @@ def test_from_weights_codes_stay_beside_the_weights_and_a_block_comes_closer(ses
         choices = {unit.name: "int8/nearest" for unit in session.graph.units if unit.kind == "embedding"}
         steps = Sequence(planned(session, choices | {"*": f"int3-g32/{rounding}"}), session)
         true, got = steps._segment(0, None, None)
-        work = steps.segment(1, true, got)
-        units = steps.chain.units[1]
+        work = steps.segment(FIRST, true, got)
+        units = steps.chain.units[FIRST]
         work.round(units)
         errors[rounding] = float((work.outputs(true, {})[:] - work.outputs(got, work.now)[:]).square().mean())
         for unit in units:

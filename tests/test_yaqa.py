@@ -16,7 +16,6 @@ from bitplan.formats.table import format_named
 from bitplan.planner.assemble import uniform_plan
 from bitplan.planner.codes import codes_folder, unit_path
 from bitplan.planner.quantize.distillation import round_missing
-from bitplan.planner.quantize.judge import Judge
 from bitplan.planner.quantize.segment import Segment
 from bitplan.sensitivity.gradients import draw, output_gradients
 from bitplan.sensitivity.session import SEED
@@ -154,7 +153,7 @@ class TestInSequence:
         assert gradients[-1] is None
         true = torch.cat([chain.run(0, chain.module(0), torch.zeros(0), row, {}) for row in ids.split(1)])
         plan = uniform_plan(session, "int4-g32", "yaqa")
-        segment = Segment(plan, session, chain, 1, true, true, {}, Judge(session, chain), gradients=gradients[1])
+        segment = Segment(plan, session, chain, 1, true, true, {}, gradients=gradients[1])
         found = segment.output_moments([unit for unit in segment.units if unit.name == name])[name].matrix
         seen = {}
         handle = session.model.get_submodule(name).register_forward_hook(lambda m, args, out: seen.update(y=out))

@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 from bitplan.formats.base import Tensors
 from bitplan.formats.table import format_named
 from bitplan.planner.plan import Plan
-from bitplan.planner.quantize.judge import Judge
 from bitplan.planner.quantize.segment import Segment
 from bitplan.sensitivity.forward import after_blocks
 from bitplan.sensitivity.graph import Unit
@@ -56,16 +55,16 @@ class Rounded:
 
 
 class Candidates:
-    """Rounds plans in sequence on the first `tokens` of the calibration text, and runs them on the search text without
-    a second model: one segment at a time. `segments` counts those of all plans, `shared` those that an earlier plan had
-    rounded; `saved` is how many seconds these, and the text that an earlier plan had run, would have taken."""
+    """Rounds plans, `tuned` ones excepted, in sequence on the first `tokens` of the calibration text, and runs them on
+    the search text without a second model: one segment at a time. `segments` counts those of all plans, `shared` those
+    that an earlier plan had rounded; `saved` is how many seconds these, and the text that an earlier plan had run,
+    would have taken."""
 
     def __init__(self, session: Session, tokens: int = TOKENS):
         ids = session.texts.calibration.ids
         few = Blocks(ids[: max(1, tokens // ids.shape[1])])
         self._session = replace(session, texts=replace(session.texts, calibration=few))
         self._chain = session.chain()
-        self._judge = Judge(session, self._chain)
         self._true: list[States | None] = [None]
         """Hidden states of the full-precision model in front of the segments so far."""
         kept = 4 * few.ids.numel() * sum(unit.columns for unit in session.graph.units)
@@ -171,16 +170,14 @@ class Candidates:
         return x
 
     def _round(self, plan: Plan, index: int, states: States | None, first: dict[str, Tensor]) -> Rounded:
-        work = Segment(
-            plan, self._session, self._chain, index, self._true[index], states, first, self._judge, self._inputs
-        )
+        work = Segment(plan, self._session, self._chain, index, self._true[index], states, first, self._inputs)
         native = {unit.name for unit in plan.units if unit.is_native}
         units = [unit for unit in self._chain.units[index] if unit.name not in native]
         work.refuse_not_finite(units)
         tensors = work.round(units)
         last = index == len(self._chain) - 1
         if not last and len(self._true) == index + 1:
-            self._true.append(work.outputs(self._true[index], {}))
+            self._true.append(work.true_outputs)
         after = None if last else work.outputs(states, work.now)
         return Rounded(tensors, after, dict(work.now) if index == 0 else {})
 

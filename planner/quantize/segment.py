@@ -4,7 +4,7 @@ full-precision model's inputs would have made (Li et al. 2025, GPTAQ). May impor
 
 from collections import defaultdict
 from contextlib import suppress
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +37,10 @@ class Enough(Exception):
 class Segment:
     """A segment on the device: `true` and `got` are the hidden states that the full-precision model and the rounded one
     give it; `now` holds what its units' parameters have become. `rounded` are the weights of the first segment, which
-    the last may read again (tied heads). `judge` chooses between a block's learned codes. `true_inputs`, a dict that
-    several segments share, keeps the full-precision inputs of their units, so that they are computed once. `gradients`
-    are the loss's at the full-precision segment's output, of some of the text's blocks."""
+    the last may read again (tied heads). `true_inputs`, a dict that several segments share, keeps the full-precision
+    inputs of their units, so that they are computed once. `gradients` are the loss's at the full-precision segment's
+    output, of some of the text's blocks. `judge`, without which no unit can be `tuned`, chooses between learned codes;
+    hidden states are then of the calibration text and of the judge's."""
 
     def __init__(
         self,
@@ -50,17 +51,18 @@ class Segment:
         true: States | None,
         got: States | None,
         rounded: dict[str, Tensor],
-        judge: Judge,
         true_inputs: dict[tuple[str, int], list[Tensor]] | None = None,
         gradients: States | None = None,
+        judge: Judge | None = None,
     ):
         self.true_inputs, self.gradients = true_inputs, gradients
         self.index, self.true, self.got = index, true, got
         self.session, self.chain, self.judge = session, chain, judge
         self.ids = session.texts.calibration.ids
         self.blocks = len(self.ids)
-        if any(unit.rounding == "tuned" for unit in plan.units):
-            self.ids = torch.cat([self.ids, judge.ids])  # hidden states are of both
+        """Of the text, those that units are rounded on: the judge's come after them."""
+        if judge:
+            self.ids = torch.cat([self.ids, judge.ids])
         self.planned, self.device = {unit.name: unit for unit in plan.units}, session.device
         self.module = self.chain.module(index)
         parameters = dict(self.module.named_parameters())
@@ -99,6 +101,11 @@ class Segment:
         ids = self.ids[at].to(self.device)
         x = ids.new_zeros(0) if states is None else states[at].to(self.device)
         return self.chain.run(self.index, self.module, x, ids, weights)
+
+    @cached_property
+    def true_outputs(self) -> States:
+        """The full-precision segment's."""
+        return self.outputs(self.true, {})
 
     @torch.no_grad()
     def outputs(self, states: States | None, weights: dict[str, Tensor], first: int = 0) -> States:
@@ -300,10 +307,9 @@ class Segment:
         """Of GPTQ's codes and what is learned from each start, that with which the model loses least on the search
         text; after the blocks, what is learned."""
         last = self.index == len(self.chain) - 1
-        targets = None if last else self.outputs(self.true, {})
         found = [{name: made[name] for name in starts[0]}]
         for start in starts:
-            self._tune(start, targets)
+            self._tune(start, None if last else self.true_outputs)
             found.append({name: one.tensors() for name, one in start.items()})
         return found[1] if last else min(found, key=self._loss)
 
@@ -312,6 +318,7 @@ class Segment:
         for unit in self.units:
             if unit.name in tensors:
                 self.put(unit, tensors[unit.name])
+        assert self.judge
         return self.judge.kl(self.index, self.outputs(self.got, self.now, self.blocks))
 
     def _tune(self, learned: dict[str, Learned], targets: States | None) -> None:
@@ -324,7 +331,7 @@ class Segment:
             if targets is not None:
                 return (out - targets[at].to(self.device)).square().mean()
             with torch.no_grad():
-                aim = self.forward(self.true, at, {}).float().log_softmax(-1)
+                aim = self.forward(self.true, at, {}).log_softmax(-1)
             return (aim.exp() * (aim - out.log_softmax(-1))).sum(-1).mean()
 
         def weights() -> dict[str, Tensor]:

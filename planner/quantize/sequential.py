@@ -34,7 +34,7 @@ class Sequence:
         self.device = session.device
         graph = replace(session.graph, units=tuple(u for u in session.graph.units if u.name in self.planned))
         self.chain = replace(session, graph=graph).chain()
-        self.judge = Judge(session, self.chain)
+        self.judge = Judge(session, self.chain) if any(u.rounding == "tuned" for u in plan.units) else None
         self.unfolded: list[str] = []
         """Units before which awq found nothing to fold a scale into."""
         self.gradients: list[States | None] = [None] * len(self.chain)
@@ -58,16 +58,9 @@ class Sequence:
             )
 
     def segment(self, index: int, true: States | None, got: States | None) -> Segment:
+        gradients = self.gradients[index]
         return Segment(
-            self.plan,
-            self.session,
-            self.chain,
-            index,
-            true,
-            got,
-            self.rounded,
-            self.judge,
-            gradients=self.gradients[index],
+            self.plan, self.session, self.chain, index, true, got, self.rounded, gradients=gradients, judge=self.judge
         )
 
     def _gradients(self) -> list[States | None]:
@@ -106,4 +99,4 @@ class Sequence:
             return None, None
         if not any(self.chain.units[segment + 1 :]):  # nothing to come reads the hidden states
             return true, got
-        return work.outputs(true, {}), work.outputs(got, work.now)
+        return work.true_outputs, work.outputs(got, work.now)
