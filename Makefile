@@ -81,20 +81,21 @@ bench-rounding: setup
 
 # The same on SmolLM2-135M from the registry, beside mixed plans of the same bytes; its plot is docs/real.svg (hours; each
 # row is kept when done).
-# TEXT and HELDOUT are text files; METHODS="yaqa" BITS=4 makes one row.
+# TEXT and HELDOUT are text files; METHODS="yaqa" BITS=4 makes one row, TOKENS=32768 of as much text as plans read.
 METHODS ?= nearest,gptq,yaqa,tuned,plan,plan-whole,bitsandbytes,hqq,gptqmodel,auto-round
 BITS ?= 4,3,2
+TOKENS ?= 8192
 bench-real: setup
 	$(BIN)/pip install -q -c constraints.txt -e ".[gguf]"
 	$(BIN)/python -m benchmarks.rounding --only-also --also "$$($(BIN)/python -m benchmarks.real_model)" $(TEXT) $(HELDOUT) \
-	  --tokens 8192 --methods $(METHODS) --bits $(BITS) --picture docs/real.svg
+	  --tokens $(TOKENS) --methods $(METHODS) --bits $(BITS) --picture docs/real.svg
 
 # Bitplan's plans beside other planners', at equal bytes of linear layers and at equal total bytes (two hours).
 # ALSO="--averages 3.5 --arms linears everything" makes some of the rows.
 bench-planners: setup
 	$(BIN)/python -m benchmarks.planners $(ALSO)
 
-# Plans beside llama.cpp's K-quants at equal file bytes, on the same model (20 minutes).
+# Plans beside llama.cpp's K-quants at equal file bytes, on the same model (an hour).
 bench-k-quants: setup
 	$(BIN)/pip install -q -c constraints.txt -e ".[gguf]"
 	$(BIN)/python -m benchmarks.k_quants "$$($(BIN)/python -m benchmarks.real_model)" $(TEXT) $(HELDOUT)

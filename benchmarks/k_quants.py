@@ -24,6 +24,7 @@ from benchmarks.peers import gguf_model
 from benchmarks.rounding import HERE, Case, at_bytes, figures, judged, kept
 from bitplan.planner.report.tables import table
 from bitplan.sensitivity.session import Session, open_session
+from bitplan.sensitivity.texts.text import TOKENS
 
 QUANTIZE = HERE / "peers" / ".venv-llama-cpp" / "bin" / "llama-quantize"
 TYPES = ("Q4_K_M", "Q3_K_M")
@@ -80,15 +81,16 @@ def main() -> None:
     for name in ("model", "text", "heldout"):
         parser.add_argument(name, metavar=name.upper())
     parser.add_argument("--types", nargs="+", default=TYPES, choices=TYPES)
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--redo", action="store_true")
     arguments = parser.parse_args()
     subprocess.run([HERE / "peers" / "make-llama-cpp.sh"], check=True, stdout=sys.stderr)
     case, rows = Case(arguments.model, arguments.text, arguments.heldout), []
     for kind in arguments.types:
-        theirs = kept(f"{case.name}.{kind}", arguments.redo, partial(peer, case, kind, arguments.tokens))
+        named = f"{case.named(arguments.tokens)}.{kind}"
+        theirs = kept(named, arguments.redo, partial(peer, case, kind, arguments.tokens))
         made = partial(ours, case, theirs["bytes"], arguments.tokens)
-        for name, found in ((kind, theirs), ("plan", kept(f"{case.name}.{kind}.plan", arguments.redo, made))):
+        for name, found in ((kind, theirs), ("plan", kept(f"{named}.plan", arguments.redo, made))):
             losses = [f"{found[key]:.4f}" for key in ("nats", "nats_se", "kl", "kl_se")]
             ratio = "" if found is theirs else f"{found['kl'] / theirs['kl']:.2f}"
             types = ", ".join(f"{count} {each}" for each, count in found.get("types", {}).items())

@@ -91,7 +91,7 @@ def ours(case: Case, arm: Arm, bits: dict[str, int], tokens: int) -> dict[str, A
 
 def results(case: Case, peer: str, average: float, tokens: int, arms: list[str], redo: list[str]) -> dict[str, Any]:
     """Rows by name, the peer's first; none where it cannot."""
-    name = f"{case.name}.{peer}.{average:g}"
+    name = f"{case.named(tokens)}.{peer}.{average:g}"
     first = kept(name, peer in redo, partial(by_tool, case, PEERS[peer], ["--average", average], tokens))
     if first.get("failed"):
         print(f"{peer}, {average:g} bits: {first['note']}")

@@ -75,6 +75,10 @@ class Case:
     def format(self, bits: int) -> str:
         return f"int{bits}-g{self.group}" if self.group else f"int{bits}-row"
 
+    def named(self, tokens: int) -> str:
+        """What results begin their names with."""
+        return f"{self.name}.{tokens}"
+
     def texts(self, tokens: int) -> Texts:
         _, text, heldout = self.files
         return read_texts(self.source, files=[Path(text)], heldout=[Path(heldout)], tokens=tokens, length=self.block)
@@ -174,7 +178,7 @@ def by_tool(case: Case, tool: str, options: list[Any], tokens: int) -> dict[str,
 def cell(case: Case, method: str, bits: int, tokens: int, whole: bool, redo: bool) -> dict[str, Any]:
     """A result, from its file where there is one."""
     return kept(
-        f"{case.name}.{method}{'.whole' if whole else ''}.{bits}",
+        f"{case.named(tokens)}.{method}{'.whole' if whole else ''}.{bits}",
         redo,
         partial(made, case, method, bits, tokens, whole),
     )
@@ -197,7 +201,7 @@ def made(case: Case, method: str, bits: int, tokens: int, whole: bool) -> dict[s
     if method in PEERS:
         return peer(case, method, bits, tokens)
     rounding, _, distilled = method.partition("+")
-    cache = RESULTS / f"{case.name}.{rounding}{'.whole' if whole else ''}.{bits}.cache"
+    cache = RESULTS / f"{case.named(tokens)}.{rounding}{'.whole' if whole else ''}.{bits}.cache"
     before = cell(case, rounding, bits, tokens, whole, False)["seconds"] if distilled else 0.0
     if not distilled:
         shutil.rmtree(cache, ignore_errors=True)
