@@ -67,7 +67,7 @@ def make_plan(source: sources.Source, formats: list[str], kv_format: str) -> Pla
     model = sources.load_model(source)
     graph = build_graph(model, ())
     none = Blocks(torch.zeros(1, 8, dtype=torch.long))
-    facts = _describe(source, Texts(none, none, none, "none", 8), "bfloat16", model.num_parameters(), "cpu")
+    facts = _describe(source, Texts(none, none, none, none, "none", 8), "bfloat16", model.num_parameters(), "cpu")
     of = {name: uniform_plan(SimpleNamespace(graph=graph, provenance=facts), name, "nearest") for name in formats}  # type: ignore[arg-type]
     groups = list(dict.fromkeys(unit.group for unit in graph.units))
     choice = {group: formats[i % len(formats)] for i, group in enumerate(groups)}

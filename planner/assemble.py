@@ -70,7 +70,6 @@ def assemble(
     )
     total = sum(unit.bytes for unit in units) + sum(entry.bytes for entry in unquantized)
     return Plan(
-        schema_version=5 if parts.get("latency") else 4,
         budget=Budget(requested=budget, weights=total) if isinstance(budget, str) else budget,
         bytes=total,
         bits_per_weight=total * 8 / provenance.model.parameters,

@@ -14,8 +14,9 @@ from bitplan.sensitivity.weight_cache import workspace_of
 def codes_folder(plan: Plan) -> Path:
     """Where the cache keeps the codes of this plan, which depend on each other."""
     allocation = repr([(unit.name, unit.format, unit.rounding) for unit in plan.units])
-    distilled = plan.provenance.text.search.sha256 if plan.distilled else ""  # healing stops by the search text
-    return workspace_of(plan.provenance) / "plans" / sha256(allocation, distilled)[:24]
+    text = plan.provenance.text
+    own = [text.search, *([text.healing] if text.healing else [])] if plan.distilled else []
+    return workspace_of(plan.provenance) / "plans" / sha256(allocation, "".join(part.sha256 for part in own))[:24]
 
 
 def unit_path(folder: Path, unit: str) -> Path:

@@ -72,7 +72,7 @@ def make_codes(
     may take. Raises PlanMismatch, RoundingFailed, UsageError."""
     plan = plan.for_model(sources.current_facts(plan.provenance.model, source))
     refuse_full(plan, source, pick_device(device))
-    needed = ("calibration", "search") if plan.distilled else ("calibration",)
+    needed = ("calibration", "search", "healing") if plan.distilled else ("calibration",)
     if missing_codes(plan) and (
         found := recall_texts(plan.provenance.text, source, files, needed=needed, device=device)
     ):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import FailFast, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import FailFast, Field, model_validator
 
 from bitplan.formats.kv.cache import KV_FORMATS
 from bitplan.formats.rounding import ROUNDINGS
@@ -199,8 +199,7 @@ def _renamed(data: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
 
 
 class Plan(Strict):
-    schema_version: Literal[4, 5] = 4
-    """5 where there is a latency, which bitplans that know schema 4 do not."""
+    schema_version: Literal[6] = 6
     budget: Budget
     bytes: Bytes
     bits_per_weight: float = Field(ge=0, le=1e6)
@@ -223,11 +222,14 @@ class Plan(Strict):
     @model_validator(mode="before")
     @classmethod
     def _upgrade(cls, data: Any) -> Any:
-        """Schemas 1 to 3 had other names."""
-        refuse_newer(data, 5)
-        if not isinstance(data, dict) or data.get("schema_version") not in (1, 2, 3):
+        """Schemas 1 to 3 had other names, 4 no latency, and 5 no healing text."""
+        refuse_newer(data, 6)
+        if not isinstance(data, dict) or data.get("schema_version") not in (1, 2, 3, 4, 5):
             return data
-        upgraded = _renamed(data, {"kept": "unquantized", "healed": "distilled"}) | {"schema_version": 4}
+        upgraded = data | {"schema_version": 6}
+        if data["schema_version"] > 3:
+            return upgraded
+        upgraded = _renamed(upgraded, {"kept": "unquantized", "healed": "distilled"})
         for field, names in RENAMED.items():
             if isinstance(part := upgraded.get(field), dict):
                 upgraded[field] = _renamed(part, names)
@@ -239,18 +241,8 @@ class Plan(Strict):
                 upgraded["kv_cache_loss"] = {"kl": cache["kl"], "kl_se": cache.get("kl_se")}
         return upgraded
 
-    @model_serializer(mode="wrap")
-    def _without_latency(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Schema 4 has no such field."""
-        data: dict[str, Any] = handler(self)
-        if self.latency is None:
-            data.pop("latency", None)
-        return data
-
     @model_validator(mode="after")
     def _adds_up(self) -> Self:
-        if (self.schema_version == 5) != (self.latency is not None):
-            raise ValueError(f"schema {self.schema_version} has {'no' if self.latency else 'a'} latency")
         refuse_untrue_tensors(self.units, self.unquantized)
         if self.workload.kv_format not in KV_FORMATS:
             raise ValueError(f"the KV cache has an unknown format {self.workload.kv_format[:40]!r}")

@@ -51,6 +51,13 @@ class TextFacts(Strict):
     calibration: TextPart
     search: TextPart
     heldout: TextPart
+    healing: TextPart | None = None
+    """None: the calibration text, in files of an older schema."""
+
+    def part(self, name: str) -> TextPart:
+        """A text's by its name."""
+        found: TextPart | None = getattr(self, name)
+        return found or self.calibration
 
 
 class ModelFacts(Strict):
@@ -175,7 +182,7 @@ class Check(Strict):
 
 
 class Profile(Strict):
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     provenance: Provenance
     tier: Literal["curvature", "measured", "weights"] = "curvature"
     """Losses from second moments; each measured alone; or, roughly, from the weights' relative errors."""
@@ -192,12 +199,12 @@ class Profile(Strict):
     @model_validator(mode="before")
     @classmethod
     def _upgrade(cls, data: Any) -> Any:
-        """Schema 1 called unquantized tensors kept."""
-        refuse_newer(data, 2)
-        if not isinstance(data, dict) or data.get("schema_version") != 1:
+        """Schema 1 called unquantized tensors kept, and 2 had no healing text."""
+        refuse_newer(data, 3)
+        if not isinstance(data, dict) or data.get("schema_version") not in (1, 2):
             return data
-        renamed = {"unquantized" if key == "kept" else key: value for key, value in data.items()}
-        return renamed | {"schema_version": 2}
+        old = {"kept": "unquantized"} if data["schema_version"] == 1 else {}
+        return {old.get(key, key): value for key, value in data.items()} | {"schema_version": 3}
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:

@@ -48,7 +48,7 @@ PART = 16
 """Hidden states in memory, and the second moments gathered at once, take this part of a memory limit each."""
 BRIEF = 4096
 """Tokens of the search text on which an audit measures: on all of it, a sample takes as long as the pass."""
-PARTS = ("calibration", "search", "heldout")
+PARTS = ("calibration", "search", "heldout", "healing")
 
 
 @dataclass
@@ -238,6 +238,7 @@ def _describe(source: Source, session_texts: Texts, dtype: str, parameters: int,
             calibration=part(session_texts.calibration),
             search=part(session_texts.search),
             heldout=part(session_texts.heldout),
+            healing=part(session_texts.healing),
         ),
         seed=SEED,
         device=torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
@@ -319,7 +320,7 @@ def _sampled(
     parts = dict(zip(wanted, (Blocks(ids) for ids in kept["ids"].split(list(wanted.values()))), strict=True))
     if heldout:
         parts["heldout"] = texts.prepare(tokenizer, heldout=heldout, tokens=tokens, length=length).heldout
-    return Texts(**parts, source=SAMPLED, tokens=tokens)
+    return Texts(**parts, healing=parts["calibration"], source=SAMPLED, tokens=tokens)
 
 
 def recall_texts(
@@ -336,7 +337,7 @@ def recall_texts(
 
     Raises PlanMismatch where what there is to read is other text.
     """
-    parts = {name: texts.recall(getattr(facts, name).sha256) for name in PARTS}
+    parts = {name: texts.recall(facts.part(name).sha256) for name in PARTS}
     if all(parts.values()):
         return Texts(**parts, source=facts.source, tokens=facts.tokens)  # type: ignore[arg-type]
     places = [None] if facts.source in (texts.DEFAULT_SOURCE, SAMPLED) else []
@@ -350,7 +351,9 @@ def recall_texts(
             length=facts.calibration.length,
             device=device,
         )
-        if all(getattr(again, name).fingerprint == getattr(facts, name).sha256 for name in needed):
+        if facts.healing is None:
+            again = replace(again, healing=again.calibration)
+        if all(getattr(again, name).fingerprint == facts.part(name).sha256 for name in needed):
             return again
     if not files and not places:
         return None

@@ -22,7 +22,7 @@ from bitplan.planner.quantize import segment
 from bitplan.planner.quantize.distillation import Distillation, round_missing
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.loss import Reference
-from bitplan.sensitivity.session import Session
+from bitplan.sensitivity.session import Session, recall_texts
 from bitplan.sensitivity.store import load_tensors
 from bitplan.sensitivity.weight_cache import from_file
 from tests.test_learning import keep_the_last
@@ -65,7 +65,8 @@ def mixed(enabled: bool) -> torch.autocast:
 
 
 def references(session: Session) -> tuple[Reference, Reference]:
-    return Reference(session.model, session.texts.calibration), Reference(session.model, session.texts.search)
+    """On the healing and the search text."""
+    return Reference(session.model, session.texts.healing), Reference(session.model, session.texts.search)
 
 
 @pytest.mark.parametrize(("name", "rounding"), [("llama-tied", "awq"), ("gpt2", "nearest"), ("mixtral", "nearest")])
@@ -116,10 +117,10 @@ def test_large_logits_are_computed_when_used_and_change_nothing(session_of, monk
     made = []
     monkeypatch.setattr(heal, "Reference", lambda *args, **kept: made.append(Reference(*args, **kept)) or made[-1])
     round_missing(plan, session)
-    for found, expected in zip(made, references(session), strict=True):
-        assert not isinstance(found.log_p, torch.Tensor)
-        torch.testing.assert_close(found.log_p[1], expected.log_p[1], rtol=0, atol=1e-4)
-        torch.testing.assert_close(found.nll, expected.nll, rtol=0, atol=1e-4)
+    (found,), (_, expected) = made, references(session)
+    assert not isinstance(found.log_p, torch.Tensor)
+    torch.testing.assert_close(found.log_p[1], expected.log_p[1], rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.nll, expected.nll, rtol=0, atol=1e-4)
     for unit in plan.units:
         now, before = (
             as_floats(each["_scale"], torch.float16).float() for each in (stored(plan, unit.name), usual[unit.name])
@@ -197,7 +198,7 @@ def test_scales_of_every_format_get_gradients_and_steps(session_of):
 def test_checkpointing_changes_nothing(name, session_of, monkeypatch):
     session = session_of(name)
     plan = uniform_plan(session, "int3-g32", "nearest", distilled=True)
-    calibration, search = references(session)
+    healed, search = references(session)
     found = []
     for memory in (1 << 30, 0):
         monkeypatch.setattr(heal, "IN_MEMORY", memory)
@@ -206,7 +207,7 @@ def test_checkpointing_changes_nothing(name, session_of, monkeypatch):
         blocks = [m for m in student.modules() if getattr(m, "gradient_checkpointing", False)]
         assert bool(blocks) == (memory == 0)
         assert all(m.training == (m in blocks) for m in student.modules() if m is not student)
-        healing.run(calibration, search)
+        healing.run(healed.blocks, lambda i: healed.log_p[i].unsqueeze(0), search)
         found.append({key: value.detach().clone() for key, (value, _) in healing.trained.items()})
         healing._state.unlink()
     assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
@@ -216,10 +217,10 @@ def test_its_loss_has_the_gradients_of_the_kl(session_of, monkeypatch):
     monkeypatch.setattr(heal, "mixed_precision", lambda device: mixed(False))
     session = session_of("llama-tied")
     plan = uniform_plan(session, "int2-g32", "nearest", distilled=True)
-    calibration, _ = references(session)
+    healed, _ = references(session)
     student = sources.load_model(session.source, "cpu", quantization_config=PlanConfig(undistilled(plan)))
     healing = Distillation(student, plan)
-    ids, aim = calibration.blocks.ids[:2], calibration.log_p[:2]
+    ids, aim = healed.blocks.ids[:2], healed.log_p[:2]
     log_q = student(input_ids=ids).logits[:, :-1].log_softmax(-1)
     kl = torch.nn.functional.kl_div(log_q, aim, reduction="sum", log_target=True) / aim[..., 0].numel()
     parameters = [value for value, _ in healing.trained.values()]
@@ -300,6 +301,26 @@ class TestResuming:
         monkeypatch.setenv("BITPLAN_CACHE", str(tmp_path / "other"))
         load(plan, session.source.folder, device="cpu")
         assert files(codes_folder(plan)) == expected
+
+    def test_a_plan_that_names_no_healing_text_is_healed_on_its_calibration_text(self, session_of):
+        session = session_of("llama")
+        plan = uniform_plan(session, "int2-g32", "gptq", distilled=True)
+        facts = session.provenance
+        assert facts.text.healing != facts.text.calibration
+        older = plan.model_copy(
+            update={"provenance": facts.model_copy(update={"text": facts.text.model_copy(update={"healing": None})})}
+        )
+        healing = recall_texts(older.provenance.text, session.source).healing
+        assert torch.equal(healing.ids, session.texts.calibration.ids)
+        assert codes_folder(older) != codes_folder(plan)
+
+
+def test_every_block_of_the_text_is_drawn_before_any_comes_again():
+    """Over 30 steps of 4 among 10 blocks, in another order each time."""
+    drawn = torch.cat([heal._drawn(10, 4, step) for step in range(30)]).view(12, 10)
+    assert torch.equal(drawn.sort(1).values, torch.arange(10).expand(12, 10))
+    assert len({tuple(each) for each in drawn.tolist()}) == 12
+    assert len(heal._drawn(3, 8, 5)) == 3
 
 
 def test_a_loss_that_is_not_finite_is_said(session_of, monkeypatch):

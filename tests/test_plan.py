@@ -121,9 +121,8 @@ def changed(example: dict, path: str, value: object) -> dict:
         ("units.0.parameter", "/tmp/x", "units.0.parameter: String should match pattern"),
         ("units.0.name", "model.layers.1.mlp.up_proj", "is there more than once"),
         ("units.0.format", "int9", "unknown format 'int9'"),
-        ("schema_version", 0, "schema_version: Input should be 4 or 5"),
-        ("schema_version", 5, "schema 5 has a latency"),
-        ("schema_version", 6, f"schema 6, which bitplan 0 wrote: bitplan {bitplan.__version__} reads up to 5"),
+        ("schema_version", 0, "schema_version: Input should be 6"),
+        ("schema_version", 7, f"schema 7, which bitplan 0 wrote: bitplan {bitplan.__version__} reads up to 6"),
         ("provenance.model.weights_sha256", "abc", "weights_sha256: String should match pattern"),
     ],
 )
@@ -171,14 +170,11 @@ def test_an_older_plan_without_distillation_is_read(example):
     assert not Plan.model_validate(example).distilled
 
 
-def test_a_plan_without_a_latency_is_as_schema_4_has_it(example):
-    """Versions that know no latency read it."""
-    assert example["schema_version"] == 4 and "latency" not in example
-    limited = example | {"latency": {"requested": "x", "limit": 0.03, "device": "cpu", "predicted": 0.02}}
-    with pytest.raises(ValidationError, match="schema 4 has no latency"):
-        Plan.model_validate(limited)
-    plan = Plan.model_validate(limited | {"schema_version": 5})
-    assert Plan.model_validate_json(plan.model_dump_json()) == plan and plan.latency.predicted == 0.02
+def test_a_plan_of_schema_5_was_healed_on_its_calibration_text(example):
+    del example["provenance"]["text"]["healing"]
+    plan = Plan.model_validate(example | {"schema_version": 5})
+    assert plan.schema_version == 6
+    assert plan.provenance.text.part("healing") == plan.provenance.text.calibration
 
 
 def test_schema_3_is_read():

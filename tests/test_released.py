@@ -1,7 +1,7 @@
 """Files of every schema that there has been: they are read.
 
-tests/released has plans of schemas 1 to 4, a profile of schema 1, checkpoints that were saved with plans of schemas 1
-to 4, and a study as Optuna 5 keeps it. When a schema changes, add a file of the last one.
+tests/released has plans of schemas 1 to 5, profiles of schemas 1 and 2, checkpoints that were saved with plans of
+schemas 1 to 4, and a study as Optuna 5 keeps it. When a schema changes, add a file of the last one.
 """
 
 import shutil
@@ -29,18 +29,20 @@ RELEASED = Path(__file__).parent / "released"
 assert bitplan.__version__  # the import registers the checkpoints' quantization method
 
 
-@pytest.mark.parametrize("schema", [1, 2, 3, 4])
+@pytest.mark.parametrize("schema", [1, 2, 3, 4, 5])
 def test_plans_are_read(schema):
     plan = read(RELEASED / f"plan-{schema}.json", Plan)
-    assert plan.schema_version == 4 and plan.packed and plan.unquantized
+    assert plan.schema_version == 6 and plan.packed and plan.unquantized
     assert plan.search.loss > 0 and plan.predicted.nll >= plan.predicted.bound
     if schema == 3:
         assert plan.workload.kv_format == "int8" and plan.kv_cache_loss.kl > 0
+    assert (plan.latency is not None) == (schema == 5)
 
 
-def test_a_profile_is_read():
-    profile = read(RELEASED / "profile-1.json", Profile)
-    assert profile.schema_version == 2 and profile.rows and profile.unquantized
+@pytest.mark.parametrize("schema", [1, 2])
+def test_profiles_are_read(schema):
+    profile = read(RELEASED / f"profile-{schema}.json", Profile)
+    assert profile.schema_version == 3 and profile.rows and profile.unquantized
 
 
 @pytest.mark.parametrize("schema", TOKENS)

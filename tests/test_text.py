@@ -28,6 +28,15 @@ def test_three_parts_share_no_position(file):
     assert spans["calibration"][1] <= spans["search"][0] < spans["search"][1] <= spans["heldout"][0]
 
 
+def test_healing_text_is_the_calibration_text_and_what_follows_it(file, monkeypatch):
+    monkeypatch.setattr("bitplan.sensitivity.texts.text.HEALING", 2048)
+    whole = tiny.tokenizer()(file.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    for tokens, blocks in ((1024, 32), (4096, 64)):
+        texts = prepare(tiny.tokenizer(), files=[file], tokens=tokens, length=64)
+        assert texts.healing.ids.flatten().tolist() == whole[: blocks * 64] and blocks * 64 < len(whole) // 2
+        assert torch.equal(texts.healing.ids[: tokens // 64], texts.calibration.ids)
+
+
 def test_each_file_gives_to_each_part(tmp_path):
     for letter in "ab":
         (tmp_path / letter).write_text(letter * 3000, encoding="utf-8")

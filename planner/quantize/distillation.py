@@ -1,13 +1,17 @@
 """Distillation: codes stay fixed, scales and unquantized vectors are trained for least KL to the full-precision model.
 
-As in EfficientQAT's second phase (Chen et al. 2024) and mlx-lm's distilled quantization: AdamW on the calibration text.
-Every few steps the KL on the search text is evaluated, and the state with the least is kept, the start included; after
-an evaluation without a gain, training returns to the best state with a smaller step size. The packed model itself is
-trained; its weights are dequantized in each pass. State is saved at every evaluation, and an interrupted run resumes.
+As in EfficientQAT's second phase (Chen et al. 2024) and mlx-lm's distilled quantization: AdamW on the healing text,
+which is longer than the calibration text: trained on the text that codes were fitted to, scales have little left to
+learn. Every few steps the KL on the search text is evaluated, and the state with the least is kept, the start included;
+after an evaluation without a gain, training returns to the best state with a smaller step size. The packed model itself
+is trained; its weights are dequantized in each pass. State is saved at every evaluation, and an interrupted run
+resumes.
 May import: formats, sensitivity, planner.codes/hf/plan, planner.quantize.sequential.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,27 +29,30 @@ from bitplan.planner.quantize.mixed import mixed_precision
 from bitplan.planner.quantize.sequential import Sequence
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.forward import predictions
-from bitplan.sensitivity.loss import Reference
+from bitplan.sensitivity.loss import Reference, log_probabilities
 from bitplan.sensitivity.progress import progress
 from bitplan.sensitivity.session import SEED, Session, load_reference
 from bitplan.sensitivity.store import IN_MEMORY, load_tensors, locked, save_tensors
-from bitplan.sensitivity.texts.text import Blocks
+from bitplan.sensitivity.texts.text import HEALING, Blocks
 from bitplan.sensitivity.vocabulary import vocabulary_size
 from bitplan.sensitivity.weight_cache import for_file, mark_workspace
 
-STEPS = 200
+Aim = Callable[[int], Tensor]
+"""Log-probabilities float32 [1, length - 1, vocabulary] by a text block's number."""
 TOKENS = 2048
 """Of one step."""
+STEPS = HEALING // TOKENS
 LOGIT_BYTES = 512 << 20
 """The most that the logits of a step take at once."""
 LOOK = 25
 """Steps between two looks at the search text."""
-SCALE_RATE = 2e-2
+SCALE_RATE = 2e-3
 """AdamW's learning rate of scales and zeros, times their own mean size."""
-VECTOR_RATE = 1e-2
+VECTOR_RATE = 1e-3
+"""That of other vectors, times their own mean size."""
 CALMER = 0.3
 """What rates are multiplied by when a look finds no gain."""
-CALMEST = 0.005
+CALMEST = 0.05
 """Rates times so little end the training."""
 
 
@@ -64,20 +71,40 @@ def round_missing(plan: Plan, session: Session) -> None:
 
 def heal(plan: Plan, undistilled: Plan, session: Session) -> None:
     """Train, and write the healed codes of every unit to the cache. Raises RoundingFailed where the loss is NaN."""
-    calibration, search = (_reference(session, blocks) for blocks in (session.texts.calibration, session.texts.search))
+    text, full_precision = session.texts.healing, _full_precision(session)
+    search = _reference(session, full_precision)
+    aim = full_precision(text.ids)
     student = sources.load_model(session.source, session.device, quantization_config=PlanConfig(undistilled))
     healing = Distillation(student, plan)
-    healing.run(calibration, search)
+    healing.run(text, aim, search)
     healing.write()
 
 
-def _reference(session: Session, blocks: Blocks) -> Reference:
-    """Full precision on some text. Log-probabilities of more than IN_MEMORY bytes, 20 GB for 32,768 tokens and a
-    vocabulary of 150,000, are computed from the last block's hidden states each time that they are used."""
-    vocabulary = vocabulary_size(session.model)
-    if 4 * blocks.ids.numel() * vocabulary > IN_MEMORY and not (chain := session.chain()).why:
-        return Reference(None, blocks, predictions(chain, blocks.ids), kept=False)
-    return Reference(session.model if session.whole else load_reference(session.source, session.device), blocks)
+def _full_precision(session: Session) -> Callable[[Tensor], Aim]:
+    """Gives the log-probabilities of some text, which are computed each time that they are used: those of 32,768 tokens
+    and a vocabulary of 150,000 take 20 GB. A model that can be cut is run once, but for what follows its blocks."""
+    chain = session.chain()
+    if not chain.why:
+        return partial(predictions, chain)
+    model = session.model if session.whole else load_reference(session.source, session.device)
+    return lambda ids: torch.no_grad()(lambda block: log_probabilities(model, ids[block : block + 1]))
+
+
+def _reference(session: Session, full_precision: Callable[[Tensor], Aim]) -> Reference:
+    """Full precision on the search text, which is kept where it takes no more than IN_MEMORY bytes."""
+    blocks = session.texts.search
+    kept = 4 * blocks.ids.numel() * vocabulary_size(session.model) <= IN_MEMORY
+    return Reference(None, blocks, full_precision(blocks.ids), kept)
+
+
+def _drawn(blocks: int, batch: int, step: int) -> Tensor:
+    """The text's blocks of a step, int64 [batch]: all blocks come once before any comes again."""
+    batch = min(batch, blocks)
+    rounds: dict[int, Tensor] = {}
+    for i in range(step * batch, (step + 1) * batch):
+        generator = torch.Generator().manual_seed(SEED + i // blocks)
+        rounds.setdefault(i // blocks, torch.randperm(blocks, generator=generator))
+    return torch.stack([rounds[i // blocks][i % blocks] for i in range(step * batch, (step + 1) * batch)])
 
 
 class Distillation:
@@ -108,7 +135,8 @@ class Distillation:
             if found is not None and found.ndim == 1 and found.is_floating_point():
                 found.requires_grad_(True)
                 self.trained[entry.name] = found, getattr(torch, entry.dtype)  # type: ignore[assignment]
-                groups.append({"params": [found], "rate": VECTOR_RATE})
+                size = float(found.detach().abs().mean()) or 1.0
+                groups.append({"params": [found], "rate": VECTOR_RATE * size})
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, betas=(0.9, 0.95))
         if 4 * plan.provenance.model.parameters > IN_MEMORY and model.supports_gradient_checkpointing:
             self._checkpoint()
@@ -121,8 +149,9 @@ class Distillation:
             if getattr(module, "gradient_checkpointing", False):
                 module.training = True
 
-    def run(self, calibration: Reference, search: Reference) -> None:
-        ids, device = calibration.blocks.ids, self.model.device
+    def run(self, text: Blocks, aim: Aim, search: Reference) -> None:
+        """Train on `text`, whose full-precision log-probabilities are `aim`'s; stop by `search`."""
+        ids, device = text.ids, self.model.device
         batch = max(1, TOKENS // ids.shape[1])
         per_part = max(1, LOGIT_BYTES // (4 * ids.shape[1] * vocabulary_size(self.model)))
         done, least, calm, best = self._restore()
@@ -133,11 +162,11 @@ class Distillation:
             rate = calm * min(1.0, (done % LOOK + 1) / 5)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * group["rate"]
-            drawn = torch.randperm(len(ids), generator=torch.Generator().manual_seed(SEED + done))[:batch]
+            drawn = _drawn(len(ids), batch, done)
             self.optimizer.zero_grad()
             # In parts whose logits fit in memory: gradients add up.
             for part in drawn.split(per_part):
-                loss = self._loss(ids[part].to(device), torch.stack([calibration.log_p[i] for i in part.tolist()]))
+                loss = self._loss(ids[part].to(device), torch.cat([aim(i) for i in part.tolist()]))
                 if not loss.isfinite():
                     raise RoundingFailed(f"healing: the loss is {loss.item()} at step {done}; plan without --heal")
                 (loss * (len(part) / len(drawn))).backward()  # type: ignore[no-untyped-call]

@@ -1,6 +1,7 @@
 """Text files, a dataset or the standard library's sources → three disjoint sets of token blocks.
 
-Calibration text rounds and gathers statistics, search text chooses, held-out text is reported.
+Calibration text rounds and gathers statistics, search text chooses, held-out text is reported. Healing text is the
+calibration text and what follows it.
 May import: formats.errors, sensitivity.reading/store, the modules beside it.
 """
 
@@ -20,6 +21,8 @@ from bitplan.sensitivity.texts.overlap import Passage, refuse_shared
 TOKENS = 32_768
 """Calibration tokens unless asked otherwise; search text takes a quarter as many, held-out text half."""
 BLOCK = 512
+HEALING = 409_600
+"""The most tokens of healing text."""
 SHARES = {"calibration": 0.5, "search": 0.2, "heldout": 0.3}
 MINIMUM = {"calibration": 4, "search": 2, "heldout": 2}
 """Fewest blocks of each part."""
@@ -58,6 +61,7 @@ class Texts:
     calibration: Blocks
     search: Blocks
     heldout: Blocks
+    healing: Blocks
     source: str
     """Where the text came from, in words."""
     tokens: int
@@ -148,7 +152,8 @@ def prepare(
     first = first_token(tokenizer)
     made = {}
     for name, streams in parts.items():
-        blocks = _blocks(streams, length, first)[: wanted[name]]
+        every = _blocks(streams, length, first)
+        blocks = every[: wanted[name]]
         if len(blocks) < min(MINIMUM[name], wanted[name]):
             have = sum(map(len, streams))
             raise TextTooShort(
@@ -156,7 +161,9 @@ def prepare(
                 f" needed: give more text, or a smaller --block"
             )
         made[name] = Blocks(torch.tensor(blocks))
-    return Texts(made["calibration"], made["search"], made["heldout"], source, tokens)
+        if name == "calibration":
+            made["healing"] = Blocks(torch.tensor(every[: max(HEALING // length, len(blocks))]))
+    return Texts(**made, source=source, tokens=tokens)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

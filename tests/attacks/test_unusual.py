@@ -18,7 +18,7 @@ IDS = torch.arange(3, 67).view(4, 16)
 
 def opened(folder):
     blocks = Blocks(IDS)
-    return open_session(sources.find(folder), Texts(blocks, blocks, blocks, "numbers", 64), device="cpu")
+    return open_session(sources.find(folder), Texts(blocks, blocks, blocks, blocks, "numbers", 64), device="cpu")
 
 
 def test_a_part_without_gradients_is_listed(monkeypatch):

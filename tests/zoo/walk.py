@@ -63,7 +63,7 @@ def walk(name: str, folder: Path) -> Walked:
     build(name, folder / "model")
     source = sources.find(folder / "model")
     blocks = Blocks(IDS)
-    session = open_session(source, Texts(blocks, blocks, blocks, "numbers", 64), device="cpu")
+    session = open_session(source, Texts(blocks, blocks, blocks, blocks, "numbers", 64), device="cpu")
     plan = uniform_plan(session, FORMAT, "nearest")
     model = load_planned(plan, source, "cpu")
     with torch.no_grad():

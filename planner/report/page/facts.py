@@ -25,6 +25,7 @@ def number(value: float) -> str:
 def provenance(facts: Provenance) -> dict[str, str]:
     model, text = facts.model, facts.text
     parts = {"calibration": text.calibration, "search": text.search, "held-out": text.heldout}
+    parts |= {"healing": text.healing} if text.healing else {}
     named = {"model": model.id if model.revision else model_name(model.id)}
     if model.revision:
         named["revision"] = model.revision
