@@ -24,6 +24,7 @@ from bitplan.planner.plan import Plan
 from bitplan.planner.report.tables import table
 from bitplan.sensitivity.profile import unit_entry, unquantized_entry
 from bitplan.sensitivity.session import Session, open_session
+from bitplan.sensitivity.texts.text import TOKENS
 
 PEERS = {"AutoScheme": "auto-round", "auto_quantize": "modelopt"}
 """Planners → their environments (`peers/make.sh NAME`)."""
@@ -121,7 +122,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
     parser.add_argument("--averages", type=float, nargs="+", default=[3.5, 4.5], metavar="BITS")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
-    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--redo", nargs="+", default=[], choices=[*PEERS, REROUNDED, *ARMS])
     arguments = parser.parse_args()
     rows, notes = [], []

@@ -46,7 +46,7 @@ from bitplan.sensitivity.audit import audit
 from bitplan.sensitivity.fingerprint import read_header
 from bitplan.sensitivity.loss import Evaluation, Reference
 from bitplan.sensitivity.session import Session, load_reference, open_session, read_texts
-from bitplan.sensitivity.texts.text import Texts
+from bitplan.sensitivity.texts.text import TOKENS, Texts
 
 HERE = Path(__file__).parent
 RESULTS = HERE / ".results"
@@ -266,7 +266,7 @@ def main() -> None:
     models.add_options(parser)
     parser.add_argument("--methods", default=",".join((*OURS, *PEERS)), metavar="A,B,…")
     parser.add_argument("--bits", default=",".join(map(str, BITS)), metavar="4,3,2")
-    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--block", type=int, default=BLOCK, help="tokens of a block")
     parser.add_argument("--group", type=int, default=GROUP, help="weights that share a scale; 0: a row's")
     parser.add_argument("--redo", default="", metavar="A,B,…", help="methods to run again")

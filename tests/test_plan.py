@@ -172,7 +172,9 @@ def test_an_older_plan_without_distillation_is_read(example):
 
 def test_a_plan_of_schema_5_was_healed_on_its_calibration_text(example):
     del example["provenance"]["text"]["healing"]
-    plan = Plan.model_validate(example | {"schema_version": 5})
+    limited = example | {"latency": {"requested": "x", "limit": 0.03, "device": "cpu", "predicted": 0.02}}
+    plan = Plan.model_validate(limited | {"schema_version": 5})
+    assert Plan.model_validate_json(plan.model_dump_json()) == plan and plan.latency.predicted == 0.02
     assert plan.schema_version == 6
     assert plan.provenance.text.part("healing") == plan.provenance.text.calibration
 

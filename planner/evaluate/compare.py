@@ -194,7 +194,7 @@ def _journal(session: Session, row: Plan | str, tasks: Sequence[Task], device: s
         made = repr([(unit.name, unit.format, unit.rounding) for unit in row.units]) + f"{row.distilled} {row.workload}"
     facts, device = session.provenance, pick_device(device)
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"cpu {torch.get_num_threads()}"
-    parts = (facts.text.part(name).sha256 for name in ("heldout", "calibration", "healing"))
+    parts = [facts.text.part(part).sha256 for part in ("heldout", "calibration", "healing")]
     texts = [*parts, *(task.fingerprint for task in tasks)]
     key = sha256(str(made), name, bitplan.__version__, torch.__version__, *texts)[:24]
     return session.compared / f"{key}.json"
