@@ -1,7 +1,7 @@
 """Whole second moments of units' inputs, in one pass forward: what GPTQ needs to round a unit alone.
 
 Only moments of one decoder block are in memory at a time; each is yielded as soon as the text has gone through its
-block. May import: sensitivity.chain/graph/store/trace.
+block. May import: sensitivity.chain/graph/shrinkage/store/trace.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from bitplan.sensitivity.chain import Chain
 from bitplan.sensitivity.graph import Graph, Unit
-from bitplan.sensitivity.products import add_products, mirror
 from bitplan.sensitivity.progress import progress
+from bitplan.sensitivity.shrinkage import SecondMoments
 from bitplan.sensitivity.store import IN_MEMORY, States
 from bitplan.sensitivity.trace import Trace, Use
 
@@ -22,7 +22,8 @@ def moments(
     chain: Chain, graph: Graph, units: Sequence[Unit], ids: Tensor, memory: int = IN_MEMORY
 ) -> Iterator[tuple[Unit, Tensor]]:
     """(unit, A float32 [experts, columns, columns]) of each of `units`, which have products, over text int64 [blocks,
-    length]; A is a mean over all tokens, as the statistics are. Units that read the same tensor get the same A."""
+    length]; A is a mean over all tokens, as the statistics are, but shrunk. Units that read the same tensor get the
+    same A."""
     seen_in = [[unit for unit in chain.seen(segment) if unit in units] for segment in range(len(chain))]
     highest = max((segment for segment in range(len(chain)) if seen_in[segment]), default=-1)
     states: States | None = None
@@ -31,7 +32,7 @@ def moments(
         """The hidden states behind a segment, but for the highest, and its units' second moments."""
         module = chain.module(segment, own=True)
         parameters = dict(module.named_parameters(remove_duplicate=False))
-        sums: dict[str, Tensor] = {}
+        sums: dict[str, SecondMoments] = {}
         leads: dict[str, str] = {}
         by_parameter: dict[str, Unit] = {}
         for unit in seen_in[segment]:
@@ -39,12 +40,12 @@ def moments(
             if reads not in leads:
                 leads[reads] = unit.name
                 by_parameter[unit.parameter] = unit
-                sums[unit.name] = torch.zeros(unit.experts, unit.columns, unit.columns, device=chain.device)
+                sums[unit.name] = SecondMoments(unit.experts, unit.columns, chain.device)
 
         def add(use: Use) -> None:
             if not use.lookup:
                 x = use.input.float().flatten(0, -2)
-                add_products(sums[by_parameter[use.parameter].name][use.expert], x)
+                sums[by_parameter[use.parameter].name].add(x, use.expert)
 
         trace = Trace({p: parameters[chain.local(segment, p)] for p in by_parameter}, add)
         made: States | None = None
@@ -56,10 +57,8 @@ def moments(
             if segment < highest:
                 made = made or States((len(ids), *out.shape[1:]), memory=memory // 2)
                 made[i] = out[0]
-        for total in sums.values():
-            total /= ids.numel()  # in place: it can be the largest tensor there is
-            mirror(total)
-        return made, {unit: sums[leads[graph.readers.get(unit.name, unit.name)]] for unit in seen_in[segment]}
+        means = {name: moments.means(ids.numel())[0] for name, moments in sums.items()}
+        return made, {unit: means[leads[graph.readers.get(unit.name, unit.name)]] for unit in seen_in[segment]}
 
     for segment in progress(range(highest + 1), desc="second moments", unit="block"):
         states, found = through(segment, states)

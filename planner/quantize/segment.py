@@ -24,8 +24,8 @@ from bitplan.planner.quantize.judge import Judge
 from bitplan.planner.quantize.mixed import mixed_precision
 from bitplan.sensitivity.chain import BATCH, Chain
 from bitplan.sensitivity.graph import Unit
-from bitplan.sensitivity.products import add_products, mirror
 from bitplan.sensitivity.session import SEED, Session
+from bitplan.sensitivity.shrinkage import SecondMoments
 from bitplan.sensitivity.store import States
 from bitplan.sensitivity.trace import Trace, Use
 
@@ -126,13 +126,11 @@ class Segment:
 
     @torch.no_grad()
     def hessians(self, units: list[Unit], cross: bool = True) -> list[Hessian]:
-        """The second moments of an input that `units` share, one per expert; with those against the full-precision
-        model's inputs, but for experts, whose routing may differ."""
+        """The second moments of an input that `units` share, one per expert, shrunk; with those against the
+        full-precision model's inputs, but for experts, whose routing may differ."""
         first = units[0]
-        size = (first.experts, first.columns, first.columns)
-        moments = torch.zeros(size, device=self.device)
-        crossed = torch.zeros(size[1:], device=self.device) if cross and not first.routed else None
-        counts = torch.zeros(first.experts, device=self.device)
+        cross = cross and not first.routed
+        moments = SecondMoments(first.experts, first.columns, self.device, cross)
         uses = 0
         seen: list[Tensor] = []
 
@@ -141,8 +139,7 @@ class Segment:
                 return
             x = use.input.detach().flatten(0, -2)
             if first.experts > 1:
-                add_products(moments[use.expert], x)
-                counts[use.expert] += len(x)
+                moments.add(x, use.expert)
                 return
             seen.append(x)
             if len(seen) == uses:
@@ -157,51 +154,40 @@ class Segment:
         for at in self._batches():
             now = inputs(self.got, at, self.now)
             uses = uses or len(now)  # the first batch showed after how many the rest of the block need not run
-            if crossed is None:
-                true = now
-            elif self.true_inputs is None:
+            true: list[Tensor] | list[None] = [None] * len(now)
+            if cross and self.true_inputs is None:
                 true = inputs(self.true, at, self.originals)
-            else:
+            elif cross and self.true_inputs is not None:
                 key = (first.name, at.start)
                 if key not in self.true_inputs:
                     self.true_inputs[key] = inputs(self.true, at, self.originals)
                 true = self.true_inputs[key]
             for x, x0 in zip(now, true, strict=True):
-                add_products(moments[0], x)
-                counts += len(x)
-                if crossed is not None:
-                    crossed.addmm_(x0.T, x)
-        moments /= counts.clamp(min=1).view(-1, 1, 1)
-        mirror(moments)
-        if crossed is not None:
-            crossed /= counts.clamp(min=1)
-        return [Hessian(moment, crossed) for moment in moments]
+                moments.add(x, true=x0)
+        means, crossed = moments.means()
+        return [Hessian(mean, crossed) for mean in means]
 
     def output_moments(self, units: list[Unit]) -> dict[str, Hessian]:
-        """Unit → E[g g^T] over the loss's gradients g at its outputs in the full-precision model, float32 [rows, rows];
-        none where `gradients` are missing, and none for experts."""
+        """Unit → E[g g^T] over the loss's gradients g at its outputs in the full-precision model, shrunk, float32
+        [rows, rows]; none where `gradients` are missing, and none for experts."""
         units = [unit for unit in units if not unit.routed]
         if self.gradients is None or self.true is None or not units:
             return {}
-        sums = {unit.parameter: torch.zeros(unit.rows, unit.rows, device=self.device) for unit in units}
-        counts = dict.fromkeys(sums, 0)
+        sums = {unit.parameter: SecondMoments(1, unit.rows, self.device) for unit in units}
 
         def seen(use: Use) -> None:
             use.output.register_hook(partial(add, use.parameter))
 
         def add(parameter: str, gradient: Tensor) -> None:
-            g = gradient.detach().float().flatten(0, -2)
-            add_products(sums[parameter], g)
-            counts[parameter] += len(g)
+            sums[parameter].add(gradient.detach().float().flatten(0, -2))
 
         for i in range(self.gradients.shape[0]):
             x = self.true[i].unsqueeze(0).to(self.device).requires_grad_()
             with torch.enable_grad(), Trace({name: self.originals[name] for name in sums}, seen):
                 out = self.chain.run(self.index, self.module, x, self.ids[i : i + 1].to(self.device), {})
             out.backward(self.gradients[i].unsqueeze(0).to(out))  # type: ignore[no-untyped-call]
-        for total in sums.values():
-            mirror(total)
-        return {unit.name: Hessian(sums[unit.parameter] / max(1, counts[unit.parameter])) for unit in units}
+        means = {parameter: moments.means()[0][0] for parameter, moments in sums.items()}
+        return {unit.name: Hessian(means[unit.parameter]) for unit in units}
 
     # Rounding -------------------------------------------------------------------------------------------------------
 
