@@ -32,15 +32,17 @@ from bitplan.sensitivity.chain import Chain
 from bitplan.sensitivity.forward import inputs
 from bitplan.sensitivity.gradients import backward
 from bitplan.sensitivity.graph import Graph, Unit
-from bitplan.sensitivity.products import add_products, mirror
 from bitplan.sensitivity.progress import progress
 from bitplan.sensitivity.resume import Back, Finished, Sums
+from bitplan.sensitivity.shrinkage import SecondMoments
 from bitplan.sensitivity.statistics import Statistics, StatisticsStore, pivots
 from bitplan.sensitivity.store import IN_MEMORY, States, locked
 from bitplan.sensitivity.texts.text import Blocks
 from bitplan.sensitivity.trace import Trace, Use
 
 T = TypeVar("T")
+Moments = dict[str, SecondMoments]
+"""By the unit whose inputs are added."""
 PASS_BYTES = 8 << 30
 """Second moments of one block that are gathered at once; a block of more experts is run again for the rest."""
 SAMPLED = 4
@@ -128,8 +130,8 @@ class _Pass:
             here = states[segment]
             below = None if here is None or segment <= lowest else States(here.shape, self.back.path(segment))
             for part, units in enumerate(self.parts(self.watched(segment)) or [[]]):
-                sums = self.backward(segment, units, here, gradient, below, None if part else bar)
-                ranks.add(tensor for own in sums.values() for tensor in own.values())
+                sums, moments = self.backward(segment, units, here, gradient, below, None if part else bar)
+                self.join(sums, moments)
                 ready: Sums = {}
                 for unit in units:
                     if segment == last and unit.kind == "tied" and self.chain.paths:
@@ -137,7 +139,7 @@ class _Pass:
                     else:
                         ready[unit.name] = heads.get(unit.name, {}) | sums[unit.name]
                 self.finish([unit for unit in units if unit.name in ready], ready)
-                del sums, ready  # their moments, before the next are gathered
+                del sums, moments, ready  # before the next are gathered
             ranks.gathered(None)  # what a rank goes on from names only statistics that all ranks have written
             states[segment] = None
             if below is not None:
@@ -192,7 +194,7 @@ class _Pass:
         above: States | None,
         below: States | None,
         bar: tqdm | None = None,
-    ) -> Sums:
+    ) -> tuple[Sums, Moments]:
         """Sums over the text for `units`, from a segment's inputs and the gradient at its outputs, with the gradient
         at its inputs written to `below`."""
         module = self.chain.module(segment, own=True)
@@ -200,8 +202,8 @@ class _Pass:
         watched: dict[str, Tensor] = {
             unit.parameter: parameters[self.chain.local(segment, unit.parameter)] for unit in units
         }
-        sums = self.zeros(units, lookups=segment == 0 or not self.chain.paths, products=segment > 0)
-        seen = partial(self.seen, {unit.parameter: unit for unit in units}, sums)
+        sums, moments = self.zeros(units, lookups=segment == 0 or not self.chain.paths, products=segment > 0)
+        seen = partial(self.seen, {unit.parameter: unit for unit in units}, sums, moments)
         handles = []
         if segment == 0 or not self.chain.paths:  # lookups ask for gradients, also where their unit is not watched
             embeddings = self.chain.outer.get_input_embeddings()
@@ -225,12 +227,23 @@ class _Pass:
         finally:
             for handle in handles:
                 handle.remove()
-        return sums
+        return sums, moments
 
-    def zeros(self, units: list[Unit], lookups: bool, products: bool) -> Sums:
-        """What a segment's uses are added to. Units that read the same tensor share one moment."""
+    def join(self, sums: Sums, moments: Moments) -> None:
+        """Make the ranks' sums one, and shrink the second moments, in place."""
+        own = {name: one.variance() for name, one in moments.items()}
+        ranks.add(tensor for of_unit in sums.values() for tensor in of_unit.values())
+        shares = {name: one.shrinkage(own[name]) for name, one in moments.items()}
+        ranks.add(shares.values())
+        for name, one in moments.items():
+            one.shrink(shares[name])
+
+    def zeros(self, units: list[Unit], lookups: bool, products: bool) -> tuple[Sums, Moments]:
+        """What a segment's uses are added to. Units that read the same tensor share one moment, which the first of them
+        leads to."""
         sums: Sums = {}
-        moments: dict[str, Tensor] = {}
+        leads: dict[str, str] = {}
+        moments: Moments = {}
         zeros = partial(torch.zeros, device=self.device)
         for unit in units:
             own = sums[unit.name] = {}
@@ -239,18 +252,19 @@ class _Pass:
             if unit.kind == "embedding" or (unit.kind == "tied" and not products):
                 continue
             reads = self.graph.readers.get(unit.name, unit.name)
-            if reads not in moments:
-                moments[reads] = zeros(unit.experts, unit.columns, unit.columns)
-                own["leads"] = zeros(0)
+            if reads not in leads:
+                leads[reads] = unit.name
+                moments[unit.name] = SecondMoments(unit.experts, unit.columns, self.device)
             own |= {
-                "moment": moments[reads],
+                "moment": moments[leads[reads]].total,
                 "gradients": zeros(unit.experts, unit.rows),
                 "routed": zeros(unit.experts),
             }
-        return sums
+        return sums, moments
 
-    def seen(self, units: dict[str, Unit], sums: Sums, use: Use) -> None:
-        own = sums[units[use.parameter].name]
+    def seen(self, units: dict[str, Unit], sums: Sums, moments: Moments, use: Use) -> None:
+        name = units[use.parameter].name
+        own = sums[name]
         if use.lookup:
             if "frequencies" not in own:
                 return  # a lookup that runs again before the head, for nothing
@@ -259,8 +273,8 @@ class _Pass:
             squares = own["lookup_gradients"]
         else:
             x = use.input.detach().float().flatten(0, -2)
-            if "leads" in own:
-                add_products(own["moment"][use.expert], x)
+            if name in moments:
+                moments[name].add(x, use.expert)
             squares = own["gradients"][use.expert]
             if not use.output.requires_grad:
                 return  # a pass without gradients (early cycles of some models): those of the others stand for it
@@ -281,9 +295,7 @@ class _Pass:
             together.setdefault(id(own.get("moment", own)), []).append(unit)
         for first, *_ in together.values():
             if "moment" in sums[first.name]:
-                moment = sums[first.name]["moment"]
-                moment /= self.tokens  # in place: it can be the largest tensor there is
-                mirror(moment)
+                sums[first.name]["moment"] /= self.tokens  # in place: it can be the largest tensor there is
         for readers in ranks.share(list(together.values())):
             costs: Tensor | None = None
             for unit in readers:

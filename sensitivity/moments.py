@@ -22,8 +22,8 @@ def moments(
     chain: Chain, graph: Graph, units: Sequence[Unit], ids: Tensor, memory: int = IN_MEMORY
 ) -> Iterator[tuple[Unit, Tensor]]:
     """(unit, A float32 [experts, columns, columns]) of each of `units`, which have products, over text int64 [blocks,
-    length]; A is a mean over all tokens, as the statistics are, but shrunk. Units that read the same tensor get the
-    same A."""
+    length]; A is a mean over all tokens, shrunk, as the statistics are. Units that read the same tensor get the same
+    A."""
     seen_in = [[unit for unit in chain.seen(segment) if unit in units] for segment in range(len(chain))]
     highest = max((segment for segment in range(len(chain)) if seen_in[segment]), default=-1)
     states: States | None = None

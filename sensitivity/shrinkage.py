@@ -28,7 +28,8 @@ EVEN = 1e-3
 
 class SecondMoments:
     """Sums over a text, of `experts` moments float32 [columns, columns]. `crossed`: with those against the
-    full-precision inputs, of one expert. It takes no more memory than the moments themselves."""
+    full-precision inputs, of one expert. Beside the moments it holds the inputs of one sample. Into which pieces the
+    text is cut where it is added makes no difference."""
 
     def __init__(self, experts: int, columns: int, device: str | torch.device = "cpu", crossed: bool = False):
         zeros = partial(torch.zeros, device=device)
@@ -41,47 +42,77 @@ class SecondMoments:
         self.squares = zeros(experts)
         """Σ over samples of Σ_{i≠j} of their scaled sums' squares."""
         self.change_squares = zeros(())
+        empty = zeros(0, columns)
+        self.pending = [empty] * experts
+        """Inputs of the sample that is not whole yet."""
+        self.pending_change = empty
 
     def add(self, x: Tensor, expert: int = 0, true: Tensor | None = None) -> None:
         """Inputs float32 [tokens, columns], and the full-precision model's of the same tokens."""
-        if not len(x):
-            return
-        parts = x.chunk(-(-len(x) // SAMPLE))
-        if not self.samples[expert]:
-            size = x[:SAMPLE].square().mean(0)
-            self.weights[expert] = 1 / (size + EVEN * size.mean() + 1e-12)
-        weights = self.weights[expert]
         self.tokens[expert] += len(x)
-        self.samples[expert] += len(parts)
         add_products(self.total[expert], x)
+        x = torch.cat([self.pending[expert], x])
+        whole = len(x) - len(x) % SAMPLE
         changes: tuple[Tensor, ...] = ()
         if self.change is not None and true is not None:
-            change = true - x
-            self.change.addmm_(change.T, x)
-            changes = change.chunk(len(parts))
-        for i, part in enumerate(parts):
-            # |D^-½ Xᵀ X D^-½|² = |X D^-1 Xᵀ|², which is of tokens and not of columns.
-            products = (part * weights) @ part.T
-            self.squares[expert] += products.square().sum() - (part.square().sum(0) * weights).square().sum()
-            if changes:
-                self.change_squares += (products * ((changes[i] * weights) @ changes[i].T)).sum()
+            change = true - x[len(x) - len(true) :]
+            self.change.addmm_(change.T, x[len(x) - len(true) :])
+            change = torch.cat([self.pending_change, change])
+            self.pending_change = change[whole:].clone()
+            changes = change[:whole].split(SAMPLE)
+        self.pending[expert] = x[whole:].clone()
+        for i, part in enumerate(x[:whole].split(SAMPLE) if whole else ()):
+            self._sample(expert, part, changes[i] if changes else None)
+
+    def _sample(self, expert: int, x: Tensor, change: Tensor | None) -> None:
+        if not self.samples[expert]:
+            size = x.square().mean(0)
+            self.weights[expert] = 1 / (size + EVEN * size.mean() + 1e-12)
+        weights = self.weights[expert]
+        self.samples[expert] += 1
+        # |D^-½ Xᵀ X D^-½|² = |X D^-1 Xᵀ|², which is of tokens and not of columns.
+        products = (x * weights) @ x.T
+        self.squares[expert] += products.square().sum() - (x.square().sum(0) * weights).square().sum()
+        if change is not None:
+            self.change_squares += (products * ((change * weights) @ change.T)).sum()
 
     def means(self, tokens: int | None = None) -> tuple[Tensor, Tensor | None]:
         """E[x xᵀ] float32 [experts, columns, columns] and E[x0 xᵀ] [columns, columns], shrunk, as means over `tokens`,
         by default each expert's own. The sums are used up."""
-        mirror(self.total)
-        for expert, (total, weights, samples) in enumerate(zip(self.total, self.weights, self.samples, strict=True)):
-            diagonal = total.diagonal().clone()
-            within = _squares(total, weights) - (diagonal * weights).square().sum()
-            total *= 1 - _shrinkage(self.squares[expert], within, samples)
-            total.diagonal().copy_(diagonal)
+        self.shrink(self.shrinkage(self.variance()))
         counts = self.tokens.clamp(min=1) if tokens is None else torch.full_like(self.tokens, tokens)
         self.total /= counts.view(-1, 1, 1)  # in place: it can be the largest tensor there is
         if self.change is not None:
             within = _squares(self.change, self.weights[0])
-            self.change *= (1 - _shrinkage(self.change_squares, within, self.samples[0])) / counts[0]
+            variance = _variance(self.change_squares, within, self.samples[0])
+            self.change *= (1 - _ratio(variance, within)) / counts[0]
             self.change += self.total[0]
         return self.total, self.change
+
+    def variance(self) -> Tensor:
+        """Σ_{i≠j} of the scaled sums' variances: float32 [experts]. Nothing can be added after it."""
+        for expert, rest in enumerate(self.pending):
+            if len(rest):
+                self._sample(expert, rest, self.pending_change if self.change is not None else None)
+        mirror(self.total)
+        each = zip(self.squares, self._within(), self.samples, strict=True)
+        return torch.stack([_variance(*of_expert) for of_expert in each])
+
+    def shrinkage(self, variance: Tensor) -> Tensor:
+        """The ρ that follows, of `total` as it now is: of several ranks' sums, each adds its share."""
+        return _ratio(variance, self._within())
+
+    def shrink(self, rho: Tensor) -> None:
+        """Multiply what lies off the diagonals by 1 - ρ, in place."""
+        for total, own in zip(self.total, rho.clamp(max=1), strict=True):
+            diagonal = total.diagonal().clone()
+            total *= 1 - own
+            total.diagonal().copy_(diagonal)
+
+    def _within(self) -> Tensor:
+        """Σ_{i≠j} of the scaled sums' squares: [experts]."""
+        each = zip(self.total, self.weights, strict=True)
+        return torch.stack([_squares(t, w) - (t.diagonal() * w).square().sum() for t, w in each])
 
 
 def _squares(matrix: Tensor, weights: Tensor) -> Tensor:
@@ -90,9 +121,10 @@ def _squares(matrix: Tensor, weights: Tensor) -> Tensor:
     return sum(((rows.square() @ weights) @ own for rows, own in parts), start=weights.new_zeros(()))
 
 
-def _shrinkage(squares: Tensor, within: Tensor, samples: int) -> Tensor:
-    """ρ: `squares` are the samples' sums', `within` those of the sum of them all."""
-    if samples < 2:
-        return torch.zeros_like(within)
-    variance = (squares - within / samples) * (samples / (samples - 1))
+def _variance(squares: Tensor, within: Tensor, samples: int) -> Tensor:
+    """Of a sum of samples, of which `squares` are the sum of the samples' squares, and `within` its own square."""
+    return (squares - within / samples) * (samples / (samples - 1)) if samples > 1 else torch.zeros_like(within)
+
+
+def _ratio(variance: Tensor, within: Tensor) -> Tensor:
     return (variance / within.clamp(min=torch.finfo(within.dtype).tiny)).clamp(0, 1)

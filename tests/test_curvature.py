@@ -19,6 +19,7 @@ from bitplan.sensitivity.statistics import Statistics, StatisticsStore, pivots
 from bitplan.sensitivity.swapper import WeightSwapper
 from bitplan.sensitivity.texts.text import Blocks
 from tests import tiny
+from tests.test_shrinkage import shrunk
 
 IDS = torch.randint(0, 256, (6, 24), generator=torch.Generator().manual_seed(0))
 
@@ -62,9 +63,8 @@ def by_hand(model, module, ids=IDS):
 def test_products(name, unit, tmp_path):
     model, units, store = gathered(name, tmp_path)
     xs, g = by_hand(model, model.get_submodule(unit))
-    x = torch.cat([part.flatten(0, -2) for part in xs])
+    moment, _ = shrunk([part.flatten(0, -2) for part in xs])
     found = store[units[unit]]
-    moment = x.T @ x / len(x)
     assert_close(found.inputs[0], moment.diagonal(), rtol=1e-4, atol=1e-5)
     assert_close(found.pivots[0], pivots(Hessian(moment), moment), rtol=1e-2, atol=1e-4)
     assert_close(found.gradients[0], g.square().mean(0), rtol=1e-3, atol=1e-6)
@@ -245,7 +245,7 @@ class TestThePass:
         assert all(whole[unit].moment is not None for unit in sampled(graph.units))
         self.same({unit.name: units[unit.name] for unit in graph.units}, alone, whole)
 
-    def test_moments_are_those_of_the_statistics_but_shrunk(self, name, tmp_path):
+    def test_moments_are_those_of_the_statistics(self, name, tmp_path):
         model, units, store = gathered(name, tmp_path)
         graph = build_graph(model)
         wanted = [unit for unit in units.values() if unit.kind != "embedding"]
@@ -254,11 +254,8 @@ class TestThePass:
         for unit in wanted:
             diagonal = found[unit.name].diagonal(dim1=-2, dim2=-1)
             assert_close(diagonal, store[unit].inputs, rtol=1e-3, atol=1e-5)
-            if (whole := store[unit].moment) is not None:
-                off = ~torch.eye(unit.columns, dtype=torch.bool).expand_as(whole)
-                kept = (found[unit.name] * whole)[off].sum() / whole[off].square().sum()
-                assert 0 < kept < 1
-                assert_close(found[unit.name][off], kept * whole[off], rtol=1e-3, atol=1e-5)
+            if store[unit].moment is not None:
+                assert_close(found[unit.name], store[unit].moment, rtol=1e-3, atol=1e-5)
 
 
 def test_prediction_follows_the_measured_kl_of_small_changes(tmp_path):

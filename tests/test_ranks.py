@@ -31,7 +31,8 @@ def test_two_ranks_give_what_one_gives(checkpoint, tmp_path, monkeypatch):
     assert done.stdout.count('"predicted_nll"') == len(losses(one))
     assert losses(one).keys() == losses(two).keys()
     for pair, loss in losses(one).items():
-        assert_close(losses(two)[pair], loss, rtol=2e-3, atol=1e-9)
+        # Each rank estimates from its own text by how much moments are shrunk.
+        assert_close(losses(two)[pair], loss, rtol=1e-2, atol=1e-9)
     ours, theirs = read(one, Profile).check, read(two, Profile).check
     assert ours is not None and theirs is not None
     assert [row.unit for row in ours.rows] == [row.unit for row in theirs.rows]

@@ -25,7 +25,6 @@ from bitplan.planner.quantize.folding import fold_scales
 from bitplan.planner.quantize.segment import Segment
 from bitplan.planner.quantize.sequential import Sequence
 from bitplan.sensitivity import source as sources
-from bitplan.sensitivity.chain import BATCH
 from bitplan.sensitivity.loss import Reference
 from bitplan.sensitivity.session import Session, open_session, read_texts
 from bitplan.sensitivity.store import load_tensors
@@ -164,14 +163,11 @@ def test_gptq_gets_the_inputs_of_the_rounded_model_and_aims_at_the_full_ones(nam
             exchange(rounded, other.parameter, weight_on_disk(plan, other.name))
     ids, path = session.texts.calibration.ids, unit.parameter.rpartition(".")[0]
     (x0, _), (x, routes) = inputs_of(full, path, ids), inputs_of(rounded, path, ids)
-    batch = BATCH * ids.shape[1]
     if unit.experts == 1:
-        hessians = [Hessian(*shrunk(x.split(batch), x0.split(batch)))]
+        hessians = [Hessian(*shrunk([x], [x0]))]
         assert not torch.equal(x, x0)
     else:
-        batches = list(zip(x.split(batch), routes.split(batch), strict=True))
-        runs = [[part[(route == expert).any(-1)] for part, route in batches] for expert in range(unit.experts)]
-        hessians = [Hessian(*shrunk(run)) for run in runs]
+        hessians = [Hessian(*shrunk([x[(routes == expert).any(-1)]])) for expert in range(unit.experts)]
     format = format_named("int3-g32")
     weight = session.swapper.weight(unit)
     codes, grid, _ = gptq_codes(weight, format, hessians)

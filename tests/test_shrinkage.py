@@ -11,10 +11,10 @@ from bitplan.sensitivity.shrinkage import SAMPLE, SecondMoments
 
 
 def shrunk(runs: list[Tensor], true: list[Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
-    """E[x xᵀ] and E[x0 xᵀ] of inputs [tokens, columns], a tensor for each time that they were added."""
+    """E[x xᵀ] and E[x0 xᵀ] of inputs [tokens, columns], in any pieces."""
 
-    def samples(parts: list[Tensor]) -> list[Tensor]:
-        return [sample.double() for part in parts for sample in part.chunk(-(-len(part) // SAMPLE))]
+    def samples(parts: list[Tensor]) -> tuple[Tensor, ...]:
+        return torch.cat(parts).double().split(SAMPLE)
 
     def mean(products: Tensor, kept: Tensor) -> Tensor:
         """`kept`: entries that are not shrunk."""
