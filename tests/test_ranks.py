@@ -19,7 +19,7 @@ def losses(path) -> dict[tuple[str, str], float]:
 def test_two_ranks_give_what_one_gives(checkpoint, tmp_path, monkeypatch):
     """Moments summed over the ranks' text, and the checked units shared out; the profile is written once."""
     model, one, two = checkpoint("llama-tied"), tmp_path / "one.json", tmp_path / "two.json"
-    arguments = ["audit", str(model), "--tokens", "1024", "--block", "64", "--device", "cpu", "--check", "5"]
+    arguments = ["audit", str(model), "--tokens", "4096", "--block", "64", "--device", "cpu", "--check", "5"]
     arguments += ["--formats", "int8,int4-g64,int2-g64", "--json", "-o"]
     monkeypatch.setenv("BITPLAN_CACHE", str(tmp_path / "alone"))
     assert main([*arguments, str(one)]) == 0
@@ -32,7 +32,7 @@ def test_two_ranks_give_what_one_gives(checkpoint, tmp_path, monkeypatch):
     assert losses(one).keys() == losses(two).keys()
     for pair, loss in losses(one).items():
         # Each rank estimates from its own text by how much moments are shrunk.
-        assert_close(losses(two)[pair], loss, rtol=1e-2, atol=1e-9)
+        assert_close(losses(two)[pair], loss, rtol=5e-2, atol=1e-9)
     ours, theirs = read(one, Profile).check, read(two, Profile).check
     assert ours is not None and theirs is not None
     assert [row.unit for row in ours.rows] == [row.unit for row in theirs.rows]
