@@ -76,7 +76,8 @@ def work(model: Path, tier: str, tokens: int, device: str) -> None:
     from bitplan.sensitivity.audit import audit
     from bitplan.sensitivity.curvature import evenly
     from bitplan.sensitivity.measured import Prefixes
-    from bitplan.sensitivity.session import open_session, read_texts
+    from bitplan.sensitivity.session import open_session
+    from bitplan.sensitivity.texts.read import read_texts
 
     source = sources.find(model)
     texts = read_texts(source, tokens=tokens, length=512)
@@ -115,7 +116,7 @@ def scored_by_peer(model: Path, row: str, tokens: int, device: str) -> tuple[flo
     from safetensors.torch import save_file
 
     from bitplan.sensitivity import source as sources
-    from bitplan.sensitivity.session import read_texts
+    from bitplan.sensitivity.texts.read import read_texts
 
     name = PEERS[row]
     subprocess.run(["bash", "benchmarks/peers/make.sh", name], check=True)

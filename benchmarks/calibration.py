@@ -28,7 +28,8 @@ from bitplan.planner.quantize.distillation import round_missing
 from bitplan.planner.report.tables import table
 from bitplan.sensitivity import shrinkage
 from bitplan.sensitivity import source as sources
-from bitplan.sensitivity.session import open_session, read_texts
+from bitplan.sensitivity.session import open_session
+from bitplan.sensitivity.texts.read import read_texts
 from bitplan.sensitivity.texts.text import Texts
 
 TOKENS = (4096, 16384, 32768, 131072)

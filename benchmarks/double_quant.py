@@ -23,7 +23,8 @@ from bitplan.planner.report.tables import table
 from bitplan.search.problem import problem_of
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.audit import audit
-from bitplan.sensitivity.session import Session, open_session, read_texts
+from bitplan.sensitivity.session import Session, open_session
+from bitplan.sensitivity.texts.read import read_texts
 
 BITS = (4, 3, 2)
 DOUBLE = tuple(f"int{bits}-g32-s4" for bits in BITS)

@@ -33,7 +33,8 @@ from bitplan.planner.load import load_planned
 from bitplan.planner.plan import Plan
 from bitplan.planner.report.tables import table
 from bitplan.sensitivity import source as sources
-from bitplan.sensitivity.session import Session, open_session, read_texts
+from bitplan.sensitivity.session import Session, open_session
+from bitplan.sensitivity.texts.read import read_texts
 
 TEXTS = 8
 HALF_LIMIT = 5e-3

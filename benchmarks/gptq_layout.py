@@ -27,7 +27,8 @@ from bitplan.planner.plan import Plan
 from bitplan.planner.quantize.distillation import round_missing
 from bitplan.planner.report.tables import table
 from bitplan.sensitivity import source as sources
-from bitplan.sensitivity.session import Session, open_session, read_texts
+from bitplan.sensitivity.session import Session, open_session
+from bitplan.sensitivity.texts.read import read_texts
 
 PEERS = Path(__file__).parent / "peers"
 TEXTS = 8

@@ -24,11 +24,12 @@ from bitplan.planner.report.tables import table
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.progress import progress
 from bitplan.sensitivity.reading import read_text
-from bitplan.sensitivity.session import open_session, read_texts
+from bitplan.sensitivity.session import open_session
 from bitplan.sensitivity.tasks.paired import paired
 from bitplan.sensitivity.tasks.question import Question
 from bitplan.sensitivity.tasks.score import score
 from bitplan.sensitivity.tasks.task import Task, make_task
+from bitplan.sensitivity.texts.read import read_texts
 
 ITEMS, REPETITIONS, PAIRS = 200, 1000, (50, 200)
 FORMATS = ("int8", "int4-g64", "int2-g64")

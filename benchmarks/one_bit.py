@@ -17,7 +17,8 @@ from bitplan.planner.quantize.distillation import round_missing
 from bitplan.planner.report.tables import table
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.loss import Reference
-from bitplan.sensitivity.session import open_session, read_texts
+from bitplan.sensitivity.session import open_session
+from bitplan.sensitivity.texts.read import read_texts
 
 FORMATS = ("binary-g64",)
 PARTS = [i / 20 for i in range(20)]

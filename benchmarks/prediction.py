@@ -20,7 +20,8 @@ from bitplan.planner.demo import CALIBRATION, HELDOUT, MODEL
 from bitplan.planner.report.tables import table
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.audit import audit
-from bitplan.sensitivity.session import open_session, read_texts
+from bitplan.sensitivity.session import open_session
+from bitplan.sensitivity.texts.read import read_texts
 
 DEFAULT_FORMATS = ("int6-g64", "int4-g64", "int3-g64", "int2-g64")
 

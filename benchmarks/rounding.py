@@ -45,7 +45,8 @@ from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.audit import audit
 from bitplan.sensitivity.fingerprint import read_header
 from bitplan.sensitivity.loss import Evaluation, Reference
-from bitplan.sensitivity.session import Session, load_reference, open_session, read_texts
+from bitplan.sensitivity.session import Session, load_reference, open_session
+from bitplan.sensitivity.texts.read import read_texts
 from bitplan.sensitivity.texts.text import TOKENS, Texts
 
 HERE = Path(__file__).parent

@@ -42,7 +42,8 @@ from bitplan.search.sampler import PosteriorSampler
 from bitplan.search.study import search
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.audit import audit
-from bitplan.sensitivity.session import open_session, read_texts
+from bitplan.sensitivity.session import open_session
+from bitplan.sensitivity.texts.read import read_texts
 
 MENU = tuple(name for name in DEFAULT_FORMATS if not isinstance(FORMATS[name], DoubleQuantFormat))
 """The formats that all arms choose among."""

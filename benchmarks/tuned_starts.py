@@ -27,7 +27,8 @@ from bitplan.planner.quantize.segment import Segment
 from bitplan.planner.report.tables import table
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.chain import find_blocks
-from bitplan.sensitivity.session import open_session, read_texts
+from bitplan.sensitivity.session import open_session
+from bitplan.sensitivity.texts.read import read_texts
 from bitplan.sensitivity.texts.text import Blocks
 
 STARTS: dict[str, int | None] = {"gptq": 0, "tuned, from codes": 1, "tuned, from weights": 2, "tuned": None}

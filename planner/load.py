@@ -16,8 +16,9 @@ from bitplan.planner.plan import Plan
 from bitplan.planner.quantize.distillation import round_missing
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.profile import read
-from bitplan.sensitivity.session import open_session, pick_device, recall_texts
+from bitplan.sensitivity.session import open_session, pick_device
 from bitplan.sensitivity.source import Source
+from bitplan.sensitivity.texts.read import recall_texts
 
 __all__ = ["check_plan_fits", "find_for", "load", "load_planned", "make_codes", "resident_bytes"]
 

@@ -20,10 +20,11 @@ from bitplan.planner.select import Selection
 from bitplan.search.problem import problem_of
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.audit import audit
-from bitplan.sensitivity.session import Session, default_texts, load_reference, open_session, read_texts
+from bitplan.sensitivity.session import Session, load_reference, open_session
 from bitplan.sensitivity.tasks.paired import paired
 from bitplan.sensitivity.tasks.score import Scores, score
 from bitplan.sensitivity.tasks.task import Task, read_task
+from bitplan.sensitivity.texts.read import default_texts, read_texts
 
 
 class QuantizationManager:

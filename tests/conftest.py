@@ -11,7 +11,8 @@ import torch
 from hypothesis import settings
 
 from bitplan.sensitivity import source as sources
-from bitplan.sensitivity.session import Session, open_session, read_texts
+from bitplan.sensitivity.session import Session, open_session
+from bitplan.sensitivity.texts.read import read_texts
 from bitplan.sensitivity.texts.text import Texts
 from tests import tiny
 

@@ -22,8 +22,9 @@ from bitplan.sensitivity import fingerprint
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.audit import audit
 from bitplan.sensitivity.fingerprint import sampled_fingerprint
-from bitplan.sensitivity.session import open_session, read_texts
+from bitplan.sensitivity.session import open_session
 from bitplan.sensitivity.store import States, load_tensors, save_tensors, sha256
+from bitplan.sensitivity.texts.read import read_texts
 from bitplan.sensitivity.weight_cache import mark_workspace, workspace
 from tests.test_cli import LITTLE, run, text  # noqa: F401 (fixtures)
 

@@ -21,7 +21,8 @@ from bitplan.planner.export.gptq_layout import config_for, quantization_config, 
 from bitplan.planner.load import load_planned
 from bitplan.planner.plan import Plan
 from bitplan.sensitivity import source as sources
-from bitplan.sensitivity.session import Session, open_session, read_texts
+from bitplan.sensitivity.session import Session, open_session
+from bitplan.sensitivity.texts.read import read_texts
 
 HEADS = {"llama": ("model.embed_tokens", "lm_head"), "llama-tied": ("model.embed_tokens",)}
 HEADS |= {"gpt2": ("transformer.wte", "transformer.wpe"), "opt": ("model.decoder.embed_*",)}

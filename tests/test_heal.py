@@ -22,8 +22,9 @@ from bitplan.planner.quantize import segment
 from bitplan.planner.quantize.distillation import Distillation, round_missing
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.loss import Reference
-from bitplan.sensitivity.session import Session, recall_texts
+from bitplan.sensitivity.session import Session
 from bitplan.sensitivity.store import load_tensors
+from bitplan.sensitivity.texts.read import recall_texts
 from bitplan.sensitivity.weight_cache import from_file
 from tests.test_learning import keep_the_last
 

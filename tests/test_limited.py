@@ -15,7 +15,8 @@ from bitplan.sensitivity import session as sessions
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.audit import Around, measure_units
 from bitplan.sensitivity.profile import read
-from bitplan.sensitivity.session import open_session, read_texts
+from bitplan.sensitivity.session import open_session
+from bitplan.sensitivity.texts.read import read_texts
 from tests.test_cli import run  # noqa: F401
 
 TEXT = (platform.__file__, "--tokens", "1024", "--block", "64", "--device", "cpu")

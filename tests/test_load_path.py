@@ -32,7 +32,8 @@ from bitplan.planner.load import load
 from bitplan.planner.plan import Plan
 from bitplan.planner.quantize.distillation import round_missing
 from bitplan.sensitivity import source as sources
-from bitplan.sensitivity.session import open_session, read_texts
+from bitplan.sensitivity.session import open_session
+from bitplan.sensitivity.texts.read import read_texts
 from tests import tiny
 from tests.test_pretrained import logits, mixed_plan, on_disk
 

@@ -165,7 +165,8 @@ def test_a_checkpoint_that_holds_a_tied_pair_twice(checkpoint, tmp_path):
     from safetensors.torch import load_file, save_file
 
     from bitplan.sensitivity import source as sources
-    from bitplan.sensitivity.session import open_session, read_texts
+    from bitplan.sensitivity.session import open_session
+    from bitplan.sensitivity.texts.read import read_texts
 
     shutil.copytree(checkpoint("llama-tied"), tmp_path / "twice")
     file = tmp_path / "twice" / "model.safetensors"
@@ -187,7 +188,8 @@ def test_a_model_whose_every_parameter_is_packed_has_a_dtype(tmp_path):
     from transformers import OlmoConfig
 
     from bitplan.sensitivity import source as sources
-    from bitplan.sensitivity.session import open_session, read_texts
+    from bitplan.sensitivity.session import open_session
+    from bitplan.sensitivity.texts.read import read_texts
 
     config = OlmoConfig(**tiny.GQA, pad_token_id=0)
     Auto.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path / "olmo")

@@ -16,7 +16,8 @@ from bitplan.planner.plan import Plan
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.loss import Reference
 from bitplan.sensitivity.profile import read
-from bitplan.sensitivity.session import load_reference, read_texts
+from bitplan.sensitivity.session import load_reference
+from bitplan.sensitivity.texts.read import read_texts
 
 ROOT = Path(__file__).parent.parent
 PAGES = {

@@ -61,7 +61,7 @@ def test_by_default_the_model_writes_and_where_it_cannot_pythons_sources_are_rea
     model = checkpoint("llama")
     code, _, err = run("audit", model, *LITTLE, "--check", "0")
     assert code == 0 and f"text: {SAMPLED}" in err
-    monkeypatch.setattr("bitplan.sensitivity.session.written", cannot)
+    monkeypatch.setattr("bitplan.sensitivity.texts.read.written", cannot)
     assert run("audit", model, *LITTLE, "--check", "0")[0] == 0  # it is in the cache
     monkeypatch.setenv("BITPLAN_CACHE", os.environ["BITPLAN_CACHE"] + "-empty")
     code, _, err = run("audit", model, *LITTLE, "--check", "0")
@@ -73,7 +73,7 @@ def test_by_default_the_model_writes_and_where_it_cannot_pythons_sources_are_rea
 
 
 def test_a_budget_that_is_too_small_is_refused_before_the_model_writes(run, checkpoint, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("bitplan.sensitivity.session.written", lambda *_: pytest.fail("it wrote"))
+    monkeypatch.setattr("bitplan.sensitivity.texts.read.written", lambda *_: pytest.fail("it wrote"))
     code, _, err = run("plan", checkpoint("llama"), *LITTLE, "--bpw", "1")
     assert code == 3 and "the least that the formats" in err
 

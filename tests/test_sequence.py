@@ -26,8 +26,9 @@ from bitplan.planner.quantize.segment import Segment
 from bitplan.planner.quantize.sequential import Sequence
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.loss import Reference
-from bitplan.sensitivity.session import Session, open_session, read_texts
+from bitplan.sensitivity.session import Session, open_session
 from bitplan.sensitivity.store import load_tensors
+from bitplan.sensitivity.texts.read import read_texts
 from bitplan.sensitivity.weight_cache import from_file
 from tests import tiny
 from tests.test_shrinkage import shrunk

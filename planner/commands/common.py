@@ -13,9 +13,9 @@ from bitplan.formats.sizes import parse_size
 from bitplan.formats.table import DEFAULT_FORMATS, FORMATS
 from bitplan.planner.assemble import parse_formats
 from bitplan.sensitivity import source as sources
-from bitplan.sensitivity.session import default_texts, has_written, read_texts
 from bitplan.sensitivity.source import Source
 from bitplan.sensitivity.tasks.task import Task, read_task
+from bitplan.sensitivity.texts.read import default_texts, has_written, read_texts
 from bitplan.sensitivity.texts.text import DEFAULT_SOURCE, Texts
 
 SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}

@@ -38,10 +38,11 @@ from bitplan.sensitivity.audit import audit, sizes
 from bitplan.sensitivity.graph import ON_REQUEST
 from bitplan.sensitivity.profile import Profile, read, write
 from bitplan.sensitivity.profile_cache import remember
-from bitplan.sensitivity.session import Session, open_session, read_texts, recall_texts, refuse_memory
+from bitplan.sensitivity.session import Session, open_session, refuse_memory
 from bitplan.sensitivity.source import Source
 from bitplan.sensitivity.store import refuse_overwrite, write_text
 from bitplan.sensitivity.tasks.task import Task
+from bitplan.sensitivity.texts.read import read_texts, recall_texts
 from bitplan.sensitivity.texts.text import Texts
 
 

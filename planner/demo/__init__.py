@@ -12,7 +12,8 @@ from bitplan.planner.select import Selection
 from bitplan.search.problem import problem_of
 from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.audit import audit
-from bitplan.sensitivity.session import open_session, read_texts
+from bitplan.sensitivity.session import open_session
+from bitplan.sensitivity.texts.read import read_texts
 
 MODEL = Path(__file__).parent / "model"
 CALIBRATION = Path(__file__).parent / "text" / "calibration.txt"

@@ -11,7 +11,8 @@ from bitplan.planner.evaluate.compare import compare
 from bitplan.planner.evaluate.objective import Objective
 from bitplan.planner.load import load_planned
 from bitplan.sensitivity import source as sources
-from bitplan.sensitivity.session import open_session, read_texts
+from bitplan.sensitivity.session import open_session
+from bitplan.sensitivity.texts.read import read_texts
 from tests import tiny
 
 
