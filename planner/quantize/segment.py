@@ -154,10 +154,12 @@ class Segment:
         for at in self._batches():
             now = inputs(self.got, at, self.now)
             uses = uses or len(now)  # the first batch showed after how many the rest of the block need not run
-            true: list[Tensor] | list[None] = [None] * len(now)
-            if cross and self.true_inputs is None:
+            true: list[Tensor] | list[None]
+            if not cross:
+                true = [None] * len(now)
+            elif self.true_inputs is None:
                 true = inputs(self.true, at, self.originals)
-            elif cross and self.true_inputs is not None:
+            else:
                 key = (first.name, at.start)
                 if key not in self.true_inputs:
                     self.true_inputs[key] = inputs(self.true, at, self.originals)
