@@ -42,29 +42,27 @@ class SecondMoments:
         self.squares = zeros(experts)
         """Σ over samples of Σ_{i≠j} of their scaled sums' squares."""
         self.change_squares = zeros(())
-        empty = zeros(0, columns)
-        self.pending = [empty] * experts
-        """Inputs of the sample that is not whole yet."""
-        self.pending_change = empty
+        self.pending = [zeros(0, columns + columns * crossed)] * experts
+        """Inputs of the sample that is not whole yet, and beside them by how much the full-precision ones differ."""
 
     def add(self, x: Tensor, expert: int = 0, true: Tensor | None = None) -> None:
         """Inputs float32 [tokens, columns], and the full-precision model's of the same tokens."""
         self.tokens[expert] += len(x)
         add_products(self.total[expert], x)
+        if self.change is not None:
+            assert true is not None
+            change = true - x
+            self.change.addmm_(change.T, x)
+            x = torch.cat([x, change], -1)
         x = torch.cat([self.pending[expert], x])
         whole = len(x) - len(x) % SAMPLE
-        changes: tuple[Tensor, ...] = ()
-        if self.change is not None and true is not None:
-            change = true - x[len(x) - len(true) :]
-            self.change.addmm_(change.T, x[len(x) - len(true) :])
-            change = torch.cat([self.pending_change, change])
-            self.pending_change = change[whole:].clone()
-            changes = change[:whole].split(SAMPLE)
+        for start in range(0, whole, SAMPLE):
+            self._sample(expert, x[start : start + SAMPLE])
         self.pending[expert] = x[whole:].clone()
-        for i, part in enumerate(x[:whole].split(SAMPLE) if whole else ()):
-            self._sample(expert, part, changes[i] if changes else None)
 
-    def _sample(self, expert: int, x: Tensor, change: Tensor | None) -> None:
+    def _sample(self, expert: int, sample: Tensor) -> None:
+        """Of `pending`'s columns."""
+        x, change = sample.tensor_split([self.total.shape[-1]], -1)
         if not self.samples[expert]:
             size = x.square().mean(0)
             self.weights[expert] = 1 / (size + EVEN * size.mean() + 1e-12)
@@ -73,7 +71,7 @@ class SecondMoments:
         # |D^-½ Xᵀ X D^-½|² = |X D^-1 Xᵀ|², which is of tokens and not of columns.
         products = (x * weights) @ x.T
         self.squares[expert] += products.square().sum() - (x.square().sum(0) * weights).square().sum()
-        if change is not None:
+        if self.change is not None:
             self.change_squares += (products * ((change * weights) @ change.T)).sum()
 
     def means(self, tokens: int | None = None) -> tuple[Tensor, Tensor | None]:
@@ -93,7 +91,7 @@ class SecondMoments:
         """Σ_{i≠j} of the scaled sums' variances: float32 [experts]. Nothing can be added after it."""
         for expert, rest in enumerate(self.pending):
             if len(rest):
-                self._sample(expert, rest, self.pending_change if self.change is not None else None)
+                self._sample(expert, rest)
         mirror(self.total)
         each = zip(self.squares, self._within(), self.samples, strict=True)
         return torch.stack([_variance(*of_expert) for of_expert in each])
