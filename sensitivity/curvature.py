@@ -251,7 +251,7 @@ class _Pass:
                 own |= {"frequencies": zeros(unit.rows), "lookup_gradients": zeros(unit.columns)}
             if unit.kind == "embedding" or (unit.kind == "tied" and not products):
                 continue
-            reads = self.graph.readers.get(unit.name, unit.name)
+            reads = self.graph.reads(unit)
             if reads not in leads:
                 leads[reads] = unit.name
                 moments[unit.name] = SecondMoments(unit.experts, unit.columns, self.device)

@@ -89,6 +89,10 @@ class Graph:
     readers: dict[str, str] = field(default_factory=dict)
     """Unit → the first unit that reads the very same input, where that is another one."""
 
+    def reads(self, unit: Unit) -> str:
+        """The name of the first unit, maybe itself, that reads the very same input: units share its second moment."""
+        return self.readers.get(unit.name, unit.name)
+
 
 LISTED = re.compile(r"(.*\.\w*experts)\.(\d+)\.(.*)")
 """Names of modules inside the experts of a module list: the list, the expert, the rest."""

@@ -36,7 +36,7 @@ def moments(
         leads: dict[str, str] = {}
         by_parameter: dict[str, Unit] = {}
         for unit in seen_in[segment]:
-            reads = graph.readers.get(unit.name, unit.name)
+            reads = graph.reads(unit)
             if reads not in leads:
                 leads[reads] = unit.name
                 by_parameter[unit.parameter] = unit
@@ -58,7 +58,7 @@ def moments(
                 made = made or States((len(ids), *out.shape[1:]), memory=memory // 2)
                 made[i] = out[0]
         means = {name: moments.means(ids.numel())[0] for name, moments in sums.items()}
-        return made, {unit: means[leads[graph.readers.get(unit.name, unit.name)]] for unit in seen_in[segment]}
+        return made, {unit: means[leads[graph.reads(unit)]] for unit in seen_in[segment]}
 
     for segment in progress(range(highest + 1), desc="second moments", unit="block"):
         states, found = through(segment, states)

@@ -76,7 +76,7 @@ class Session:
         """Make sure of the statistics of all units, or of these. Raises RoundingFailed."""
         units = self.graph.units if units is None else units
         part = {} if self.memory is None else {"memory": self.in_memory, "moments": self.in_memory}
-        leads = {self.graph.readers.get(unit.name, unit.name): unit for unit in self.graph.units}
+        leads = {self.graph.reads(unit): unit for unit in self.graph.units}
         moments = sum(4 * unit.experts * unit.columns**2 for unit in leads.values())
         # A model in memory whose moments are small is not cut: that saves running every block a second time.
         chain = partial(self.chain, cut=not self.whole or moments > IN_MEMORY)

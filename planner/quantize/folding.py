@@ -23,7 +23,7 @@ def fold_scales(segment: Segment, units: list[Unit]) -> list[str]:
     steps: dict[str, list[Unit]] = defaultdict(list)
     for unit in units:
         if segment.rounding(unit) == "awq" and not unit.routed:
-            steps[segment.session.graph.readers.get(unit.name, unit.name)].append(unit)
+            steps[segment.session.graph.reads(unit)].append(unit)
     for together in steps.values():
         fold = _find_fold(segment, together)
         if fold is None:

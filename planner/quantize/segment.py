@@ -225,7 +225,7 @@ class Segment:
         outputs = self.output_moments([unit for unit in units if self.rounding(unit) == "yaqa"])
         steps: dict[str, list[Unit]] = defaultdict(list)
         for unit in units:
-            steps[self.session.graph.readers.get(unit.name, unit.name)].append(unit)
+            steps[self.session.graph.reads(unit)].append(unit)
         for together in steps.values():
             to_round = [unit for unit in together if self.rounding(unit) != "nearest"]
             hessians = self.hessians(to_round, cross=self.rounding(to_round[0]) != "awq") if to_round else []
