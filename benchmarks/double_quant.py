@@ -25,6 +25,7 @@ from bitplan.sensitivity import source as sources
 from bitplan.sensitivity.audit import audit
 from bitplan.sensitivity.session import Session, open_session
 from bitplan.sensitivity.texts.read import read_texts
+from bitplan.sensitivity.texts.text import TOKENS
 
 BITS = (4, 3, 2)
 DOUBLE = tuple(f"int{bits}-g32-s4" for bits in BITS)
@@ -34,9 +35,9 @@ OTHERS = tuple(name for name in DEFAULT_FORMATS if name not in DOUBLE)
 class Case:
     """A model with its texts, opened for work."""
 
-    def __init__(self, model: str | Path, text: str | Path, heldout: str | Path):
+    def __init__(self, model: str | Path, text: str | Path, heldout: str | Path, tokens: int):
         self.name = models.label(model)
-        texts = read_texts(sources.find(model), files=[Path(text)], heldout=[Path(heldout)])
+        texts = read_texts(sources.find(model), files=[Path(text)], heldout=[Path(heldout)], tokens=tokens)
         self.session: Session = open_session(sources.find(model), texts, device="cpu")
         self.objective = Objective(self.session)
 
@@ -51,9 +52,9 @@ class Case:
         kl = f"{found.kl:.5f}" + (f" ± {found.kl_se:.5f}" if found.kl_se else "")
         return self.name, name, f"{plan.bytes:,}", f"{plan.bits_per_weight:.3f}", kl, f"{found.kl / beside.kl:.3f}"
 
-    def uniform(self) -> list[tuple[str, ...]]:
+    def uniform(self, chosen: Sequence[int]) -> list[tuple[str, ...]]:
         rows = []
-        for bits in BITS:
+        for bits in chosen:
             plans = {
                 n: uniform_plan(self.session, n, "gptq") for n in (f"int{bits}-{g}" for g in ("g64", "g32-s4", "g32"))
             }
@@ -61,9 +62,9 @@ class Case:
             rows += [self.row(name, plan, found[name], found[f"int{bits}-g64"]) for name, plan in plans.items()]
         return rows
 
-    def planned(self) -> list[tuple[str, ...]]:
+    def planned(self, chosen: Sequence[int]) -> list[tuple[str, ...]]:
         profile, rows = audit(self.session, (*OTHERS, *DOUBLE)), []
-        for bits in BITS:
+        for bits in chosen:
             size = uniform_plan(self.session, f"int{bits}-g64").bytes
             budget = Budget(requested=f"the bytes of uniform int{bits}-g64", weights=size)
 
@@ -82,11 +83,14 @@ class Case:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     models.add_options(parser)
+    parser.add_argument("--bits", type=int, nargs="+", default=BITS, choices=BITS)
+    parser.add_argument("--tokens", type=int, default=TOKENS)
+    arguments = parser.parse_args()
     uniform, planned = [], []
-    for files in models.chosen(parser.parse_args()):
-        case = Case(*files)
-        uniform += case.uniform()
-        planned += case.planned()
+    for files in models.chosen(arguments):
+        case = Case(*files, arguments.tokens)
+        uniform += case.uniform(arguments.bits)
+        planned += case.planned(arguments.bits)
     head = ("model", "", "bytes", "bits per weight", "held-out KL, nats per token", "ratio")
     print(table(head, uniform, left=2))
     print(table(head, planned, left=2))

@@ -22,6 +22,7 @@ import torch
 from benchmarks.machine import described
 from benchmarks.peers import gguf_model
 from benchmarks.rounding import HERE, Case, at_bytes, figures, judged, kept
+from bitplan.planner.assemble import Finish
 from bitplan.planner.report.tables import table
 from bitplan.sensitivity.session import Session, open_session
 from bitplan.sensitivity.texts.text import TOKENS
@@ -73,7 +74,7 @@ def peer(case: Case, kind: str, tokens: int) -> dict[str, Any]:
 def ours(case: Case, limit: int, tokens: int) -> dict[str, Any]:
     session = open_session(case.source, case.texts(tokens), device="cpu")
     began = time.perf_counter()
-    return judged(session, at_bytes(session, limit), case, began)
+    return judged(session, at_bytes(session, limit, Finish()), case, began)
 
 
 def main() -> None:

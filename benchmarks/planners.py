@@ -86,7 +86,7 @@ def ours(case: Case, arm: Arm, bits: dict[str, int], tokens: int) -> dict[str, A
     limit = plan_of(bounded, bits).bytes
     session = open_session(case.source, texts, device="cpu") if arm.whole else bounded
     began = time.perf_counter()
-    plan = at_bytes(session, limit, arm.rounding, arm.trials)
+    plan = at_bytes(session, limit, Finish(arm.rounding), arm.trials)
     return finished(session, plan, case, bits, began)
 
 

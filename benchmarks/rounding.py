@@ -52,11 +52,11 @@ from bitplan.sensitivity.texts.text import TOKENS, Texts
 HERE = Path(__file__).parent
 RESULTS = HERE / ".results"
 OURS = ("nearest", "awq", "gptq", "yaqa", "tuned", "tuned+healed")
-PLANS = ("plan", "plan-whole")
+PLANS = ("plan", "plan+healed", "plan-whole", "plan-whole+healed")
 """Mixed plans at the bytes of the uniform one whose ends are kept, and at those of the one with everything planned."""
 WHOLE = ("nearest", "gptq", *PLANS)
 """What the second table shows, of everything planned."""
-PEERS = ("bitsandbytes", "hqq", "gptqmodel", "auto-round", "auto-round-best")
+PEERS = ("bitsandbytes", "hqq", "gptqmodel", "auto-round-rtn", "auto-round", "auto-round-best")
 BLOCK = 256
 GROUP = 64
 BITS = (4, 3, 2)
@@ -99,18 +99,19 @@ def planned(case: Case, method: str, bits: int, tokens: int) -> dict[str, Any]:
     rounding."""
     texts = case.texts(tokens)
     session = open_session(case.source, texts, device="cpu")
-    limited = session if method == "plan-whole" else ends_kept(case, texts)
+    budget, _, distilled = method.partition("+")
+    limited = session if budget == "plan-whole" else ends_kept(case, texts)
     limit = uniform_plan(limited, case.format(bits)).bytes
     began = time.perf_counter()
-    return judged(session, at_bytes(session, limit), case, began)
+    return judged(session, at_bytes(session, limit, Finish(distilled=bool(distilled))), case, began)
 
 
-def at_bytes(session: Session, limit: int, rounding: str | None = None, trials: int = 0) -> Plan:
+def at_bytes(session: Session, limit: int, finish: Finish, trials: int = 0) -> Plan:
     """The plan within a number of bytes: the knapsack's, or with trials what a search selects."""
     problem, budget = problem_of(audit(session, DEFAULT_FORMATS)), Budget(requested=f"{limit} bytes", weights=limit)
     if not trials:
-        return quick_plan(problem, budget, Finish(rounding))
-    return Selection(problem, session, Finish(rounding), Effort.of(trials), device="cpu").within(budget)
+        return quick_plan(problem, budget, finish)
+    return Selection(problem, session, finish, Effort.of(trials), device="cpu").within(budget)
 
 
 def ends_kept(case: Case, texts: Texts) -> Session:
@@ -146,8 +147,14 @@ def _owner(model: torch.nn.Module, name: str) -> torch.nn.Module:
 
 def peer(case: Case, method: str, bits: int, tokens: int) -> dict[str, Any]:
     """Round by a peer."""
-    recipe = ["--recipe", "best"] if method.endswith("-best") else []
-    return by_tool(case, method.removesuffix("-best"), ["--bits", bits, *recipe], tokens)
+    tool = tool_of(method)
+    recipe = ["--recipe", method.removeprefix(f"{tool}-")] if tool != method else []
+    return by_tool(case, tool, ["--bits", bits, *recipe], tokens)
+
+
+def tool_of(method: str) -> str:
+    """The peer that a method is a recipe of."""
+    return method.removesuffix("-best").removesuffix("-rtn")
 
 
 def by_tool(case: Case, tool: str, options: list[Any], tokens: int) -> dict[str, Any]:
@@ -225,7 +232,11 @@ def picture(cases: list[Case], methods: list[str], chosen: list[int], tokens: in
             own = method in PLANS
             if whole or not own:
                 result = cell(case, method, bits, tokens, whole, False)
-                name = "plan" if own else f"{case.format(bits)} {method}{'' if whole else ', ends bf16'}"
+                name = (
+                    method.replace("-whole", "").replace("+", ", ")
+                    if own
+                    else f"{case.format(bits)} {method}{'' if whole else ', ends bf16'}"
+                )
                 size = result["bytes"] * 8 / sum(map(math.prod, shapes))  # a tied weight lies in the file once
                 dots.append(Dot(name, size, result["kl"], name, own))
     return frontier_plot(dots, ylabel=LABEL, alone=True)
@@ -280,7 +291,7 @@ def main() -> None:
         print(json.dumps(one(arguments)))
         return
     methods = arguments.methods.split(",")
-    for tool in sorted({method.removesuffix("-best") for method in methods if method in PEERS}):
+    for tool in sorted({tool_of(method) for method in methods if method in PEERS}):
         subprocess.run([HERE / "peers" / "make.sh", tool], check=True, stdout=sys.stderr)
     cases = [Case(*files, arguments.block, arguments.group) for files in models.chosen(arguments)]
     redo = arguments.redo.split(",")

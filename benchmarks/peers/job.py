@@ -105,7 +105,7 @@ def run(tool: str, quantize: Callable[[argparse.Namespace], Quantized]) -> None:
     budget.add_argument("--average", type=float, help="mean bits per weight with scales; the tool chooses each layer's")
     parser.add_argument("--group", type=int, required=True, help="columns that share a scale; 0: the whole row")
     parser.add_argument("--out", required=True)
-    parser.add_argument("--recipe", choices=["default", "best"], default="default")
+    parser.add_argument("--recipe", choices=["default", "best", "rtn"], default="default")
     parser.add_argument("--iters", type=int, help="auto-round's steps, in place of the recipe's")
     arguments = parser.parse_args()
     for path in ("model", "calibration", "out"):

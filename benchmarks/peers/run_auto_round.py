@@ -1,7 +1,7 @@
 """auto-round (SignRound) on a model, on the CPU in float32.
 
 default: the tool's own settings. best: those of its auto-round-best, which are 1000 steps (its 512 samples and its
-sequence length give way to the blocks that all tools get).
+sequence length give way to the blocks that all tools get). rtn: no steps, which it calls RTN.
 With --average, its AutoScheme chooses each layer's bits first, on the same blocks; the time is both's.
 """
 
@@ -22,7 +22,7 @@ from auto_round import AutoRound, AutoScheme
 from auto_round.schemes import QuantizationScheme
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-ITERS = {"default": 200, "best": 1000}
+ITERS = {"default": 200, "best": 1000, "rtn": 0}
 BATCH = 8
 OFFERED = (2, 3, 4, 5, 6, 8)
 """Bits that AutoScheme chooses among."""
@@ -62,6 +62,7 @@ def quantize(arguments: argparse.Namespace) -> job.Quantized:
             seqlen=blocks.shape[1],
             batch_size=BATCH,
         )
+    iters = ITERS[arguments.recipe] if arguments.iters is None else arguments.iters
     tool = AutoRound(
         job.full_precision(arguments.model),
         tokenizer,
@@ -70,7 +71,7 @@ def quantize(arguments: argparse.Namespace) -> job.Quantized:
         seqlen=blocks.shape[1],
         nsamples=len(blocks),
         batch_size=BATCH,
-        iters=arguments.iters or ITERS[arguments.recipe],
+        iters=iters,
         device_map="cpu",
         amp=False,  # otherwise the model, its untouched weights too, is cast to bfloat16
         enable_torch_compile=False,
@@ -86,7 +87,7 @@ def quantize(arguments: argparse.Namespace) -> job.Quantized:
         columns = weights[name].shape[1]
         job.require_grid(name, weights[name], bits[name], job.column_groups(columns, arguments.group))
     note = f"AutoScheme among {', '.join(map(str, OFFERED))} bits; " if arguments.average else ""
-    note += f"{arguments.iters or ITERS[arguments.recipe]} steps, batches of {BATCH} blocks, float16 scales"
+    note += f"{iters} steps, batches of {BATCH} blocks, float16 scales"
     if odd:
         note += f"; 32 does not divide {len(odd)} layers, which data_type int would have passed over: int_asym"
     if uneven := job.ragged(source, arguments.group):
