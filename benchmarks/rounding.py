@@ -185,16 +185,22 @@ def by_tool(case: Case, tool: str, options: list[Any], tokens: int) -> dict[str,
 
 def cell(case: Case, method: str, bits: int, tokens: int, whole: bool, redo: bool) -> dict[str, Any]:
     """A result, from its file where there is one."""
-    return kept(
-        f"{case.named(tokens)}.{method}{'.whole' if whole else ''}.{bits}",
-        redo,
-        partial(made, case, method, bits, tokens, whole),
-    )
+    name = cell_name(case, method, bits, tokens, whole)
+    return kept(name, redo, partial(made, case, method, bits, tokens, whole))
+
+
+def cell_name(case: Case, method: str, bits: int, tokens: int, whole: bool) -> str:
+    return f"{case.named(tokens)}.{method}{'.whole' if whole else ''}.{bits}"
+
+
+def place(name: str) -> Path:
+    """The file of a result."""
+    return RESULTS / f"{name}.json"
 
 
 def kept(name: str, redo: bool, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The result under a name, from its file where there is one."""
-    path = RESULTS / f"{name}.json"
+    path = place(name)
     if path.exists() and not redo:
         return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
     print(f"{name} …", file=sys.stderr, flush=True)
@@ -209,7 +215,7 @@ def made(case: Case, method: str, bits: int, tokens: int, whole: bool) -> dict[s
     if method in PEERS:
         return peer(case, method, bits, tokens)
     rounding, _, distilled = method.partition("+")
-    cache = RESULTS / f"{case.named(tokens)}.{rounding}{'.whole' if whole else ''}.{bits}.cache"
+    cache = RESULTS / f"{cell_name(case, rounding, bits, tokens, whole)}.cache"
     before = cell(case, rounding, bits, tokens, whole, False)["seconds"] if distilled else 0.0
     if not distilled:
         shutil.rmtree(cache, ignore_errors=True)
@@ -223,20 +229,17 @@ def made(case: Case, method: str, bits: int, tokens: int, whole: bool) -> dict[s
     return result
 
 
-def picture(cases: list[Case], methods: list[str], chosen: list[int], tokens: int) -> str:
-    """KL of the second table over bits per weight."""
+def picture(cases: list[Case], tokens: int) -> str:
+    """KL over bits per weight of every result of the second table that there is, of this run or an earlier one."""
     dots = []
     for case in cases:
         shapes = [entry["shape"] for path in case.source.files for entry in read_header(path)[1].values()]
-        for method, bits, whole in itertools.product([m for m in WHOLE if m in methods], chosen, (True, False)):
+        for method, bits, whole in itertools.product(WHOLE, BITS, (True, False)):
             own = method in PLANS
-            if whole or not own:
+            if place(cell_name(case, method, bits, tokens, whole)).exists() and (whole or not own):
                 result = cell(case, method, bits, tokens, whole, False)
-                name = (
-                    method.replace("-whole", "").replace("+", ", ")
-                    if own
-                    else f"{case.format(bits)} {method}{'' if whole else ', ends bf16'}"
-                )
+                label = f"{case.format(bits)} {method}{'' if whole else ', ends bf16'}"
+                name = method.replace("-whole", "").replace("+", ", ") if own else label
                 size = result["bytes"] * 8 / sum(map(math.prod, shapes))  # a tied weight lies in the file once
                 dots.append(Dot(name, size, result["kl"], name, own))
     return frontier_plot(dots, ylabel=LABEL, alone=True)
@@ -316,7 +319,7 @@ def main() -> None:
                         kept = cell(case, method, bits, arguments.tokens, False, False)
                         whole.append(("", "", "  ends kept", f"{kept['bytes']:,}", *shown(kept)[:3]))
     if arguments.picture and set(WHOLE) & set(methods):
-        arguments.picture.write_text(picture(cases, methods, chosen, arguments.tokens), encoding="utf-8")
+        arguments.picture.write_text(picture(cases, arguments.tokens), encoding="utf-8")
     head = ("bits", "model", "method", "nats above full precision", "± se", "KL", "seconds", "peak MiB")
     print(table(head, rows, left=3))
     print("\nMeans over the models, for methods that can do them all:\n")

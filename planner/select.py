@@ -81,37 +81,34 @@ class Selection:
         Raises BudgetInfeasible and UsageError before anything runs; BitplanError where the measured latency stays above
         the limit.
         """
-        asked, limit = self.problem, self.problem.latency
+        limit = self.problem.latency
         if limit is None:
-            return self._within(budget)
-        try:
-            for _ in range(ROUNDS):
-                plan = self._within(budget)
-                assert plan.latency is not None
-                seconds = self.finished.decode_seconds(plan)
-                told = f"{1e3 * seconds:.3f} ms per token as loaded, {1e3 * plan.latency.predicted:.3f} ms predicted"
-                above = "above" if seconds > limit.limit else "within"
-                print(f"{plan.bytes:,} bytes: {told}, {above} {limit.requested}", file=sys.stderr)
-                if seconds <= limit.limit:
-                    measured = plan.latency.model_copy(update={"measured": seconds})
-                    return plan.model_copy(update={"latency": measured})
-                limit = replace(limit, aim=limit.aim * SAFETY * limit.limit / seconds)
-                self.problem = replace(self.problem, latency=limit)
-        finally:
-            self.problem = asked
+            return self._within(self.problem, budget)
+        for _ in range(ROUNDS):
+            plan = self._within(replace(self.problem, latency=limit), budget)
+            assert plan.latency is not None
+            seconds = self.finished.decode_seconds(plan)
+            told = f"{1e3 * seconds:.3f} ms per token as loaded, {1e3 * plan.latency.predicted:.3f} ms predicted"
+            above = "above" if seconds > limit.limit else "within"
+            print(f"{plan.bytes:,} bytes: {told}, {above} {limit.requested}", file=sys.stderr)
+            if seconds <= limit.limit:
+                measured = plan.latency.model_copy(update={"measured": seconds})
+                return plan.model_copy(update={"latency": measured})
+            limit = replace(limit, aim=limit.aim * SAFETY * limit.limit / seconds)
         raise BitplanError(
             f"{limit.requested}: the plan takes {1e3 * seconds:.3f} ms per token as loaded, and after {ROUNDS} tries"
             " that is still above the limit: run `bitplan speed` again while nothing else runs, or give a higher limit"
         )
 
-    def _within(self, budget: Budget) -> Plan:
-        """The plan of least loss within a budget. The best candidates and the best uniform plan are finished; the
-        search text chooses among the candidates, and held-out text between that one and the uniform one.
+    def _within(self, problem: Problem, budget: Budget) -> Plan:
+        """The plan of least loss within a budget and a problem's latency. The best candidates and the best uniform plan
+        are finished; the search text chooses among the candidates, and held-out text between that one and the uniform
+        one.
 
         Raises BudgetInfeasible and UsageError before anything runs.
         """
-        refuse_infeasible(self.problem, budget.weights, budget.requested)
-        trials = self._trials(budget)
+        refuse_infeasible(problem, budget.weights, budget.requested)
+        trials = self._trials(problem, budget)
         found = trials.run()
         self.study = found.study
         uniform = trials.best_uniform()
@@ -138,7 +135,7 @@ class Selection:
             if best is None:
                 raise self._unreachable(limit, aim, tried)
             if found is None and self.effort.trials:
-                trials = self._trials(self._budget(limit, best.nbytes + unquantized))
+                trials = self._trials(self.problem, self._budget(limit, best.nbytes + unquantized))
                 found = trials.run()
                 self.study = found.study
                 corrected = Corrections(options).fitted(found.evaluated)
@@ -146,7 +143,7 @@ class Selection:
                 tried = narrow(corrected, aim, lambda allocation: self._lost(allocation, limit), tried)
                 best = smallest(tried, aim)
                 assert best is not None
-            trials = self._trials(self._budget(limit, best.nbytes + unquantized))
+            trials = self._trials(self.problem, self._budget(limit, best.nbytes + unquantized))
             plan = self.finished.plan(
                 best.allocation,
                 trials.budget,
@@ -176,9 +173,9 @@ class Selection:
 
     # Steps ----------------------------------------------------------------------------------------------------------
 
-    def _trials(self, budget: Budget) -> Trials:
+    def _trials(self, problem: Problem, budget: Budget) -> Trials:
         return Trials(
-            self.problem,
+            problem,
             budget,
             self.session,
             self.objective,
