@@ -33,7 +33,7 @@ from bitplan.sensitivity.store import (
 )
 
 MOMENT_BYTES = 1 << 30
-VERSION = "5"
+VERSION = "6"
 """Changes when the same inputs would give other codes."""
 MARKER = "workspace.json"
 

@@ -174,6 +174,28 @@ def test_gptq_gets_the_inputs_of_the_rounded_model_and_aims_at_the_full_ones(nam
     assert torch.isclose(found, nearest, rtol=1e-3, atol=1e-6).float().mean() < 0.9
 
 
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
+def test_gptq_of_a_tied_embedding_counts_what_the_head_reads(name, session_of):
+    session = session_of(name)
+    plan = uniform_plan(session, "int3-g32", "gptq")
+    round_missing(plan, session)
+    (unit,) = (unit for unit in session.graph.units if unit.kind == "tied")
+    full = AutoModelForCausalLM.from_pretrained(session.source.folder)
+    x, _ = inputs_of(full, "lm_head", session.texts.calibration.ids)
+    moment, _ = shrunk([x])
+    format, weight = format_named("int3-g32"), session.swapper.weight(unit)
+
+    def coded(hessian: Hessian) -> torch.Tensor:
+        codes, grid, _ = gptq_codes(weight, format, [hessian])
+        return format.dequantize(format.store(codes, grid), unit.columns, torch.float32)
+
+    statistics, found = session.store[unit], weight_on_disk(plan, unit.name)
+    (hessian,) = statistics.hessians(moment.unsqueeze(0))
+    assert torch.isclose(found, coded(hessian), rtol=1e-3, atol=1e-6).float().mean() > 0.95
+    (lookups,) = statistics.hessians(torch.zeros_like(moment).unsqueeze(0))
+    assert torch.isclose(found, coded(lookups), rtol=1e-3, atol=1e-6).float().mean() < 0.9
+
+
 class TestQuality:
     """KL of the whole model on the calibration text."""
 
