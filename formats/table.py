@@ -43,7 +43,7 @@ DTYPES = {str(dtype).removeprefix("torch."): name for dtype, name in NATIVE.item
 """The same by the dtype's name as config files have it: "bfloat16" → "bf16"."""
 
 DEFAULT_FORMATS = (
-    *("int8", "int6-g64", "int5-g64", "int4-g128", "int4-g64", "int4-g32-s4", "int4-g32"),
+    *("int8", "int7-g64", "int6-g64", "int5-g64", "int4-g128", "int4-g64", "int4-g32-s4", "int4-g32"),
     *("int3-g128", "int3-g64", "int3-g32-s4", "int3-g32", "int2-g64", "int2-g32-s4", "int2-g32"),
 )
 """The candidate formats of a plan by default, in addition to each weight's own float dtype."""
