@@ -13,7 +13,7 @@ import resource
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -96,7 +96,8 @@ def save(arguments: argparse.Namespace, weights: dict[str, torch.Tensor]) -> Non
     AutoTokenizer.from_pretrained(arguments.model).save_pretrained(arguments.out)
 
 
-def run(tool: str, quantize: Callable[[argparse.Namespace], Quantized]) -> None:
+def run(tool: str, quantize: Callable[[argparse.Namespace], Quantized], recipes: Iterable[str] = ()) -> None:
+    """`recipes`: those that the tool has beside its default."""
     parser = argparse.ArgumentParser(description=f"Quantize a model with {tool}; write it dequantized.")
     parser.add_argument("--model", required=True, help="a folder")
     parser.add_argument("--calibration", required=True, help='safetensors file: token blocks "ids"')
@@ -105,8 +106,7 @@ def run(tool: str, quantize: Callable[[argparse.Namespace], Quantized]) -> None:
     budget.add_argument("--average", type=float, help="mean bits per weight with scales; the tool chooses each layer's")
     parser.add_argument("--group", type=int, required=True, help="columns that share a scale; 0: the whole row")
     parser.add_argument("--out", required=True)
-    parser.add_argument("--recipe", choices=["default", "best", "rtn"], default="default")
-    parser.add_argument("--iters", type=int, help="auto-round's steps, in place of the recipe's")
+    parser.add_argument("--recipe", choices=["default", *recipes], default="default")
     arguments = parser.parse_args()
     for path in ("model", "calibration", "out"):
         setattr(arguments, path, os.path.abspath(getattr(arguments, path)))

@@ -62,7 +62,7 @@ def quantize(arguments: argparse.Namespace) -> job.Quantized:
             seqlen=blocks.shape[1],
             batch_size=BATCH,
         )
-    iters = ITERS[arguments.recipe] if arguments.iters is None else arguments.iters
+    iters = ITERS[arguments.recipe]
     tool = AutoRound(
         job.full_precision(arguments.model),
         tokenizer,
@@ -96,4 +96,4 @@ def quantize(arguments: argparse.Namespace) -> job.Quantized:
 
 
 if __name__ == "__main__":
-    job.run("auto-round", quantize)
+    job.run("auto-round", quantize, ["best", "rtn"])

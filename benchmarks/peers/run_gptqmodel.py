@@ -64,4 +64,4 @@ def quantize(arguments: argparse.Namespace) -> job.Quantized:
 
 
 if __name__ == "__main__":
-    job.run("gptqmodel", quantize)
+    job.run("gptqmodel", quantize, ["best"])

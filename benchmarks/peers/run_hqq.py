@@ -10,8 +10,6 @@ from transformers.pytorch_utils import Conv1D
 
 
 def quantize(arguments: argparse.Namespace) -> job.Quantized:
-    if arguments.recipe != "default":
-        raise ValueError("hqq has one recipe")
     model = job.full_precision(arguments.model)
     if uneven := job.ragged(model, arguments.group):
         raise ValueError(f"hqq's groups of {arguments.group} would run over the ends of rows in {uneven}")
