@@ -1,8 +1,8 @@
 """What do double-quantized scales gain? `make bench-double-quant`; `--also MODEL TEXT HELDOUT` adds a model.
 
-Two tables per model, all rounded by `gptq` in sequence and measured on held-out text: each of the formats for all
-units, and plans (the knapsack's, no trials) for the bytes of a uniform one, from a plan's default formats with and
-without the double-quantized ones. May import: everything.
+Two tables per model, all rounded in sequence and measured on held-out text: each of the formats for all units, and
+plans (the knapsack's, no trials) for the bytes of a uniform one, from a plan's default formats with and without the
+double-quantized ones. May import: everything.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from benchmarks import models
 from benchmarks.machine import described
+from bitplan.formats.rounding import ROUNDINGS
 from bitplan.formats.table import DEFAULT_FORMATS
 from bitplan.planner.assemble import Finish, quick_plan, uniform_plan
 from bitplan.planner.evaluate.objective import Objective
@@ -35,11 +36,12 @@ OTHERS = tuple(name for name in DEFAULT_FORMATS if name not in DOUBLE)
 class Case:
     """A model with its texts, opened for work."""
 
-    def __init__(self, model: str | Path, text: str | Path, heldout: str | Path, tokens: int):
+    def __init__(self, model: str | Path, text: str | Path, heldout: str | Path, tokens: int, rounding: str):
         self.name = models.label(model)
         texts = read_texts(sources.find(model), files=[Path(text)], heldout=[Path(heldout)], tokens=tokens)
         self.session: Session = open_session(sources.find(model), texts, device="cpu")
         self.objective = Objective(self.session)
+        self.rounding = rounding
 
     def measured(self, plan: Plan) -> Measured:
         began = time.perf_counter()
@@ -56,7 +58,8 @@ class Case:
         rows = []
         for bits in chosen:
             plans = {
-                n: uniform_plan(self.session, n, "gptq") for n in (f"int{bits}-{g}" for g in ("g64", "g32-s4", "g32"))
+                n: uniform_plan(self.session, n, self.rounding)
+                for n in (f"int{bits}-{g}" for g in ("g64", "g32-s4", "g32"))
             }
             found = {name: self.measured(plan) for name, plan in plans.items()}
             rows += [self.row(name, plan, found[name], found[f"int{bits}-g64"]) for name, plan in plans.items()]
@@ -69,7 +72,7 @@ class Case:
             budget = Budget(requested=f"the bytes of uniform int{bits}-g64", weights=size)
 
             def made(formats: Sequence[str], budget: Budget = budget) -> Plan:
-                return quick_plan(problem_of(profile, tuple(formats)), budget, Finish("gptq"))
+                return quick_plan(problem_of(profile, tuple(formats)), budget, Finish(self.rounding))
 
             plans = {"without": made(OTHERS), "with": made((*OTHERS, *DOUBLE))}
             found = {name: self.measured(plan) for name, plan in plans.items()}
@@ -85,10 +88,11 @@ def main() -> None:
     models.add_options(parser)
     parser.add_argument("--bits", type=int, nargs="+", default=BITS, choices=BITS)
     parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--rounding", default="gptq", choices=ROUNDINGS)
     arguments = parser.parse_args()
     uniform, planned = [], []
     for files in models.chosen(arguments):
-        case = Case(*files, arguments.tokens)
+        case = Case(*files, arguments.tokens, arguments.rounding)
         uniform += case.uniform(arguments.bits)
         planned += case.planned(arguments.bits)
     head = ("model", "", "bytes", "bits per weight", "held-out KL, nats per token", "ratio")
