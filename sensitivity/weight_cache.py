@@ -33,7 +33,7 @@ from bitplan.sensitivity.store import (
 )
 
 MOMENT_BYTES = 1 << 30
-VERSION = "6"
+VERSION = "7"
 """Changes when the same inputs would give other codes."""
 MARKER = "workspace.json"
 

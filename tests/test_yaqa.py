@@ -97,8 +97,7 @@ class TestYaqa:
         return hessian(48, 9)
 
     @pytest.mark.parametrize("name", ["int4-g32", "int2-g64", "int3-row"])
-    def test_loses_less_of_the_models_loss_than_gptq(self, name, outputs, monkeypatch):
-        monkeypatch.setattr(yaqa, "ROWS", 4)
+    def test_loses_less_of_the_models_loss_than_gptq(self, name, outputs):
         format, weight, inputs = format_named(name), weights(48, 96, 4), hessian(96)
 
         def loss(codes, grid):
@@ -132,7 +131,8 @@ class TestYaqa:
     def test_independent_rows_are_rounded_alone(self):
         format, weight, inputs = format_named("int4-g32"), weights(40, 64, 4), hessian(64)
         alone, together = (yaqa_codes(weight, format, [inputs], g) for g in (None, Hessian(torch.eye(40))))
-        assert_close(values(format, *together), values(format, *alone))
+        # Sums over other shapes can round a scale to the next fp16.
+        assert_close(values(format, *together), values(format, *alone), rtol=1e-3, atol=1e-6)
 
     def test_experts_have_their_own_inputs(self):
         format, weight, inputs = format_named("int4-g32"), weights(8, 64, 4), [hessian(64), hessian(64, 7)]

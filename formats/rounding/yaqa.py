@@ -18,7 +18,7 @@ from bitplan.formats.integers import Grid, IntegerFormat
 from bitplan.formats.rounding.descent import descend
 from bitplan.formats.rounding.gptq import Hessian, aimed, spread
 
-ROWS = 32
+ROWS = 8
 """The fewest rows of a block, which do not see each other's errors; fewer take longer."""
 BLOCKS = 16
 """The most blocks of a weight."""
