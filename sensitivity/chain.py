@@ -89,6 +89,15 @@ class Chain:
             return [unit for units in self.units for unit in units] if segment == last else []
         return [*self.units[segment], *(u for u in self.units[0] if segment == last and u.kind == "tied")]
 
+    def products(self, segment: int) -> list[Unit]:
+        """Units whose products are computed in a segment: a tied embedding's in the last."""
+        last = len(self) - 1
+        return [u for u in self.seen(segment) if u.kind != "embedding" and (u.kind != "tied" or segment == last)]
+
+    def looks_up(self, segment: int) -> bool:
+        """Whether a segment is given tokens: the first, or that of a model that is not cut."""
+        return segment == 0 or not self.paths
+
     def pieces(self, segment: int, length: int) -> list[slice]:
         """The tokens of a text block that run through a segment at once: all of them, but for large logits."""
         step = length

@@ -18,8 +18,7 @@ May import: formats, sensitivity.
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -34,15 +33,13 @@ from bitplan.sensitivity.gradients import backward
 from bitplan.sensitivity.graph import Graph, Unit
 from bitplan.sensitivity.progress import progress
 from bitplan.sensitivity.resume import Back, Finished, Sums
-from bitplan.sensitivity.shrinkage import SecondMoments
-from bitplan.sensitivity.statistics import Statistics, StatisticsStore, pivots
+from bitplan.sensitivity.statistics import StatisticsStore
 from bitplan.sensitivity.store import IN_MEMORY, States, locked
+from bitplan.sensitivity.sums import SegmentSums, statistics
 from bitplan.sensitivity.texts.text import Blocks
-from bitplan.sensitivity.trace import Trace, Use
+from bitplan.sensitivity.trace import Trace
 
 T = TypeVar("T")
-Moments = dict[str, SecondMoments]
-"""By the unit whose inputs are added."""
 PASS_BYTES = 8 << 30
 """Second moments of one block that are gathered at once; a block of more experts is run again for the rest."""
 SAMPLED = 4
@@ -130,16 +127,16 @@ class _Pass:
             here = states[segment]
             below = None if here is None or segment <= lowest else States(here.shape, self.back.path(segment))
             for part, units in enumerate(self.parts(self.watched(segment)) or [[]]):
-                sums, moments = self.backward(segment, units, here, gradient, below, None if part else bar)
-                self.join(sums, moments)
+                sums = self.backward(segment, units, here, gradient, below, None if part else bar)
+                sums.join()
                 ready: Sums = {}
                 for unit in units:
                     if segment == last and unit.kind == "tied" and self.chain.paths:
-                        heads[unit.name] = sums[unit.name]  # its lookups are still to come
+                        heads[unit.name] = sums.of[unit.name]  # its lookups are still to come
                     else:
-                        ready[unit.name] = heads.get(unit.name, {}) | sums[unit.name]
+                        ready[unit.name] = heads.get(unit.name, {}) | sums.of[unit.name]
                 self.finish([unit for unit in units if unit.name in ready], ready)
-                del sums, moments, ready  # before the next are gathered
+                del sums, ready  # before the next are gathered
             ranks.gathered(None)  # what a rank goes on from names only statistics that all ranks have written
             states[segment] = None
             if below is not None:
@@ -194,7 +191,7 @@ class _Pass:
         above: States | None,
         below: States | None,
         bar: tqdm | None = None,
-    ) -> tuple[Sums, Moments]:
+    ) -> SegmentSums:
         """Sums over the text for `units`, from a segment's inputs and the gradient at its outputs, with the gradient
         at its inputs written to `below`."""
         module = self.chain.module(segment, own=True)
@@ -202,10 +199,9 @@ class _Pass:
         watched: dict[str, Tensor] = {
             unit.parameter: parameters[self.chain.local(segment, unit.parameter)] for unit in units
         }
-        sums, moments = self.zeros(units, lookups=segment == 0 or not self.chain.paths, products=segment > 0)
-        seen = partial(self.seen, {unit.parameter: unit for unit in units}, sums, moments)
+        sums = SegmentSums(self.chain, segment, units, self.graph)
         handles = []
-        if segment == 0 or not self.chain.paths:  # lookups ask for gradients, also where their unit is not watched
+        if self.chain.looks_up(segment):  # lookups ask for gradients, also where their unit is not watched
             embeddings = self.chain.outer.get_input_embeddings()
             handles.append(
                 embeddings.register_forward_hook(lambda m, a, o: o if o.requires_grad else o.requires_grad_())
@@ -215,7 +211,7 @@ class _Pass:
                 x = torch.zeros(0, device=self.device) if states is None else states[i].unsqueeze(0).to(self.device)
                 x.requires_grad_()
                 gradient = None if above is None else above[i].unsqueeze(0)
-                trace, number = Trace(watched, seen), self.numbers[i]
+                trace, number = Trace(watched, sums.add), self.numbers[i]
                 backward(
                     self.chain, segment, module, x, row, gradient, self.seed, number, trace, self.refuse_not_finite
                 )
@@ -227,59 +223,7 @@ class _Pass:
         finally:
             for handle in handles:
                 handle.remove()
-        return sums, moments
-
-    def join(self, sums: Sums, moments: Moments) -> None:
-        """Make the ranks' sums one, and shrink the second moments, in place."""
-        own = {name: one.variance() for name, one in moments.items()}
-        ranks.add(tensor for of_unit in sums.values() for tensor in of_unit.values())
-        shares = {name: one.shrinkage(own[name]) for name, one in moments.items()}
-        ranks.add(shares.values())
-        for name, one in moments.items():
-            one.shrink(shares[name])
-
-    def zeros(self, units: list[Unit], lookups: bool, products: bool) -> tuple[Sums, Moments]:
-        """What a segment's uses are added to. Units that read the same tensor share one moment, which the first of them
-        leads to."""
-        sums: Sums = {}
-        leads: dict[str, str] = {}
-        moments: Moments = {}
-        zeros = partial(torch.zeros, device=self.device)
-        for unit in units:
-            own = sums[unit.name] = {}
-            if lookups and unit.kind in ("embedding", "tied"):
-                own |= {"frequencies": zeros(unit.rows), "lookup_gradients": zeros(unit.columns)}
-            if unit.kind == "embedding" or (unit.kind == "tied" and not products):
-                continue
-            reads = self.graph.reads(unit)
-            if reads not in leads:
-                leads[reads] = unit.name
-                moments[unit.name] = SecondMoments(unit.experts, unit.columns, self.device)
-            own |= {
-                "moment": moments[leads[reads]].total,
-                "gradients": zeros(unit.experts, unit.rows),
-                "routed": zeros(unit.experts),
-            }
-        return sums, moments
-
-    def seen(self, units: dict[str, Unit], sums: Sums, moments: Moments, use: Use) -> None:
-        name = units[use.parameter].name
-        own = sums[name]
-        if use.lookup:
-            if "frequencies" not in own:
-                return  # a lookup that runs again before the head, for nothing
-            ids = use.input.flatten()
-            own["frequencies"].index_add_(0, ids, torch.ones(len(ids), device=self.device))
-            squares = own["lookup_gradients"]
-        else:
-            x = use.input.detach().float().flatten(0, -2)
-            if name in moments:
-                moments[name].add(x, use.expert)
-            squares = own["gradients"][use.expert]
-            if not use.output.requires_grad:
-                return  # a pass without gradients (early cycles of some models): those of the others stand for it
-            own["routed"][use.expert] += len(x)
-        use.output.register_hook(partial(_add_squares, squares))
+        return sums
 
     def finish(self, units: list[Unit], sums: Sums) -> None:
         """Write the units' statistics. The ranks share them out, those of one moment together."""
@@ -299,7 +243,7 @@ class _Pass:
         for readers in ranks.share(list(together.values())):
             costs: Tensor | None = None
             for unit in readers:
-                found = self.statistics(unit, sums[unit.name], costs)
+                found = statistics(sums[unit.name], self.tokens, costs, unit in self.whole)
                 if found.frequencies is None:
                     costs = found.pivots
                 self.store.write(unit, found)
@@ -314,31 +258,6 @@ class _Pass:
             f" {attention!r})"
         )
 
-    def statistics(self, unit: Unit, sums: dict[str, Tensor], costs: Tensor | None) -> Statistics:
-        """Means over tokens, as the moment is already, and what is kept of it; `costs` are the pivots of a unit that
-        reads the same."""
-        found = Statistics()
-        if "frequencies" in sums:
-            found = replace(
-                found,
-                frequencies=sums["frequencies"] / self.tokens,
-                lookup_gradients=sums["lookup_gradients"] / self.tokens,
-            )
-        if "moment" in sums:
-            moment, routed = sums["moment"], sums["routed"]
-            gradients = sums["gradients"] / routed.clamp(min=1).unsqueeze(-1)
-            found = replace(found, inputs=moment.diagonal(dim1=-2, dim2=-1).clone(), gradients=gradients, routed=routed)
-            if costs is None or found.frequencies is not None:
-                hessians = found.hessians(moment)
-                if found.lookup_gradients is None:
-                    costs = torch.stack([pivots(hessian) for hessian in hessians])
-                else:
-                    costs = pivots(hessians[0], moment[0]).unsqueeze(0)
-                    lookups = torch.diag(found.lookup_gradients)
-                    found = replace(found, lookup_pivots=pivots(hessians[0], lookups))
-            found = replace(found, pivots=costs, moment=moment if unit in self.whole else None)
-        return found
-
 
 def _report_unreached(routed: Mapping[Unit, Tensor | None]) -> None:
     missed = {u.name: (int((n == 0).sum()), u.experts) for u, n in routed.items() if u.routed and n is not None}
@@ -349,7 +268,3 @@ def _report_unreached(routed: Mapping[Unit, Tensor | None]) -> None:
             f" in rounding; more text (--tokens) may reach them: {', '.join(names)}",
             file=sys.stderr,
         )
-
-
-def _add_squares(sum_of: Tensor, gradient: Tensor) -> None:
-    sum_of += gradient.float().square().flatten(0, -2).sum(0)

@@ -24,11 +24,7 @@ def moments(
     """(unit, A float32 [experts, columns, columns]) of each of `units`, which have products, over text int64 [blocks,
     length]; A is a mean over all tokens, shrunk, as the statistics are. Units that read the same tensor get the same
     A. Each comes once: a tied embedding from the head, not from its lookups."""
-    last = len(chain) - 1
-    seen_in = [
-        [unit for unit in chain.seen(segment) if unit in units and (unit.kind != "tied" or segment == last)]
-        for segment in range(last + 1)
-    ]
+    seen_in = [[unit for unit in chain.products(segment) if unit in units] for segment in range(len(chain))]
     highest = max((segment for segment in range(len(chain)) if seen_in[segment]), default=-1)
     states: States | None = None
 
