@@ -85,12 +85,17 @@ class Case:
         return read_texts(self.source, files=[Path(text)], heldout=[Path(heldout)], tokens=tokens, length=self.block)
 
 
+def healed(method: str) -> tuple[str, bool]:
+    """The method whose codes another heals, or itself; and whether it heals."""
+    return method.removesuffix("+healed"), method.endswith("+healed")
+
+
 def ours(case: Case, method: str, bits: int, tokens: int, whole: bool) -> dict[str, Any]:
     """Round by bitplan in this process. `whole`: embeddings and head too."""
     texts = case.texts(tokens)
-    rounding, _, distilled = method.partition("+")
+    rounding, distilled = healed(method)
     session = open_session(case.source, texts, device="cpu") if whole else ends_kept(case, texts)
-    plan = uniform_plan(session, case.format(bits), rounding, bool(distilled))
+    plan = uniform_plan(session, case.format(bits), rounding, distilled)
     return judged(session, plan, case, time.perf_counter())
 
 
@@ -99,11 +104,11 @@ def planned(case: Case, method: str, bits: int, tokens: int) -> dict[str, Any]:
     rounding."""
     texts = case.texts(tokens)
     session = open_session(case.source, texts, device="cpu")
-    budget, _, distilled = method.partition("+")
-    limited = session if budget == "plan-whole" else ends_kept(case, texts)
+    kind, distilled = healed(method)
+    limited = session if kind == "plan-whole" else ends_kept(case, texts)
     limit = uniform_plan(limited, case.format(bits)).bytes
     began = time.perf_counter()
-    return judged(session, at_bytes(session, limit, Finish(distilled=bool(distilled))), case, began)
+    return judged(session, at_bytes(session, limit, Finish(distilled=distilled)), case, began)
 
 
 def at_bytes(session: Session, limit: int, finish: Finish, trials: int = 0) -> Plan:
@@ -214,7 +219,7 @@ def made(case: Case, method: str, bits: int, tokens: int, whole: bool) -> dict[s
     """A result, of a process of its own."""
     if method in PEERS:
         return peer(case, method, bits, tokens)
-    rounding, _, distilled = method.partition("+")
+    rounding, distilled = healed(method)
     cache = RESULTS / f"{cell_name(case, rounding, bits, tokens, whole)}.cache"
     before = cell(case, rounding, bits, tokens, whole, False)["seconds"] if distilled else 0.0
     if not distilled:
