@@ -1,11 +1,11 @@
 """Paired loss against the full-precision model, on identical tokens.
 
 Both nats above full precision and KL are means per predicted token; standard errors are over blocks, whose tokens
-are not independent. May import: formats.errors/kv, sensitivity.store/texts.
+are not independent. May import: formats.errors/kv, sensitivity.progress/store/texts.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import exp, isfinite
 from typing import Any
@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 from bitplan.formats.errors import OutputsNotFinite, UsageError
 from bitplan.formats.kv.cache import new_cache
+from bitplan.sensitivity.progress import progress
 from bitplan.sensitivity.store import IN_MEMORY, States
 from bitplan.sensitivity.texts.text import Blocks
 
 AT_ONCE = 64
 """Tokens whose KL is computed at once."""
+SHOWN = 5
+"""Seconds after which an evaluation shows its progress."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,10 @@ class _Asked:
         return self.of_block(block)[0]
 
 
+def _evaluating(blocks: int) -> Iterable[int]:
+    return progress(range(blocks), desc="evaluating", unit="block", delay=SHOWN, leave=False)
+
+
 class Reference:
     """The full-precision model's log-probabilities on some blocks, kept so that others can be compared with them."""
 
@@ -114,7 +121,7 @@ class Reference:
         memory = IN_MEMORY if of_block is None else 0
         self.log_p: States | _Asked = States(shape, memory=memory) if kept else _Asked(run)
         nll = []
-        for i in range(count):
+        for i in _evaluating(count):
             log_p = run(i).cpu() if i else first
             if not isinstance(self.log_p, _Asked):
                 self.log_p[i] = log_p[0]
@@ -136,7 +143,7 @@ class Reference:
     def compare(self, log_probabilities_of: Callable[[int], Tensor]) -> Evaluation:
         """What gives log-probabilities float32 [1, length - 1, vocabulary] for a block's number."""
         nll, kl = [], []
-        for i in range(len(self.blocks.ids)):
+        for i in _evaluating(len(self.blocks.ids)):
             ids = self.blocks.ids[i : i + 1]
             log_q = log_probabilities_of(i)
             nll.append(taken(log_q, ids).cpu()[0])

@@ -20,6 +20,7 @@ from bitplan.planner.quantize.candidates import TOKENS, Candidates, Rounded
 from bitplan.search.corrections import Allocation
 from bitplan.search.problem import Problem
 from bitplan.search.study import Found, search
+from bitplan.sensitivity.progress import progress
 from bitplan.sensitivity.session import Session
 from bitplan.sensitivity.store import locked, sha256
 
@@ -166,7 +167,9 @@ class Trials:
     def best_uniform(self) -> tuple[QuantScheme, Allocation] | None:
         """The uniform allocation within the budget that loses least on the search text, with its scheme."""
         fitting = self.problem.uniform(self.budget.weights)[:EVALUATED_UNIFORM]
-        losses = [list(self.losses(allocation)) for _, allocation in fitting] if len(fitting) > 1 else [[0.0]]
+        losses = [[0.0]]
+        if len(fitting) > 1:
+            losses = [list(self.losses(each)) for _, each in progress(fitting, desc="uniform plans", unit="plan")]
         means = [sum(each) / len(each) for each in losses]
         ranked = [(mean, pair) for mean, pair in zip(means, fitting, strict=False) if math.isfinite(mean)]
         return min(ranked, key=lambda each: each[0])[1] if ranked else None
