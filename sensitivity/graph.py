@@ -8,7 +8,7 @@ May import: formats, sensitivity.trace/vocabulary.
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -92,6 +92,12 @@ class Graph:
     def reads(self, unit: Unit) -> str:
         """The name of the first unit, maybe itself, that reads the very same input: units share its second moment."""
         return self.readers.get(unit.name, unit.name)
+
+    def leads(self, units: Iterable[Unit]) -> dict[str, str]:
+        """By a unit's name, that of the first of `units` that reads the very same input, to which the others' inputs
+        need not be added."""
+        first: dict[str, str] = {}
+        return {unit.name: first.setdefault(self.reads(unit), unit.name) for unit in units}
 
 
 LISTED = re.compile(r"(.*\.\w*experts)\.(\d+)\.(.*)")

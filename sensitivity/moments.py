@@ -32,15 +32,9 @@ def moments(
         """The hidden states behind a segment, but for the highest, and its units' second moments."""
         module = chain.module(segment, own=True)
         parameters = dict(module.named_parameters(remove_duplicate=False))
-        sums: dict[str, SecondMoments] = {}
-        leads: dict[str, str] = {}
-        by_parameter: dict[str, Unit] = {}
-        for unit in seen_in[segment]:
-            reads = graph.reads(unit)
-            if reads not in leads:
-                leads[reads] = unit.name
-                by_parameter[unit.parameter] = unit
-                sums[unit.name] = SecondMoments(unit.experts, unit.columns, chain.device)
+        leads = graph.leads(seen_in[segment])
+        by_parameter = {unit.parameter: unit for unit in seen_in[segment] if leads[unit.name] == unit.name}
+        sums = {u.name: SecondMoments(u.experts, u.columns, chain.device) for u in by_parameter.values()}
 
         def add(use: Use) -> None:
             if not use.lookup:
@@ -58,7 +52,7 @@ def moments(
                 made = made or States((len(ids), *out.shape[1:]), memory=memory // 2)
                 made[i] = out[0]
         means = {name: moments.means(ids.numel())[0] for name, moments in sums.items()}
-        return made, {unit: means[leads[graph.reads(unit)]] for unit in seen_in[segment]}
+        return made, {unit: means[leads[unit.name]] for unit in seen_in[segment]}
 
     for segment in progress(range(highest + 1), desc="second moments", unit="block"):
         states, found = through(segment, states)

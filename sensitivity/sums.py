@@ -29,20 +29,18 @@ class SegmentSums:
         self._moments: dict[str, SecondMoments] = {}
         """By the unit whose inputs are added."""
         self._device = chain.device
-        leads: dict[str, str] = {}
         zeros = partial(torch.zeros, device=chain.device)
         products, looks_up = chain.products(segment), chain.looks_up(segment)
+        leads = graph.leads(unit for unit in units if unit in products)
         for unit in units:
             own = self.of[unit.name] = {}
             if looks_up and unit.kind in ("embedding", "tied"):
                 own |= {"frequencies": zeros(unit.rows), "lookup_gradients": zeros(unit.columns)}
-            if unit in products:
-                reads = graph.reads(unit)
-                if reads not in leads:
-                    leads[reads] = unit.name
+            if unit.name in leads:
+                if leads[unit.name] == unit.name:
                     self._moments[unit.name] = SecondMoments(unit.experts, unit.columns, chain.device)
                 own |= {
-                    "moment": self._moments[leads[reads]].total,
+                    "moment": self._moments[leads[unit.name]].total,
                     "gradients": zeros(unit.experts, unit.rows),
                     "routed": zeros(unit.experts),
                 }
